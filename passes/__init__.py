@@ -1,0 +1,10 @@
+"""FX graph to FX graph: one pass a file. ``build_program`` runs them in order; see README.md for each stage's invariants."""
+
+if __name__ == "passes":
+    raise ImportError("import this package as fisedit_compile.passes; the bare name 'passes' is not installed")
+
+from fisedit_compile.passes.manager import build_program
+from fisedit_compile.passes.program import GraphInput, InputInfo, Program
+from fisedit_compile.passes.report import Miss, Report
+
+__all__ = ["GraphInput", "InputInfo", "Miss", "Program", "Report", "build_program"]

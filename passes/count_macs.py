@@ -1,0 +1,50 @@
+"""Count the multiply-accumulates of a dense graph."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from fisedit_compile.passes.arguments import read_arguments
+from fisedit_compile.passes.ir import origin_of, shape_of, spatial_of
+from fisedit_compile.passes.report import MacCount
+from fisedit_compile.passes.targets import CONVOLUTIONS, aten
+from torch import fx
+
+PRODUCTS = {
+    aten.matmul.default: 0,
+    aten.bmm.default: 0,
+    aten.mm.default: 0,
+    aten.addmm.default: 1,
+    aten.baddbmm.default: 1,
+}
+
+
+def macs_of(node: fx.Node) -> tuple[str, int] | None:
+    """Kind and multiply-accumulates of a node, or None when it has none worth counting."""
+    if node.op != "call_function":
+        return None
+    if node.target in CONVOLUTIONS:
+        given = read_arguments(node)
+        weight = shape_of(given["weight"])
+        transposed = given.get("transposed", node.target is aten.conv_transpose2d.input)
+        return "convolution", math.prod(shape_of(given["input"] if transposed else node)) * math.prod(weight[1:])
+    if node.target is aten.linear.default:
+        return "linear", math.prod(shape_of(node)) * shape_of(node.args[0])[-1]  # type: ignore[arg-type]
+    if node.target in PRODUCTS:
+        return "product", math.prod(shape_of(node)) * shape_of(node.args[PRODUCTS[node.target]])[-1]  # type: ignore[arg-type]
+    if node.target is aten.scaled_dot_product_attention.default:
+        given = read_arguments(node)
+        query, key, value = (shape_of(given[name]) for name in ("query", "key", "value"))
+        return "attention", math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+    return None
+
+
+def count_macs(dense: fx.Graph, edit: fx.Graph) -> Iterator[MacCount]:
+    """One count for each node of the dense graph; nodes still present in the edit graph run densely there."""
+    left = {node.name for node in edit.nodes}
+    for node in dense.nodes:
+        if (counted := macs_of(node)) is not None:
+            spatial = spatial_of(node)
+            on_rows = spatial is not None and origin_of(node) not in left
+            yield MacCount(origin_of(node), *counted, spatial.domain if on_rows and spatial else None)

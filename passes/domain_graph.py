@@ -1,0 +1,73 @@
+"""The graph of resolutions: which values flow where, which operators connect two resolutions, which end locality."""
+
+from __future__ import annotations
+
+import networkx
+from fisedit_compile.passes.ir import spatial_of
+from fisedit_compile.passes.resample import FAMILY as RESAMPLE
+from fisedit_compile.passes.sparsify_attention import FAMILY as ATTENTION
+from fisedit_compile.passes.sparsify_conv import FAMILY as CONVOLUTION
+from fisedit_compile.passes.sparsify_layout import FAMILY as LAYOUT
+from fisedit_compile.passes.sparsify_norm import TARGETS as NORMS
+from fisedit_compile.passes.targets import ANCHORS, is_elementwise
+from fisedit_compile.runtime.spec import Domain
+from torch import fx
+
+NOT_SPATIAL = "not spatial"
+
+
+def data_flow(graph: fx.Graph) -> networkx.DiGraph:
+    """One vertex for each node (by name, with attribute ``node``), one edge for each use."""
+    flow = networkx.DiGraph()
+    for node in graph.nodes:
+        flow.add_node(node.name, node=node)
+        flow.add_edges_from((source.name, node.name) for source in node.all_input_nodes)
+    return flow
+
+
+def reaches_anchor(flow: networkx.DiGraph, name: str) -> bool:
+    """Whether an input flows into a convolution, norm or resampling through elementwise and layout operators only.
+
+    This tells a picture-like input from a rank-4 attention bias.
+    """
+
+    def passes(vertex: str) -> bool:
+        node = flow.nodes[vertex]["node"]
+        carries = node.op == "call_function" and (
+            is_elementwise(node.target)
+            or LAYOUT.matches(node.target)
+            or getattr(node.target, "__name__", "") == "getitem"
+        )
+        return vertex == name or carries or node.target in ANCHORS
+
+    local = networkx.subgraph_view(flow, filter_node=passes)
+    return any(flow.nodes[vertex]["node"].target in ANCHORS for vertex in networkx.descendants(local, name))
+
+
+def connection_kind(node: fx.Node) -> str:
+    """How a node connects the resolutions of its inputs with that of its output."""
+    if "dense_reason" in node.meta or spatial_of(node) is None and "spatial_outputs" not in node.meta:
+        return "ends locality"
+    if CONVOLUTION.matches(node.target) or RESAMPLE.matches(node.target):
+        return "stencil"
+    if ATTENTION.matches(node.target):
+        return "attention"
+    if node.target in NORMS:
+        return "statistics"
+    return "rows"
+
+
+def domain_graph(graph: fx.Graph) -> networkx.MultiDiGraph:
+    """Vertices are resolutions, and ``NOT_SPATIAL`` for all other values; edges carry ``node`` and ``kind``.
+
+    The graph must carry the annotations of propagate_domains.
+    """
+    domains = networkx.MultiDiGraph()
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        target: Domain | str = spatial.domain if (spatial := spatial_of(node)) else NOT_SPATIAL
+        sources = {spatial.domain for value in node.all_input_nodes if (spatial := spatial_of(value))}
+        for source in sources:
+            domains.add_edge(source, target, node=node.name, kind=connection_kind(node))
+    return domains

@@ -1,0 +1,58 @@
+"""Compute what depends on parameters only once, not at every call.
+
+Why: packing a convolution's weight costs as much as a sparse convolution itself; it changes only when the weight does.
+
+Before: ``p = pack_conv_weight(w)`` inside the edit graph
+After:  ``p`` is output ``i`` of a prologue graph whose result the executable keeps; the edit graph reads ``hoisted:i``
+
+Conditions:
+1. All inputs are parameters, constants or hoisted values, and the node has at least one such input.
+2. The operator is deterministic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from fisedit_compile.passes.program import InputInfo
+from fisedit_compile.passes.report import Report
+from fisedit_compile.passes.targets import OVERLOAD
+from torch import fx
+
+NAME = "hoist_parameters"
+
+
+def hoist_parameters(
+    graph_module: fx.GraphModule, infos: Sequence[InputInfo], report: Report
+) -> tuple[fx.GraphModule, fx.GraphModule | None]:
+    """Mark hoisted nodes of the edit graph with ``meta["hoisted"]``, in place; returns it and the prologue, if any."""
+    graph = graph_module.graph
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    constant = {node for node, info in zip(placeholders, infos, strict=True) if info.kind == "parameter"}
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            constant.add(node)
+        elif node.op == "call_function" and isinstance(node.target, OVERLOAD):
+            random = torch.Tag.nondeterministic_seeded in node.target.tags
+            if node.all_input_nodes and not random and all(value in constant for value in node.all_input_nodes):
+                constant.add(node)
+    computed = [node for node in graph.nodes if node in constant and node.op == "call_function"]
+    results = [node for node in computed if any(user not in constant for user in node.users)]
+    if not results:
+        return graph_module, None
+    prologue = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in placeholders:
+        copies[node] = prologue.node_copy(node)
+    for node in graph.nodes:
+        if node in constant and node.op != "placeholder":
+            copies[node] = prologue.node_copy(node, lambda value: copies[value])
+    prologue.output(tuple(copies[node] for node in results))
+    prologue.eliminate_dead_code()
+    for number, node in enumerate(results):
+        node.meta["hoisted"] = number
+        report.match(NAME)
+    root: Any = graph_module
+    return graph_module, fx.GraphModule(root, prologue, "Prologue")

@@ -1,0 +1,156 @@
+"""How a spatial value lies in memory, seen logically: which dimension is batch, which are space, which are channels.
+
+Rows are stored as ``[B, N, *C]``: batch, active positions, then the channel dimensions in their logical order. A
+reshape or permutation that only moves or merges whole dimensions therefore costs nothing on rows, or one reshape of
+the channel dimensions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fisedit_compile.runtime.spec import Domain
+
+BATCH, HEIGHT, WIDTH, SPACE, CHANNEL = "batch", "height", "width", "space", "channel"
+NCHW = (BATCH, CHANNEL, HEIGHT, WIDTH)
+
+
+@dataclass(frozen=True)
+class Spatial:
+    """A value with one entry for each position of ``domain``; ``dims`` names each of its dimensions."""
+
+    domain: Domain
+    dims: tuple[str, ...]
+
+    @property
+    def batch_dim(self) -> int:
+        """Which dimension is the batch."""
+        return self.dims.index(BATCH)
+
+    @property
+    def space_dims(self) -> tuple[int, ...]:
+        """(height, width) or (space,)."""
+        if SPACE in self.dims:
+            return (self.dims.index(SPACE),)
+        return (self.dims.index(HEIGHT), self.dims.index(WIDTH))
+
+    @property
+    def space_rank(self) -> int:
+        """2 when height and width are dimensions of their own, else 1."""
+        return len(self.space_dims)
+
+    @property
+    def channel_dims(self) -> tuple[int, ...]:
+        """All other dimensions, in order."""
+        return tuple(dim for dim, name in enumerate(self.dims) if name == CHANNEL)
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """Permutation to (batch, space..., channels...)."""
+        return (self.batch_dim, *self.space_dims, *self.channel_dims)
+
+    def row_dim(self, dim: int) -> int:
+        """Dimension of the rows that holds the logical channel dimension ``dim``."""
+        return 2 + self.channel_dims.index(dim)
+
+    def with_dims(self, dims: tuple[str, ...]) -> Spatial:
+        """The same domain with other dimensions."""
+        return Spatial(self.domain, dims)
+
+
+def check_dims(spatial: Spatial) -> Spatial | str:
+    """The value, or the reason why its dimensions are not those of a spatial value."""
+    dims = spatial.dims
+    if dims.count(BATCH) != 1:
+        return "the batch dimension is lost"
+    flat, square = dims.count(SPACE), (dims.count(HEIGHT), dims.count(WIDTH))
+    if not ((flat == 1 and square == (0, 0)) or (flat == 0 and square == (1, 1))):
+        return "the positions are no longer whole dimensions"
+    return spatial
+
+
+def _regroup(spatial: Spatial, names: list[str], before: list[int], after: list[int]) -> tuple[str, ...] | str:
+    """Names of the dimensions ``after`` that a group of dimensions ``before`` turns into."""
+    domain = spatial.domain
+    if before == after:
+        return tuple(names)
+    if all(name == CHANNEL for name in names):
+        return (CHANNEL,) * len(after)
+    if names == [HEIGHT, WIDTH] and len(after) == 1:
+        return (SPACE,)
+    if names == [SPACE] and after == [domain.height, domain.width]:
+        return (HEIGHT, WIDTH)
+    if BATCH in names:
+        return "the batch is folded with another dimension"
+    return "positions are mixed with channels or split unevenly"
+
+
+def reshape_layout(spatial: Spatial, before: tuple[int, ...], after: tuple[int, ...]) -> Spatial | str:
+    """Layout of a reshaped spatial value, or the reason why it is not spatial any more.
+
+    Both shapes are cut into the shortest groups of equal element count; each group must keep, merge or split whole
+    channel dimensions, or merge or split height and width.
+    """
+    names: list[str] = []
+    i = j = 0
+    while i < len(before) or j < len(after):
+        name = spatial.dims[i] if i < len(before) else None
+        split = after[j : j + 2] == (spatial.domain.height, spatial.domain.width)
+        if name == SPACE and split and before[i] != after[j]:
+            names += [HEIGHT, WIDTH]
+            i, j = i + 1, j + 2
+            continue
+        if name == CHANNEL and before[i] == 1 and (j >= len(after) or after[j] != 1):
+            i += 1  # a channel dimension of size one vanishes
+            continue
+        if j < len(after) and after[j] == 1 and (name is None or (before[i] != 1 and name != SPACE)):
+            names.append(CHANNEL)
+            j += 1
+            continue
+        if name is None or j >= len(after):
+            return "a dimension appears or vanishes"
+        left, right = [before[i]], [after[j]]
+        group = [name]
+        i, j = i + 1, j + 1
+        left_count, right_count = left[0], right[0]
+        while left_count != right_count:
+            if left_count < right_count:
+                if i >= len(before):
+                    return "element counts do not match"
+                left.append(before[i])
+                group.append(spatial.dims[i])
+                left_count *= before[i]
+                i += 1
+            else:
+                if j >= len(after):
+                    return "element counts do not match"
+                right.append(after[j])
+                right_count *= after[j]
+                j += 1
+        renamed = _regroup(spatial, group, left, right)
+        if isinstance(renamed, str):
+            return renamed
+        names += renamed
+    return check_dims(spatial.with_dims(tuple(names)))
+
+
+def recognise_layout(shape: tuple[int, ...], batch: int, domains: set[Domain]) -> Spatial | None:
+    """Recognise a spatial value by its shape alone: used behind operators that no rule knows.
+
+    The shape must hold the batch in its first dimension and exactly one place where (height, width) or
+    height * width of one known domain stands.
+    """
+    if len(shape) < 3 or shape[0] != batch:
+        return None
+    found: set[Spatial] = set()
+    for domain in domains:
+        for dim in range(1, len(shape)):
+            if shape[dim : dim + 2] == (domain.height, domain.width):
+                dims = [BATCH] + [CHANNEL] * (len(shape) - 1)
+                dims[dim : dim + 2] = [HEIGHT, WIDTH]
+                found.add(Spatial(domain, tuple(dims)))
+            if shape[dim] == domain.size:
+                dims = [BATCH] + [CHANNEL] * (len(shape) - 1)
+                dims[dim] = SPACE
+                found.add(Spatial(domain, tuple(dims)))
+    return found.pop() if len(found) == 1 else None

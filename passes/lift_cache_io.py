@@ -1,0 +1,117 @@
+"""Turn loads, plans and hoisted values into graph inputs, and stores and updates into graph outputs.
+
+Why: a graph that reads or writes hidden state cannot be compiled safely: a void operator without users is dropped as
+dead code. Lifted graphs are functional; whoever calls them moves the data.
+
+Before: record: ``store(v, "a")``, ``return (y,)``            After: ``return (y, v)``
+Before: edit: ``h = load("a")``, ``i = plan("index", d)``     After: placeholders ``recorded_a``, ``plan_index``
+        ``update(h, r)``, ``return (y,)``                     edit: ``return (y,)``; edit_save: ``return (y, r)``
+
+Conditions: none; every such node is lifted, equal ones into one input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fisedit_compile.passes.ir import load, plan, store, update
+from fisedit_compile.passes.program import GraphInput
+from fisedit_compile.passes.report import Report
+from fisedit_compile.runtime.spec import Site
+from torch import fx
+
+from fisedit_compile.errors import GraphError
+
+NAME = "lift_cache_io"
+
+
+def lift_stores(record: fx.GraphModule, sites: Sequence[Site], report: Report) -> fx.GraphModule:
+    """Make the stored values outputs of the record graph, in the order of ``sites``; in place."""
+    graph = record.graph
+    values: dict[str, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.target is store:
+            value, name = node.args
+            values[name] = value
+            graph.erase_node(node)
+            report.match(NAME)
+    output = next(iter(reversed(graph.nodes)))
+    output.args = ((*output.args[0], *(values[site.name] for site in sites)),)
+    graph.eliminate_dead_code()
+    record.recompile()
+    return record
+
+
+def _input_of(node: fx.Node, arguments: dict[fx.Node, int]) -> GraphInput | None:
+    """What the node is read from, when it becomes a graph input."""
+    if node in arguments:
+        return GraphInput("argument", arguments[node])
+    if "hoisted" in node.meta:
+        return GraphInput("hoisted", node.meta["hoisted"])
+    if node.target is plan:
+        return GraphInput("plan", node.meta["plan_input"])
+    if node.target is load:
+        return GraphInput("recorded", str(node.args[0]))
+    return None
+
+
+def _needed(graph: fx.Graph, arguments: dict[fx.Node, int], wanted: Sequence[fx.Node]) -> set[fx.Node]:
+    """All nodes that the wanted ones depend on, not looking behind graph inputs."""
+    needed: set[fx.Node] = set()
+    stack = list(wanted)
+    while stack:
+        node = stack.pop()
+        if node not in needed:
+            needed.add(node)
+            if _input_of(node, arguments) is None:
+                stack.extend(node.all_input_nodes)
+    return needed
+
+
+def lift_edit(
+    edit: fx.GraphModule, sites: Sequence[Site], report: Report
+) -> tuple[fx.GraphModule, fx.GraphModule, tuple[GraphInput, ...]]:
+    """Returns the lifted edit graph, the one that also returns each site's update, and their common inputs."""
+    graph = edit.graph
+    arguments = {node: number for number, node in enumerate(n for n in graph.nodes if n.op == "placeholder")}
+    output = next(iter(reversed(graph.nodes)))
+    originals: tuple[Any, ...] = tuple(output.args[0])
+    changed: dict[str, fx.Node] = {}
+    for node in graph.nodes:
+        if node.target is update:
+            source, fresh = node.args
+            changed[str(source.args[0])] = fresh
+    updates: list[Any] = []
+    for site in sites:
+        fresh = changed.get(site.name)
+        number = int(site.name.removeprefix("output:")) if site.name.startswith("output:") else None
+        # An output that is not spatial is replaced as a whole; an output equal to an earlier one shares its rows.
+        updates.append(originals[number] if fresh is None and number is not None and site.kind == "value" else fresh)
+    results = [value for value in (*originals, *updates) if isinstance(value, fx.Node)]
+    needed = _needed(graph, arguments, results)
+    inputs: dict[GraphInput, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node in needed and (source := _input_of(node, arguments)) is not None:
+            inputs.setdefault(source, []).append(node)
+            report.match(NAME)
+
+    def build(outputs: Sequence[Any], name: str) -> fx.GraphModule:
+        lifted = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
+        for source, nodes in inputs.items():
+            placeholder = lifted.placeholder(f"{source.kind}_{nodes[0].name}")
+            placeholder.meta.update({key: value for key, value in nodes[0].meta.items() if key in ("val", "origin")})
+            copies.update(dict.fromkeys(nodes, placeholder))
+        for node in graph.nodes:
+            if node in needed and node not in copies and node.op != "output":
+                copies[node] = lifted.node_copy(node, lambda value: copies[value])
+        lifted.output(tuple(copies[value] if isinstance(value, fx.Node) else value for value in outputs))
+        lifted.eliminate_dead_code()
+        lifted.lint()
+        return fx.GraphModule(edit, lifted, name)
+
+    unknown = set(changed) - {site.name for site in sites}
+    if unknown:
+        raise GraphError(f"updates of unknown sites: {sorted(unknown)}")
+    return build(originals, "Edit"), build([*originals, *updates], "EditSave"), tuple(inputs)

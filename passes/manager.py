@@ -1,0 +1,149 @@
+"""Run the passes in their one literal order; time each, dump graphs, honour disabled passes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from fisedit_compile.passes import sparsify_norm as norms
+from fisedit_compile.passes.canonicalize import canonicalize
+from fisedit_compile.passes.count_macs import count_macs
+from fisedit_compile.passes.densify import densify
+from fisedit_compile.passes.family import Family, rewrite_family
+from fisedit_compile.passes.hoist_parameters import hoist_parameters
+from fisedit_compile.passes.insert_cache_ops import insert_cache_ops
+from fisedit_compile.passes.ir import eliminate_dead_code, shape_of, spatial_of
+from fisedit_compile.passes.lift_cache_io import lift_edit, lift_stores
+from fisedit_compile.passes.lower_conversions import lower_conversions
+from fisedit_compile.passes.normalise_attention import normalise_attention
+from fisedit_compile.passes.program import InputInfo, Program
+from fisedit_compile.passes.propagate_domains import propagate_domains
+from fisedit_compile.passes.report import Report
+from fisedit_compile.passes.resample import FAMILY as RESAMPLE
+from fisedit_compile.passes.sparsify_attention import FAMILY as ATTENTION
+from fisedit_compile.passes.sparsify_conv import FAMILY as CONVOLUTION
+from fisedit_compile.passes.sparsify_layout import FAMILY as LAYOUT
+from fisedit_compile.passes.sparsify_linear import FAMILY as LINEAR
+from fisedit_compile.passes.sparsify_pointwise import FAMILY as POINTWISE
+from fisedit_compile.passes.verify import verify
+from fisedit_compile.runtime.spec import Domain, Stencil
+from torch import fx
+
+import fisedit_compile.ops  # noqa: F401  (registers the operators the passes name)
+from fisedit_compile.config import Options
+from fisedit_compile.errors import OptionError
+
+logger = logging.getLogger(__name__)
+
+#: Passes that may be left out: what they would have rewritten stays dense.
+OPTIONAL = ("normalise_attention", "sparsify_conv", "sparsify_norm", "sparsify_attention", "sparsify_linear",
+            "sparsify_layout", "sparsify_pointwise", "resample")  # fmt: skip
+
+
+def families(options: Options) -> tuple[Family, ...]:
+    """The families of operators in the order in which they are rewritten."""
+    return (CONVOLUTION, norms.family(options.norm == "cached"), ATTENTION, LINEAR, LAYOUT, POINTWISE, RESAMPLE)
+
+
+class _Runner:
+    """Times one pass after the other and dumps the graph behind each."""
+
+    def __init__(self, options: Options, report: Report) -> None:
+        named = os.environ.get("FISEDIT_DISABLE_PASSES", "")
+        self.disabled = options.disabled_passes | {name.strip() for name in named.split(",") if name.strip()}
+        unknown = sorted(self.disabled - set(OPTIONAL))
+        if unknown:
+            raise OptionError(
+                f"cannot disable {', '.join(unknown)}; passes that can be disabled are {', '.join(OPTIONAL)}"
+            )
+        self.report = report
+        self.number = 0
+
+    def run(self, name: str, graph_module: fx.GraphModule, work: Callable[[], object]) -> None:
+        if name in self.disabled:
+            logger.info("pass %s is disabled", name)
+            return
+        started = time.perf_counter()
+        work()
+        self.report.seconds[name] = self.report.seconds.get(name, 0.0) + time.perf_counter() - started
+        logger.debug("pass %s: %d matches", name, self.report.matches[name])
+        self.dump(name, graph_module)
+
+    def dump(self, name: str, graph_module: fx.GraphModule) -> None:
+        folder = os.environ.get("FISEDIT_DUMP_DIR")
+        if folder:
+            path = Path(folder) / f"graph_{id(self.report):x}"
+            path.mkdir(parents=True, exist_ok=True)
+            (path / f"{self.number:02d}_{name}.txt").write_text(str(graph_module.graph))
+        self.number += 1
+
+
+def _copy(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """A second graph over the same attributes; node names and annotations are kept."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    graph.graph_copy(graph_module.graph, copies, return_output_node=False)
+    output = next(iter(reversed(graph_module.graph.nodes)))
+    graph.output(fx.node.map_arg(output.args[0], lambda node: copies[node]))
+    return fx.GraphModule(graph_module, graph)
+
+
+def build_program(graph_module: fx.GraphModule, inputs: Sequence[InputInfo], options: Options) -> Program:
+    """Compile a traced graph.
+
+    Args:
+        graph_module: functional pre-dispatch ATen graph; its output is a tuple, tensor nodes carry ``meta["val"]``.
+        inputs: what each placeholder is.
+        options: of the backend.
+
+    Raises:
+        GraphError: a pass broke an invariant.
+        OptionError: a pass that cannot be disabled is named.
+    """
+    report = Report()
+    runner = _Runner(options, report)
+    kinds = families(options)
+    edit = graph_module
+    runner.dump("traced", edit)
+    runner.run("canonicalize", edit, lambda: canonicalize(edit, report))
+    runner.run("normalise_attention", edit, lambda: normalise_attention(edit, report))
+    runner.run("propagate_domains", edit, lambda: propagate_domains(edit, inputs, kinds, report))
+    record = _copy(edit)
+    spatial = [node for node in edit.graph.nodes if node.op == "placeholder" and spatial_of(node)]
+    for family in kinds:
+        runner.run(family.name, edit, lambda family=family: rewrite_family(family, edit, report))  # type: ignore[misc]
+    runner.run("densify", edit, lambda: densify(edit, report))
+    report.mac_counts = list(count_macs(record.graph, edit.graph))
+    runner.run("lower_conversions", edit, lambda: lower_conversions(edit, report))
+    eliminate_dead_code(edit.graph)
+    runner.run("insert_cache_ops", edit, lambda: insert_cache_ops(edit, record, report))
+    prologue: list[fx.GraphModule | None] = []
+    runner.run("hoist_parameters", edit, lambda: prologue.append(hoist_parameters(edit, inputs, report)[1]))
+    started = time.perf_counter()
+    lifted, saving, edit_inputs = lift_edit(edit, report.sites, report)
+    lift_stores(record, report.sites, report)
+    report.seconds["lift_cache_io"] = time.perf_counter() - started
+    runner.dump("lift_cache_io_record", record)
+    runner.dump("lift_cache_io_edit", lifted)
+    needed = [source.reference for source in edit_inputs if source.kind == "plan"]
+    output = next(iter(reversed(record.graph.nodes)))
+    program = Program(
+        record=record,
+        edit=lifted if spatial else None,
+        edit_save=saving if spatial else None,
+        prologue=prologue[0],
+        edit_inputs=edit_inputs,
+        sites=report.sites,
+        domains=tuple(sorted({item.of for item in needed if isinstance(item.of, Domain)})),  # type: ignore[union-attr]
+        stencils=tuple(dict.fromkeys(item.of for item in needed if isinstance(item.of, Stencil))),  # type: ignore[union-attr]
+        mask_domain=max((spatial_of(node).domain for node in spatial), key=lambda d: d.size, default=None),  # type: ignore[union-attr]
+        batch=shape_of(spatial[0])[0] if spatial else None,
+        report=report,
+        parameter_positions=tuple(i for i, info in enumerate(inputs) if info.kind == "parameter"),
+        scalar_positions=tuple(i for i, info in enumerate(inputs) if info.kind == "scalar"),
+        output_count=len(output.args[0]) - len(report.sites),
+    )
+    return verify(program)

@@ -1,0 +1,60 @@
+"""The product of the passes: lifted, functional graphs, and what the runtime must supply to run them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fisedit_compile.passes.report import Report
+from fisedit_compile.runtime.spec import Domain, PlanInput, Site, Stencil
+from torch import fx
+
+
+@dataclass(frozen=True)
+class InputInfo:
+    """What a flat input of the traced graph is: ``parameter`` (also buffers), ``scalar`` (compared between record
+    and edit) or ``user`` (all others)."""
+
+    kind: str
+    name: str
+
+
+@dataclass(frozen=True)
+class GraphInput:
+    """Where an input of the edit graph comes from.
+
+    ``argument``: the call's flat argument number ``reference``; ``hoisted``: output ``reference`` of the prologue;
+    ``plan``: a tensor made from the mask; ``recorded``: the site named ``reference`` of the recorded call.
+    """
+
+    kind: str
+    reference: int | str | PlanInput
+
+
+@dataclass
+class Program:
+    """One compiled graph. See docs/architecture.md for how the graphs relate.
+
+    Attributes:
+        record: dense graph; outputs are the original outputs followed by one tensor for each site.
+        edit: graph over rows; inputs as in ``edit_inputs``; outputs are the original outputs.
+        edit_save: as ``edit``, followed by one update for each site (rows ``[B, N, *C]``, a value, or None: keep).
+        prologue: computes what depends on parameters only (packed weights); inputs are the flat inputs.
+        sites: what a recorded call stores, in order; outputs are sites named ``output:0`` and so on.
+        mask_domain: finest resolution of the spatial inputs; None when nothing is spatial.
+        batch: batch size of all spatial values; None when nothing is spatial.
+    """
+
+    record: fx.GraphModule
+    edit: fx.GraphModule | None
+    edit_save: fx.GraphModule | None
+    prologue: fx.GraphModule | None
+    edit_inputs: tuple[GraphInput, ...]
+    sites: tuple[Site, ...]
+    domains: tuple[Domain, ...]
+    stencils: tuple[Stencil, ...]
+    mask_domain: Domain | None
+    batch: int | None
+    report: Report
+    parameter_positions: tuple[int, ...]
+    scalar_positions: tuple[int, ...]
+    output_count: int

@@ -1,0 +1,94 @@
+"""What the passes did and did not do, and why: the source of ``fisedit.explain``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from fisedit_compile.runtime.spec import Domain, Site
+from torch import fx
+
+
+@dataclass(frozen=True)
+class Miss:
+    """A rule that looked at a node and did not apply."""
+
+    pass_name: str
+    node: str
+    target: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class MacCount:
+    """Multiply-accumulates of one node of the dense graph.
+
+    ``domain`` is the resolution of its output rows when the node runs on rows, else None.
+    """
+
+    node: str
+    kind: str
+    macs: int
+    domain: Domain | None
+
+
+@dataclass
+class Report:
+    """Counts, reasons and sizes gathered while a program is built.
+
+    Attributes:
+        matches: rewrites by pass name.
+        misses: rules that did not apply, each with its reason.
+        dense_nodes: nodes that stay dense although they read or make a spatial value.
+        mac_counts: one entry for each convolution, linear layer, matrix product and attention.
+        sites: what one recorded call stores.
+        seconds: time spent by pass name.
+        connections: how many values flow between two resolutions, by kind of connection.
+    """
+
+    matches: Counter[str] = field(default_factory=Counter)
+    misses: list[Miss] = field(default_factory=list)
+    dense_nodes: list[Miss] = field(default_factory=list)
+    mac_counts: list[MacCount] = field(default_factory=list)
+    sites: tuple[Site, ...] = ()
+    seconds: dict[str, float] = field(default_factory=dict)
+    connections: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+
+    def match(self, pass_name: str) -> None:
+        """Count one rewrite."""
+        self.matches[pass_name] += 1
+
+    def miss(self, pass_name: str, node: fx.Node, reason: str) -> None:
+        """Note that the rule of ``pass_name`` did not apply to ``node``."""
+        self.misses.append(Miss(pass_name, node.name, str(node.target), reason))
+
+    def stays_dense(self, node: fx.Node, reason: str) -> None:
+        """Note that ``node`` runs densely."""
+        self.dense_nodes.append(Miss("densify", node.name, str(node.target), reason))
+
+    @property
+    def total_macs(self) -> int:
+        """Multiply-accumulates of one dense call."""
+        return sum(count.macs for count in self.mac_counts)
+
+    @property
+    def sparse_macs(self) -> int:
+        """Multiply-accumulates of the nodes that run on rows, counted as if dense."""
+        return sum(count.macs for count in self.mac_counts if count.domain is not None)
+
+    @property
+    def sparse_mac_fraction(self) -> float:
+        """Share of the multiply-accumulates that the edit graph spends on rows only; 0.0 without any."""
+        return self.sparse_macs / self.total_macs if self.total_macs else 0.0
+
+    def macs_at(self, densities: Mapping[Domain, float]) -> float:
+        """Multiply-accumulates of one edit call, given the share of active positions of each resolution."""
+        return sum(
+            count.macs * (densities[count.domain] if count.domain is not None else 1.0) for count in self.mac_counts
+        )
+
+    @property
+    def bytes_stored(self) -> int:
+        """Bytes one recorded call stores at the computed dtypes."""
+        return sum(site.bytes for site in self.sites)

@@ -1,0 +1,167 @@
+"""Pooling, resizing, padding and pixel shuffling on rows.
+
+Why: these change the resolution. Like a convolution they are stencils: each target position reads a few source
+positions, the inactive ones among them from the recorded input.
+
+Before: ``y = avg_pool2d(x, 2)``            After: ``y = to_map(div(sum(gather_taps(x rows), 2), 4))``
+Before: ``y = max_pool2d(x, 3, 2, 1)``      After: ``y = to_map(amax(gather_taps(x rows, fill=-inf), 2))``
+Before: ``y = upsample_nearest2d(x, ...)``  After: ``y = to_map(select(gather_taps(x rows), 2, 0))``
+Before: ``y = upsample_bilinear2d(x, ...)`` After: ``y = to_map(sum(mul(gather_taps(x rows), weights), 2))``
+Before: ``y = pixel_shuffle(x, f)``         After: ``y = to_map(pixel_select(gather_taps(x rows), subposition, f))``
+
+Conditions:
+1. x is spatial with dimensions (batch, channel, height, width).
+2. Pooling does not round its output size up while it counts padding.
+3. A pad adds to height and width only, and removes nothing.
+4. An adaptive pooling divides both sizes evenly, into windows of at most 64 positions.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from fisedit_compile.passes.arguments import pair, read_arguments
+from fisedit_compile.passes.family import Family, Inferred, rewrite_family
+from fisedit_compile.passes.ir import RowsBuilder, shape_of, spatial_of
+from fisedit_compile.passes.layouts import NCHW, Spatial
+from fisedit_compile.passes.report import Report
+from fisedit_compile.passes.targets import aten
+from fisedit_compile.runtime.spec import Domain, Stencil
+from torch import fx
+
+NAME = "resample"
+NEAREST = {aten.upsample_nearest2d.vec, aten.upsample_nearest2d.default}
+BILINEAR = {aten.upsample_bilinear2d.vec, aten.upsample_bilinear2d.default}
+PADS = {
+    aten.constant_pad_nd.default: "constant",
+    aten.reflection_pad2d.default: "reflect",
+    aten.replication_pad2d.default: "replicate",
+    aten.pad.default: "",
+}
+POOLS = {aten.avg_pool2d.default, aten.max_pool2d.default, aten.adaptive_avg_pool2d.default}
+SHUFFLES = {aten.pixel_shuffle.default: "pixel_shuffle", aten.pixel_unshuffle.default: "pixel_unshuffle"}
+TARGETS = NEAREST | BILINEAR | set(PADS) | POOLS | set(SHUFFLES)
+LARGEST_WINDOW = 64
+
+
+def _scales(given: dict[str, Any]) -> tuple[float, float]:
+    """Scale factors as the operator uses them; 0.0 where it derives them from the sizes."""
+    factors = given.get("scale_factors")
+    if factors:
+        return float(factors[0]), float(factors[1])
+    return float(given.get("scales_h") or 0.0), float(given.get("scales_w") or 0.0)
+
+
+def _window(source: Domain, target: Domain, given: dict[str, Any]) -> Stencil:
+    kernel = pair(given["kernel_size"])
+    stride = pair(given["stride"]) if given["stride"] else kernel
+    padding, dilation = pair(given["padding"]), pair(given.get("dilation", 1))
+    return Stencil.of(
+        "window",
+        source,
+        target,
+        kernel_height=kernel[0],
+        kernel_width=kernel[1],
+        stride_y=stride[0],
+        stride_x=stride[1],
+        padding_y=padding[0],
+        padding_x=padding[1],
+        dilation_y=dilation[0],
+        dilation_x=dilation[1],
+    )
+
+
+def read_stencil(node: fx.Node, source: Domain, target: Domain) -> Stencil | str:
+    """The stencil of a resampling node, or the reason why it has none."""
+    given = read_arguments(node)
+    if node.target in NEAREST:
+        scale_y, scale_x = _scales(given)
+        return Stencil.of("nearest", source, target, scale_y=scale_y, scale_x=scale_x)
+    if node.target in BILINEAR:
+        scale_y, scale_x = _scales(given)
+        corners = bool(given["align_corners"])
+        return Stencil.of("bilinear", source, target, align_corners=corners, scale_y=scale_y, scale_x=scale_x)
+    if node.target in SHUFFLES:
+        factor = int(given.get("upscale_factor") or given["downscale_factor"])
+        return Stencil.of(SHUFFLES[node.target], source, target, factor=factor)
+    if node.target in PADS:
+        amounts = [int(amount) for amount in given.get("padding", given.get("pad"))]
+        mode = PADS[node.target] or str(given["mode"])
+        if any(amounts[4:]) or len(amounts) < 2 or min(amounts) < 0:
+            return "it pads other dimensions than height and width, or removes positions"
+        left, right, top, bottom = (*amounts, 0, 0)[:4]
+        return Stencil.of("pad", source, target, left=left, right=right, top=top, bottom=bottom, mode=mode)
+    if node.target is aten.adaptive_avg_pool2d.default:
+        if source.height % target.height or source.width % target.width:
+            return "an adaptive pooling with windows of different sizes"
+        kernel = (source.height // target.height, source.width // target.width)
+        if math.prod(kernel) > LARGEST_WINDOW:
+            return f"a pooling window of {math.prod(kernel)} positions, more than {LARGEST_WINDOW}"
+        given = {"kernel_size": kernel, "stride": kernel, "padding": 0}
+    elif given["ceil_mode"] and given.get("count_include_pad") and pair(given["padding"]) != (0, 0):
+        return "the output size is rounded up while padding is counted"
+    return _window(source, target, given)
+
+
+def infer(node: fx.Node) -> Inferred:
+    """NCHW at the resolution of the output."""
+    spatial = spatial_of(node.args[0])
+    if spatial is None or spatial.dims != NCHW:
+        return "the input is not a spatial value with dimensions (batch, channel, height, width)"
+    target = Domain(*shape_of(node)[2:])
+    stencil = read_stencil(node, spatial.domain, target)
+    return stencil if isinstance(stencil, str) else Spatial(target, NCHW)
+
+
+def _average(node: fx.Node, builder: RowsBuilder, taps: fx.Node, stencil: Stencil) -> fx.Node:
+    given = read_arguments(node)
+    total = builder.call(aten.sum.dim_IntList, taps, [2])
+    divisor = given.get("divisor_override")
+    ceil_without_padding = bool(given.get("ceil_mode"))
+    if divisor or (given.get("count_include_pad", True) and not ceil_without_padding):
+        return builder.call(aten.div.Scalar, total, divisor or stencil.taps)
+    inside = builder.call(aten.unsqueeze.default, builder.plan("inside", stencil), 2)
+    return builder.call(aten.div.Tensor, total, inside)
+
+
+def rewrite(node: fx.Node, builder: RowsBuilder) -> str | None:
+    """Gather the taps and combine them."""
+    x = node.args[0]
+    assert isinstance(x, fx.Node)
+    source, target = spatial_of(x), spatial_of(node)
+    assert source is not None and target is not None
+    stencil = read_stencil(node, source.domain, target.domain)
+    assert isinstance(stencil, Stencil)
+    fill = 0.0
+    if node.target is aten.max_pool2d.default:
+        fill = -math.inf
+    elif node.target in PADS:
+        fill = float(read_arguments(node).get("value") or 0.0)
+    taps = builder.taps(x, stencil, fill)  # [B, N, K, C]
+    if node.target is aten.max_pool2d.default:
+        rows = builder.call(aten.amax.default, taps, [2])
+    elif node.target in POOLS:
+        rows = _average(node, builder, taps, stencil)
+    elif node.target in BILINEAR:
+        weights = builder.call(aten.unsqueeze.default, builder.plan("weights", stencil), 3)
+        weights = builder.call(aten.to.dtype, weights, node.meta["val"].dtype)
+        rows = builder.call(aten.sum.dim_IntList, builder.call(aten.mul.Tensor, taps, weights), [2])
+    elif node.target is aten.pixel_shuffle.default:
+        subposition = builder.plan("subposition", stencil)
+        rows = builder.call(torch.ops.fisedit.pixel_select.default, taps, subposition, stencil.integer("factor"))
+    elif node.target is aten.pixel_unshuffle.default:
+        rows = builder.call(aten.flatten.using_ints, builder.call(aten.transpose.int, taps, 2, 3), 2, 3)
+    else:
+        rows = builder.call(aten.select.int, taps, 2, 0)
+    builder.replace(rows)
+    return None
+
+
+FAMILY = Family(NAME, TARGETS.__contains__, infer, rewrite)
+
+
+def resample(graph_module: fx.GraphModule, report: Report) -> fx.GraphModule:
+    """Run the pass in place and return the module."""
+    return rewrite_family(FAMILY, graph_module, report)

@@ -1,0 +1,51 @@
+"""Check what every lifted graph must satisfy, so that a defect of a pass is an error and never a wrong picture.
+
+Conditions:
+1. No marker node is left.
+2. The record graph returns the original outputs followed by one tensor for each site.
+3. The edit graphs have one placeholder for each edit input; edit_save returns one update for each site.
+4. Every recorded input names a site, and site names are unique.
+"""
+
+from __future__ import annotations
+
+from fisedit_compile.passes.ir import MARKERS
+from fisedit_compile.passes.program import Program
+from torch import fx
+
+from fisedit_compile.errors import GraphError
+
+
+def _check(condition: bool, text: str) -> None:
+    if not condition:
+        raise GraphError(text)
+
+
+def _returned(graph_module: fx.GraphModule) -> int:
+    output = next(iter(reversed(graph_module.graph.nodes)))
+    return len(output.args[0])
+
+
+def verify(program: Program) -> Program:
+    """Return the program unchanged.
+
+    Raises:
+        GraphError: a condition is violated; the text says which.
+    """
+    names = [site.name for site in program.sites]
+    _check(len(set(names)) == len(names), "two cache sites share a name")
+    _check(_returned(program.record) == program.output_count + len(names), "the record graph misses a store")
+    for graph_module in (program.record, program.edit, program.edit_save, program.prologue):
+        if graph_module is not None:
+            left = [node.name for node in graph_module.graph.nodes if node.target in MARKERS]
+            _check(not left, f"marker nodes are left: {', '.join(left)}")
+    if program.edit is None or program.edit_save is None:
+        return program
+    for graph_module in (program.edit, program.edit_save):
+        count = sum(node.op == "placeholder" for node in graph_module.graph.nodes)
+        _check(count == len(program.edit_inputs), f"{count} placeholders for {len(program.edit_inputs)} edit inputs")
+    _check(_returned(program.edit) == program.output_count, "the edit graph misses an output")
+    _check(_returned(program.edit_save) == program.output_count + len(names), "the saving edit graph misses an update")
+    recorded = {source.reference for source in program.edit_inputs if source.kind == "recorded"}
+    _check(recorded <= set(names), f"inputs read unknown sites: {sorted(map(str, recorded - set(names)))}")
+    return program

@@ -1,0 +1,101 @@
+"""What a compiled program asks of the runtime, as plain data: domains, stencils, plan inputs and cache sites."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+Parameter = int | float | str | bool
+
+
+@dataclass(frozen=True, order=True)
+class Domain:
+    """A spatial resolution; a position in it is the row-major number ``y * width + x``."""
+
+    height: int
+    width: int
+
+    @property
+    def size(self) -> int:
+        """Number of positions."""
+        return self.height * self.width
+
+    def __str__(self) -> str:
+        return f"{self.height}x{self.width}"
+
+
+@dataclass(frozen=True)
+class Stencil:
+    """How each position of ``target`` reads positions of ``source``: one tap for each position it reads.
+
+    ``kind`` is ``window`` (convolution, pooling), ``transposed`` (transposed convolution), ``nearest``, ``bilinear``,
+    ``pad``, ``pixel_shuffle`` or ``pixel_unshuffle``; ``parameters`` are sorted name-value pairs of that kind.
+    """
+
+    kind: str
+    source: Domain
+    target: Domain
+    parameters: tuple[tuple[str, Parameter], ...]
+
+    @classmethod
+    def of(cls, kind: str, source: Domain, target: Domain, **parameters: Parameter) -> Stencil:
+        """Build a stencil from keyword parameters."""
+        return cls(kind, source, target, tuple(sorted(parameters.items())))
+
+    def __getitem__(self, name: str) -> Parameter:
+        return dict(self.parameters)[name]
+
+    def integer(self, name: str) -> int:
+        """The parameter ``name`` as an int."""
+        return int(self[name])
+
+    @property
+    def taps(self) -> int:
+        """Number of source positions a target position reads."""
+        if self.kind in ("window", "transposed"):
+            return self.integer("kernel_height") * self.integer("kernel_width")
+        if self.kind == "bilinear":
+            return 4
+        if self.kind == "pixel_unshuffle":
+            return self.integer("factor") ** 2
+        return 1
+
+
+@dataclass(frozen=True)
+class PlanInput:
+    """A graph input derived from the mask: ``index`` or ``valid`` of a domain; ``halo``, ``table``, ``weights``,
+    ``subposition`` or ``inside`` of a stencil."""
+
+    kind: str
+    of: Domain | Stencil
+
+
+@dataclass(frozen=True)
+class Site:
+    """One tensor that a recorded call stores.
+
+    Attributes:
+        name: unique within a program.
+        kind: ``spatial`` (an edit replaces rows of it) or ``value`` (kept, or replaced as a whole).
+        domain: resolution of a spatial site.
+        order: permutation of a spatial site's dimensions to (batch, space..., channels...).
+        space_rank: how many dimensions its space takes: 2 for height and width, 1 when flattened.
+        shape, dtype: of the stored tensor as computed (a runtime may store another dtype).
+    """
+
+    name: str
+    kind: str
+    domain: Domain | None
+    order: tuple[int, ...]
+    space_rank: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        """Size in bytes at the computed dtype."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count * self.dtype.itemsize
