@@ -7,11 +7,12 @@ Before: ``c = lift_fresh_copy(get_attr)``, ``d = dropout(x, 0.1, False)``, ``e =
 After:  ``c = get_attr``, ``d = x``, ``e = x``, ``f = to.dtype(x, y.dtype)``, ``g = x``
 
 Conditions:
-1. A copy (clone, contiguous, detach, alias, lift_fresh_copy) is dropped unless it is a graph output or copies a graph
-   input straight into one: the graph is functional, so nobody can tell. A clone to another memory format is dropped
-   as well; strides are not part of a value.
+1. A copy (clone, contiguous, lift_fresh_copy) is dropped unless it is a graph output: the graph is functional, so
+   nobody can tell, but a caller may write into an output. A clone to another memory format is dropped as well; strides
+   are not part of a value.
 2. dropout is dropped when it is not training or its probability is 0.
 3. A cast to the dtype and device the value already has is dropped, also an expand to the same shape.
+4. Nothing that stands between a graph input and an output (also detach and alias) is dropped.
 """
 
 from __future__ import annotations
@@ -22,12 +23,15 @@ from fisedit_compile.passes.targets import NO_OPERATION, aten
 from torch import fx
 
 NAME = "canonicalize"
+DROPOUTS = (aten.dropout.default, aten.feature_dropout.default)
+#: Operators that are called for a result of its own memory.
+COPIES = {aten.clone.default, aten.contiguous.default, aten.lift_fresh_copy.default, aten._to_copy.default}
 
 
 def _replacement(node: fx.Node) -> fx.Node | str | None:
     """The input that can stand for the node, a reason why not, or None when no rule looks at it."""
     target = node.target
-    if target in (aten.dropout.default, aten.feature_dropout.default):
+    if target in DROPOUTS:
         probability, training = node.args[1], node.args[2]
         if training and probability != 0:
             return "dropout in training mode is random"
@@ -43,15 +47,19 @@ def _replacement(node: fx.Node) -> fx.Node | str | None:
         return None
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    if source.op == "placeholder" and any(user.op == "output" for user in node.users):
-        return "it copies a graph input into an output"
+    if any(user.op == "output" for user in node.users):
+        if target in COPIES:
+            return "it makes an output that shares no memory"
+        if source.op == "placeholder":
+            return "it copies a graph input into an output"
     return source
 
 
 def canonicalize(graph_module: fx.GraphModule, report: Report) -> fx.GraphModule:
     """Run the pass in place and return the module."""
     graph = graph_module.graph
-    for node in list(graph.nodes):
+    # From the end, so that the copy behind several others is the one that is kept for an output.
+    for node in reversed(list(graph.nodes)):
         if node.op != "call_function":
             continue
         if node.target is aten.type_as.default:
@@ -68,7 +76,7 @@ def canonicalize(graph_module: fx.GraphModule, report: Report) -> fx.GraphModule
             node.replace_all_uses_with(found)
             graph.erase_node(node)
             report.match(NAME)
-        elif isinstance(found, str) and node.target is aten.dropout.default:
+        elif isinstance(found, str) and node.target in DROPOUTS:
             report.miss(NAME, node, found)
     graph.eliminate_dead_code()
     graph_module.recompile()

@@ -6,17 +6,21 @@ their dimensions brought into the order of rows.
 Before: ``y = add(x, t)`` with t of shape [B, C, 1, 1]   After: ``y = to_map(add(to_rows(x), reshape(t, [B, 1, C])))``
 Before: ``y = mul(x, p)`` with p of shape [1, C, H, W]   After: ``y = to_map(mul(to_rows(x), gather_rows(p, index)))``
 Before: ``y = softmax(x, 1)``                            After: ``y = to_map(softmax(to_rows(x), 2))``
+Before: ``y = prelu(x, w)`` with w of shape [C]          After: ``y = to_map(where(gt(rows, 0), rows, mul(rows, w)))``
 
 Conditions:
 1. All spatial operands have the same resolution and the same dimensions as the output.
 2. Any other operand broadcasts to the output without adding dimensions.
 3. A reduction works on channel dimensions only.
+4. A prelu with several weights has the channels in dimension 1, where it looks for them.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
 from fisedit_compile.passes.arguments import read_arguments
 from fisedit_compile.passes.family import Family, Inferred, rewrite_family
 from fisedit_compile.passes.ir import RowsBuilder, shape_of, spatial_of
@@ -45,8 +49,8 @@ REDUCTIONS = {
 
 def _infer_elementwise(node: fx.Node) -> Inferred:
     value = node.meta.get("val")
-    if value is None or isinstance(value, (tuple, list)):
-        return "it has several outputs"
+    if not isinstance(value, torch.Tensor):
+        return "it does not return one tensor"
     rank = len(shape_of(node))
     operands = [(item, spatial) for item in node.all_input_nodes if (spatial := spatial_of(item)) is not None]
     first = operands[0][1]
@@ -59,7 +63,25 @@ def _infer_elementwise(node: fx.Node) -> Inferred:
             return "the batch is broadcast"
     if any(shape_of(node)[dim] != shape_of(operands[0][0])[dim] for dim in first.space_dims):
         return "the positions are broadcast"
+    if _has_channel_weights(node) and first.channel_dims[:1] != (1,):
+        return "the weights of a prelu do not belong to a channel dimension"
     return first
+
+
+def _has_channel_weights(node: fx.Node) -> bool:
+    """Whether the node is a prelu whose weights lie along dimension 1, unlike operands that broadcast."""
+    return node.target is aten.prelu.default and math.prod(shape_of(node.args[1])) > 1  # type: ignore[arg-type]
+
+
+def _rewrite_prelu(node: fx.Node, builder: RowsBuilder) -> str | None:
+    x, weight = node.args
+    spatial = spatial_of(node)
+    assert isinstance(x, fx.Node) and spatial is not None
+    rows = builder.rows(x)
+    weight = builder.call(aten.reshape.default, weight, [-1] + [1] * (len(spatial.channel_dims) - 1))
+    positive = builder.call(aten.gt.Scalar, rows, 0)
+    builder.replace(builder.call(aten.where.self, positive, rows, builder.call(aten.mul.Tensor, rows, weight)))
+    return None
 
 
 def _reduced_dims(node: fx.Node, rank: int) -> list[int]:
@@ -101,8 +123,10 @@ def _rewrite_elementwise(node: fx.Node, builder: RowsBuilder) -> str | None:
             return value
         return converted
 
-    args = fx.node.map_aggregate(node.args, convert)
-    kwargs = fx.node.map_aggregate(node.kwargs, convert)
+    # Rows have another rank than the map, so its memory format says nothing about them.
+    kept = tuple(value for value in node.args if not isinstance(value, torch.memory_format))
+    args = fx.node.map_aggregate(kept, convert)
+    kwargs = fx.node.map_aggregate({k: v for k, v in node.kwargs.items() if k != "memory_format"}, convert)
     if reasons:
         return reasons[0]
     builder.replace(builder.call(node.target, *args, **kwargs))
@@ -126,7 +150,9 @@ def _rewrite_reduction(node: fx.Node, builder: RowsBuilder) -> str | None:
 
 def rewrite(node: fx.Node, builder: RowsBuilder) -> str | None:
     """Run the same operator on rows."""
-    return (_rewrite_reduction if node.target in REDUCTIONS else _rewrite_elementwise)(node, builder)
+    if node.target in REDUCTIONS:
+        return _rewrite_reduction(node, builder)
+    return _rewrite_prelu(node, builder) if _has_channel_weights(node) else _rewrite_elementwise(node, builder)
 
 
 FAMILY = Family(NAME, lambda target: is_elementwise(target) or target in REDUCTIONS, infer, rewrite)

@@ -1,0 +1,56 @@
+"""A ``torch.compile`` backend that makes a second run of a network compute only the region that changes."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fisedit_compile import errors
+    from fisedit_compile.explain import explain
+    from fisedit_compile.pipelines import EditSession
+    from fisedit_compile.runtime import Runtime, default_runtime
+
+    __version__: str
+
+__all__ = ["EditSession", "Runtime", "__version__", "default_runtime", "errors", "explain"]
+
+# Nothing below is imported before it is used: the command line must answer --help at once.
+_SOURCES = {
+    "EditSession": "fisedit_compile.pipelines",
+    "Runtime": "fisedit_compile.runtime",
+    "default_runtime": "fisedit_compile.runtime",
+    "explain": "fisedit_compile.explain",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name == "__version__":
+        value: object = importlib.import_module("importlib.metadata").version("fisedit-compile")
+    elif name == "errors":
+        value = importlib.import_module("fisedit_compile.errors")
+    elif name in _SOURCES:
+        value = getattr(importlib.import_module(_SOURCES[name]), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """Keeps ``fisedit_compile.explain`` the function: importing the module of that name, from anywhere, would
+    otherwise put the module in its place."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "explain" and isinstance(value, ModuleType):
+            value = value.explain
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,160 @@
+"""The backend that ``torch.compile(..., backend="fisedit")`` finds through its entry point."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fisedit_compile import private
+from fisedit_compile.config import Options, parse_options
+from fisedit_compile.errors import OptionError
+from fisedit_compile.executable import Executable, GraphIdentity
+from fisedit_compile.passes import InputInfo, Program, build_program
+from fisedit_compile.runtime import Runtime, default_runtime
+from fisedit_compile.tracing import UntraceableGraph, describe_inputs, trace
+
+logger = logging.getLogger(__name__)
+
+# A silent fallback to eager inside record or edit would be a wrong picture.
+Runtime.add_hook(private.strict_recompiles)
+
+
+def _describe(value: object) -> str:
+    """A value of the graph in words that are equal in every process."""
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} {value.dtype} {value.device.type}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_describe, value))}]"
+    # A dynamic number is told by its type: its symbol's name may differ from one trace to the next.
+    return type(value).__name__
+
+
+def structural_hash(graph_module: fx.GraphModule, infos: Sequence[InputInfo], extra: str = "") -> str:
+    """A hash of a traced graph: its operators, how they are connected, shapes, dtypes and constants.
+
+    Names of nodes and inputs that tracing made constant do not count: the same network gets the same hash whether or
+    not Dynamo made its sizes dynamic. ``extra`` is hashed as well.
+    """
+    digest = hashlib.sha256(extra.encode())
+    numbers: dict[fx.Node, str] = {}
+    inputs = iter(infos)
+    for node in graph_module.graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "placeholder":
+            info = next(inputs)
+            if "val" in node.meta and isinstance(value, (bool, int, float, type(None))):
+                continue
+            text = f"input {info.kind}"
+        elif node.op == "get_attr":
+            text = f"constant {_content(getattr(graph_module, str(node.target)))}"
+        else:
+            arguments = fx.map_arg((node.args, node.kwargs), lambda argument: _Reference(numbers[argument]))
+            text = f"{node.op} {_target_name(node.target)} {arguments}"
+        numbers[node] = f"%{len(numbers)}"
+        digest.update(f"{text} -> {_describe(value)}\n".encode())
+    return digest.hexdigest()
+
+
+def _target_name(target: Any) -> str:
+    """A function's name without its address; whatever else as text."""
+    if isinstance(target, (str, private.OpOverload)) or not hasattr(target, "__qualname__"):
+        return str(target)
+    return f"{target.__module__}.{target.__qualname__}"
+
+
+class _Reference:
+    """Stands for a node in hashed text."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __repr__(self) -> str:
+        return self._name
+
+
+def _content(constant: Any) -> str:
+    if not isinstance(constant, Tensor):
+        return type(constant).__name__
+    flat = constant.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return f"{_describe(constant)} {hashlib.sha256(flat.numpy().tobytes()).hexdigest()}"
+
+
+def _label(infos: Sequence[InputInfo], example_inputs: Sequence[Any]) -> str:
+    """A graph in words: its user inputs."""
+    parts = [
+        f"{info.name} {'x'.join(str(int(size)) for size in value.shape)} {str(value.dtype).removeprefix('torch.')}"
+        for info, value in zip(infos, example_inputs, strict=True)
+        if info.kind == "user" and isinstance(value, Tensor)
+    ]
+    return f"the graph of {', '.join(parts)}" if parts else "the graph without tensor inputs"
+
+
+def _surroundings(example_inputs: Sequence[Any], options: Options) -> str:
+    """What a program depends on besides its graph."""
+    devices = sorted({value.device.type for value in example_inputs if isinstance(value, Tensor)})
+    casts = [
+        f"{device}:{torch.get_autocast_dtype(device)}"
+        for device in devices
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    ]
+    return f"norm={options.norm} disabled={sorted(options.disabled_passes)} autocast={casts}"
+
+
+def fisedit(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Executable:
+    """Compile one Dynamo graph.
+
+    Args:
+        gm: the graph; outside record and edit it runs as it is.
+        example_inputs: its flat inputs.
+        mode: one of ``config.MODES``.
+        options: ``runtime`` (a ``Runtime``; None: ``default_runtime()``), ``norm``, ``lowering``, ``disable_passes``.
+
+    Returns:
+        What Dynamo calls in place of the graph.
+
+    Raises:
+        OptionError: an option is unknown or has an invalid value.
+    """
+    runtime, parsed = parse_options(mode, options)
+    if runtime is None:
+        runtime = default_runtime()
+    if not isinstance(runtime, Runtime):
+        raise OptionError(f"option runtime must be a fisedit_compile.Runtime, got a {type(runtime).__name__}")
+    surroundings = _surroundings(example_inputs, parsed)
+    infos = describe_inputs(gm, example_inputs)
+    label = _label(infos, example_inputs)
+    try:
+        traced = trace(gm, example_inputs)
+    except UntraceableGraph as error:
+        logger.info("%s stays dense: %s", label, error)
+        digest = structural_hash(gm, infos, surroundings + _shapes(example_inputs))
+        identity = GraphIdentity(digest, label, infos, dense_reason=str(error))
+        return Executable(gm, None, runtime, identity)
+    # Hashed before the passes, which work on this very graph.
+    digest = structural_hash(traced.gm, traced.input_infos, surroundings)
+    program: Program = build_program(traced.gm, traced.input_infos, parsed)
+    digest = hashlib.sha256(f"{digest} {program.sites}".encode()).hexdigest()
+    identity = GraphIdentity(digest, label, infos, traced.numbers, traced.constants, _dense_reason(program))
+    return Executable(gm, program, runtime, identity, parsed.lowering)
+
+
+def _shapes(example_inputs: Sequence[Any]) -> str:
+    return str([tuple(int(size) for size in value.shape) for value in example_inputs if isinstance(value, Tensor)])
+
+
+def _dense_reason(program: Program) -> str | None:
+    """Why a traced graph has no edit graph."""
+    if program.batch is None or program.edit is None:
+        return "none of its inputs is a picture or a feature map"
+    return None

@@ -1,0 +1,100 @@
+"""``fisedit edit``: generate a picture and edit it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fisedit_compile.cli import options
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+def edit(
+    base_prompt: Annotated[str, typer.Option(help="What the picture shows before the edit.")],
+    prompt: Annotated[str, typer.Option(help="What it should show after the edit.")],
+    mask: Annotated[
+        Path | None,
+        typer.Option(help="Picture that is white where the edit may change something; found when left out."),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("fisedit-edit"),
+    model: options.Model = options.EMBEDDED,
+    seed: options.Seed = 0,
+    steps: options.Steps = 50,
+    scheduler: options.Scheduler = None,
+    guidance: options.Guidance = None,
+    negative_prompt: options.NegativePrompt = None,
+    size: options.Size = None,
+    device: options.Device = None,
+    precision: options.DataType = options.Precision.FLOAT32,
+    norm: Annotated[
+        options.Norm, typer.Option(help="Statistics of group norms: updated exactly, or as recorded.")
+    ] = options.Norm.EXACT,
+    storage: Annotated[
+        options.Precision | None, typer.Option(help="Type in which feature maps are recorded; as computed if left out.")
+    ] = None,
+    budget: Annotated[str | None, typer.Option(help="Most memory for recorded feature maps, such as 8GB.")] = None,
+    mask_steps: Annotated[int, typer.Option(help="Of 50 steps, how many run densely to find the mask.", min=1)] = 10,
+    mask_threshold: Annotated[
+        float | None, typer.Option(help="Threshold of the mask from 0 to 1; Otsu's method when left out.")
+    ] = None,
+    mask_growth: Annotated[int, typer.Option(help="Grow the found mask by so many latent cells.", min=0)] = 0,
+) -> None:
+    """Generate a picture, then edit it by a new prompt, computing only the part that changes.
+
+    Writes base.png, mask.png (the mask over the base), edited.png and report.json.
+    """
+    arguments = options.call_arguments(model, steps, guidance, negative_prompt, size)
+    painted = None
+    if mask is not None:
+        painted = read_mask(mask)
+    pipe = options.load_model(model, scheduler, device, precision)
+    import torch
+    from rich.console import Console
+
+    from fisedit_compile.cli import pictures, tables
+    from fisedit_compile.pipelines import AutomaticMask, EditSession
+
+    automatic = AutomaticMask(steps=mask_steps, threshold=mask_threshold, growth=mask_growth)
+    session = EditSession(
+        pipe,
+        storage=None if storage is None else getattr(torch, storage.value),
+        budget=budget,
+        norm=norm.value,
+        automatic_mask=automatic,
+    )
+    with options.pipeline_complaints():
+        pipe.set_progress_bar_config(desc="generating and recording")
+        base = session.generate(base_prompt, generator=torch.Generator().manual_seed(seed), **arguments)
+        pipe.set_progress_bar_config(desc="editing")
+        edited = session.edit(prompt, mask=painted, keep=False)
+    output.mkdir(parents=True, exist_ok=True)
+    base.image.save(output / "base.png")
+    pictures.overlay(base.image, pictures.mask_of(edited)).save(output / "mask.png")
+    edited.image.save(output / "edited.png")
+    reports = {"base": base.report, "edit": edited.report}
+    summary = {heading: report.to_dict() for heading, report in reports.items()}
+    (output / "report.json").write_text(json.dumps(summary, indent=2) + "\n")
+    Console().print(tables.report_table(f"{base_prompt} → {prompt}", reports))
+    for note in tables.notes(reports):
+        typer.echo(f"note: {note}")
+    typer.echo(f"pictures and report in {output}")
+
+
+def read_mask(path: Path) -> Image.Image:
+    """Read a mask.
+
+    Raises:
+        typer.BadParameter: the file is no picture.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as picture:
+            return picture.copy()
+    except (FileNotFoundError, IsADirectoryError, UnidentifiedImageError) as error:
+        raise typer.BadParameter(f"{path} is no picture that can be read", param_hint="--mask") from error

@@ -1,0 +1,38 @@
+"""``fisedit explain``: what the compiler makes sparse in a network, and what stays dense and why."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from fisedit_compile.cli import options
+
+
+def explain(
+    model: Annotated[
+        str,
+        typer.Option(
+            help="sd15, sd21, sdxl or scenes; or the folder of a diffusers pipeline, of which only the U-Net's "
+            "configuration is read.",
+            metavar="NAME",
+        ),
+    ] = "sd15",
+    size: options.Size = None,
+    batch: Annotated[int, typer.Option(help="Batch of a U-Net call; 2 is one picture with guidance.", min=1)] = 2,
+) -> None:
+    """Explain what becomes sparse in a U-Net.
+
+    Nothing is computed and no weights are needed: the network is built without them.
+    """
+    options.quiet()
+    from rich.console import Console
+
+    import fisedit_compile
+    from fisedit_compile import models
+
+    unet = models.build_unet(model, device="meta")
+    positional, named = models.example_inputs(model, options.parse_size(size), batch, device="meta")
+    with Console(stderr=True).status("tracing"):
+        report = fisedit_compile.explain(unet, *positional, **named)
+    typer.echo(str(report))

@@ -1,0 +1,174 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fisedit_compile.errors import FisEditError, PipelineError
+
+if TYPE_CHECKING:
+    import torch
+
+EMBEDDED = "scenes"
+"""Name of the model that comes with the package."""
+
+EMBEDDED_GUIDANCE = 3.0
+"""Guidance scale of the model that comes with the package."""
+
+
+class SchedulerName(StrEnum):
+    """Schedulers that can be chosen; a test holds this list to the one of the edit session."""
+
+    DDIM = "ddim"
+    PNDM = "pndm"
+    EULER = "euler"
+    DPM = "dpm++"
+    HEUN = "heun"
+
+
+class Precision(StrEnum):
+    """Types of the weights."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+
+
+class Norm(StrEnum):
+    """What becomes of the statistics of group norms in an edit."""
+
+    EXACT = "exact"
+    CACHED = "cached"
+
+
+Model = Annotated[
+    str,
+    typer.Option(
+        help="Folder of a diffusers pipeline with a U-Net (safetensors weights), or 'scenes', the small model that "
+        "comes with the package.",
+        metavar="PATH",
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Seed of the noise.", min=0)]
+Steps = Annotated[int, typer.Option(help="Number of scheduler steps.", min=1)]
+Scheduler = Annotated[
+    SchedulerName | None, typer.Option(help="Scheduler; the pipeline's own when left out.", case_sensitive=False)
+]
+Guidance = Annotated[
+    float | None, typer.Option(help="Guidance scale, on above 1; the pipeline's default when left out.", min=0.0)
+]
+NegativePrompt = Annotated[str | None, typer.Option(help="What the picture should not show.")]
+Size = Annotated[
+    str | None, typer.Option(help="Height and width in pixels, such as 512x768; the model's own when left out.")
+]
+Device = Annotated[str | None, typer.Option(help="Device, such as cpu or cuda:0; CUDA where there is one.")]
+DataType = Annotated[Precision, typer.Option(help="Type of the weights.", case_sensitive=False)]
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """Height and width from a text such as ``512x768``; None stays None.
+
+    Raises:
+        typer.BadParameter: the text is something else.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"\s*(\d+)\s*[xX]\s*(\d+)\s*", text)
+    if match is None or not int(match[1]) or not int(match[2]):
+        raise typer.BadParameter(f"expected height and width such as 512x768, got {text!r}", param_hint="--size")
+    return int(match[1]), int(match[2])
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of a name; None: CUDA where there is one.
+
+    Raises:
+        typer.BadParameter: there is no such device.
+    """
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error).splitlines() or ["unknown"])[0]
+        raise typer.BadParameter(f"cannot use device {name!r}: {reason}", param_hint="--device") from error
+    return device
+
+
+def load_model(model: str, scheduler: SchedulerName | None, device: str | None, precision: Precision) -> Any:
+    """Load a pipeline, ready to run.
+
+    Raises:
+        typer.BadParameter: there is no such folder or device.
+        PipelineError: the folder holds no pipeline that can be loaded.
+    """
+    folder = Path(model)
+    if model != EMBEDDED and not folder.is_dir():
+        raise typer.BadParameter(f"expected a folder or '{EMBEDDED}', and {model!r} is neither", param_hint="--model")
+    quiet()
+    import torch
+
+    place = choose_device(device)
+    dtype = getattr(torch, precision.value)
+    if model == EMBEDDED:
+        from fisedit_compile.scenes import load_pipeline
+
+        pipe = load_pipeline()
+    else:
+        from diffusers import DiffusionPipeline
+
+        try:
+            pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
+            raise PipelineError(f"{folder} does not hold a pipeline that can be loaded: {error}") from error
+    pipe.to(place, dtype)
+    if scheduler is not None:
+        from fisedit_compile.pipelines.schedulers import make_scheduler
+
+        pipe.scheduler = make_scheduler(scheduler.value, pipe.scheduler)
+    return pipe
+
+
+def call_arguments(
+    model: str, steps: int, guidance: float | None, negative_prompt: str | None, size: str | None
+) -> dict[str, Any]:
+    """Arguments of a pipeline call from those of the command line."""
+    arguments: dict[str, Any] = {"num_inference_steps": steps}
+    if guidance is None and model == EMBEDDED:
+        guidance = EMBEDDED_GUIDANCE
+    if guidance is not None:
+        arguments["guidance_scale"] = guidance
+    if negative_prompt is not None:
+        arguments["negative_prompt"] = negative_prompt
+    pixels = parse_size(size)
+    if pixels is not None:
+        arguments["height"], arguments["width"] = pixels
+    return arguments
+
+
+@contextmanager
+def pipeline_complaints() -> Iterator[None]:
+    """What the pipeline refuses (a size it cannot make, for example) is the user's to mend, not a defect."""
+    try:
+        yield
+    except FisEditError:
+        raise
+    except ValueError as error:
+        raise PipelineError(f"the pipeline refused to run: {error}") from error
+
+
+def quiet() -> None:
+    """Keep the libraries from talking about what the user did not ask for; before they are imported."""
+    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        os.environ.setdefault(name, "error")

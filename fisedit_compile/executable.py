@@ -1,0 +1,299 @@
+"""What Dynamo calls in place of a graph: dense, recorded or edited, as the runtime's phase says."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fisedit_compile.errors import CallMismatchError, GradientError, GraphError, ScalarMismatchError
+from fisedit_compile.lowering import Lowered, lower
+from fisedit_compile.passes.program import InputInfo, Program
+from fisedit_compile.prologues import prologues
+from fisedit_compile.runtime import EditPhase, PlanSpec, ProgramKey, RecordedCall, RecordPhase, Runtime, Site
+from fisedit_compile.runtime.plans import IndexPlan
+
+logger = logging.getLogger(__name__)
+
+Dense = Callable[..., Sequence[Tensor]]
+PASS_A_TENSOR = (
+    "pass it as a tensor (for example torch.tensor(t)): the compiler makes a graph of its own for the first value of a "
+    "Python number, so that the calls of an edit would not line up with the recorded ones"
+)
+
+
+@dataclass(frozen=True)
+class GraphIdentity:
+    """What a compiled graph is, apart from its code.
+
+    Attributes:
+        graph_hash: equal for graphs of equal structure, shapes and options.
+        label: the graph in words, for messages.
+        input_infos: one for each flat input.
+        numbers: positions of inputs that are Python numbers in the user's call.
+        constants: positions of inputs that tracing has fixed; they are guarded on and need no comparison.
+        dense_reason: why there is no program; None when there is one.
+    """
+
+    graph_hash: str
+    label: str
+    input_infos: tuple[InputInfo, ...]
+    numbers: tuple[int, ...] = ()
+    constants: frozenset[int] = frozenset()
+    dense_reason: str | None = None
+
+    def positions(self, *kinds: str) -> tuple[int, ...]:
+        """Positions of the inputs of these kinds."""
+        return tuple(at for at, info in enumerate(self.input_infos) if info.kind in kinds)
+
+
+def _picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """A fast function that takes the given positions of a sequence."""
+    if not positions:
+        return lambda values: ()
+    if len(positions) == 1:
+        (only,) = positions
+        return lambda values: (values[only],)
+    return itemgetter(*positions)
+
+
+class EditInputs:
+    """Puts the inputs of an edit graph in order; what does not change from call to call is worked out once."""
+
+    def __init__(self, program: Program, argument_count: int) -> None:
+        pools: dict[str, list[Any]] = {
+            "argument": list(range(argument_count)),
+            "hoisted": [],
+            "plan": [],
+            "recorded": [],
+        }
+        for source in program.edit_inputs:
+            if source.kind not in pools:
+                raise GraphError(f"unknown kind of edit input: {source.kind!r}")
+            if source.reference not in pools[source.kind]:
+                pools[source.kind].append(source.reference)
+        if pools["argument"] != list(range(argument_count)):
+            raise GraphError(f"an edit graph reads arguments {pools['argument']} of {argument_count}")
+        offsets: dict[tuple[str, Any], int] = {}
+        for kind, references in pools.items():
+            for reference in references:
+                offsets[kind, reference] = len(offsets)
+        self._order = _picker([offsets[source.kind, source.reference] for source in program.edit_inputs])
+        self._hoisted = _picker(pools["hoisted"])
+        self._plan_inputs = tuple(pools["plan"])
+        self._sites = tuple(pools["recorded"])
+        self._last_plan: tuple[weakref.ref[IndexPlan], tuple[Tensor | None, ...]] | None = None
+
+    def assemble(
+        self, arguments: Sequence[Any], hoisted: Sequence[Tensor], plan: IndexPlan, call: RecordedCall
+    ) -> tuple[Any, ...]:
+        """The inputs of the edit graph for one call."""
+        last = self._last_plan
+        if last is None or last[0]() is not plan:
+            last = (weakref.ref(plan), tuple(plan.tensor(wanted) for wanted in self._plan_inputs))
+            self._last_plan = last
+        return self._order((*arguments, *self._hoisted(hoisted), *last[1], *map(call.__getitem__, self._sites)))
+
+
+def _borrowed_outputs(program: Program) -> tuple[int, ...]:
+    """Outputs of the edit graph that are views of recorded, hoisted or plan tensors: the caller must not get those."""
+    if program.edit is None:
+        return ()
+    placeholders = [node for node in program.edit.graph.nodes if node.op == "placeholder"]
+    kept = {node for node, source in zip(placeholders, program.edit_inputs, strict=True) if source.kind != "argument"}
+    (results,) = next(node for node in program.edit.graph.nodes if node.op == "output").args
+    borrowed = []
+    for number, result in enumerate(results):
+        node = result
+        while isinstance(node, fx.Node) and node.op == "call_function":
+            schema = getattr(node.target, "_schema", None)
+            if schema is not None and not any(returned.alias_info for returned in schema.returns):
+                break
+            node = node.args[0] if node.args else None
+        if node in kept or (isinstance(node, fx.Node) and node.op == "get_attr"):
+            borrowed.append(number)
+    return tuple(borrowed)
+
+
+class Executable:
+    """A compiled graph. Outside record and edit it is the dense graph, with autograd and nothing added."""
+
+    def __init__(
+        self, dense: Dense, program: Program | None, runtime: Runtime, identity: GraphIdentity, lowering: str = "plain"
+    ) -> None:
+        """Args:
+        dense: the graph as Dynamo made it.
+        program: None when the graph always runs densely; ``identity.dense_reason`` then says why.
+        runtime: says what to do.
+        identity: names the graph in recordings and messages.
+        lowering: of the record and edit graphs.
+        """
+        self.dense = dense
+        self.program = program
+        self.identity = identity
+        self._runtime = runtime
+        self._lowering = lowering
+        self._lock = threading.Lock()
+        self._lowered: dict[str, Lowered] = {}
+        self._sites: tuple[Site, ...] = program.sites if program is not None else ()
+        self._names = tuple(site.name for site in self._sites)
+        self._sparse = program is not None and program.edit is not None and program.batch is not None
+        self._parameters = _picker(identity.positions("parameter"))
+        self._scalars = _picker([at for at in identity.positions("scalar") if at not in identity.constants])
+        self._users = identity.positions("user", "scalar")
+        self._numbers: weakref.WeakKeyDictionary[Any, tuple[Any, ...]] = weakref.WeakKeyDictionary()
+        self._hoisted: weakref.WeakKeyDictionary[EditPhase, dict[ProgramKey, tuple[Tensor, ...]]]
+        self._hoisted = weakref.WeakKeyDictionary()
+        self._key: ProgramKey | None = None
+        self._warned = False
+        if program is not None and self._sparse:
+            self._inputs = EditInputs(program, len(identity.input_infos))
+            self._borrowed = _borrowed_outputs(program)
+            self._output_names = tuple(f"output:{number}" for number in range(program.output_count))
+            self._prologue_parameters = _picker(_used_inputs(program.prologue) if program.prologue else ())
+
+    def __call__(self, *arguments: Any) -> Sequence[Tensor]:
+        phase = self._runtime.phase()
+        if phase is None:
+            return self.dense(*arguments)
+        for position in self._users:
+            value = arguments[position]
+            if isinstance(value, Tensor) and value.requires_grad:
+                raise GradientError(
+                    f"input {self.identity.input_infos[position].name} requires grad; record and edit run without "
+                    "autograd: pass a detached tensor, or call the network outside of them"
+                )
+        if self.identity.numbers:
+            self._check_numbers(phase, arguments)
+        if self.identity.dense_reason is not None and not self._warned:
+            self._warned = True
+            logger.warning("%s runs densely: %s", self.identity.label, self.identity.dense_reason)
+        parameters = self._parameters(arguments)
+        key = self._program_key(parameters)
+        with torch.no_grad():
+            if isinstance(phase, RecordPhase):
+                return self._record(phase, key, parameters, arguments)
+            return self._edit(phase, key, parameters, arguments)
+
+    def _program_key(self, parameters: Sequence[Tensor]) -> ProgramKey:
+        identities = tuple(map(id, parameters))
+        key = self._key
+        if key is None or key.parameters != identities:
+            key = self._key = ProgramKey(self.identity.graph_hash, identities, self.identity.label)
+        return key
+
+    def _check_numbers(self, phase: RecordPhase | EditPhase, arguments: Sequence[Any]) -> None:
+        """Refuse Python numbers that change from call to call; such graphs do not line up with recorded ones."""
+        values = tuple(
+            float(value) if isinstance(value, Tensor) else value
+            for value in (arguments[position] for position in self.identity.numbers)
+        )
+        before = self._numbers.setdefault(phase, values)
+        for position, first, now in zip(self.identity.numbers, before, values, strict=True):
+            if first != now:
+                name = self.identity.input_infos[position].name
+                raise ScalarMismatchError(
+                    f"the Python number {name} changed from {first} to {now} between calls; {PASS_A_TENSOR}"
+                )
+
+    def _graph(self, name: str) -> Lowered:
+        """The lowered graph ``name`` of the program, made at its first use."""
+        lowered = self._lowered.get(name)
+        if lowered is None:
+            with self._lock:
+                lowered = self._lowered.get(name)
+                if lowered is None:
+                    graph_module = getattr(self.program, name)
+                    lowered = self._lowered[name] = lower(graph_module, self._lowering)
+        return lowered
+
+    def _dense_and_sites(self, arguments: Sequence[Any]) -> tuple[Sequence[Tensor], dict[str, Tensor]]:
+        """Run densely; the outputs, and what a recorded call stores."""
+        if self.program is None:
+            return self.dense(*arguments), {}
+        results = self._graph("record")(*arguments)
+        count = self.program.output_count
+        return results[:count], dict(zip(self._names, results[count:], strict=True))
+
+    def _protected(self, arguments: Sequence[Any], outputs: Sequence[Tensor]) -> list[Tensor]:
+        return [value for value in (*arguments, *outputs) if isinstance(value, Tensor)]
+
+    def _record(
+        self, phase: RecordPhase, key: ProgramKey, parameters: Sequence[Tensor], arguments: Sequence[Any]
+    ) -> Sequence[Tensor]:
+        phase.begin(key, parameters, self._scalars(arguments), self._runtime.bytes_needed(self._sites))
+        outputs, tensors = self._dense_and_sites(arguments)
+        phase.commit(key, tensors, self._sites, self._protected(arguments, outputs))
+        return outputs
+
+    def _begin(
+        self, phase: EditPhase, key: ProgramKey, parameters: Sequence[Tensor], arguments: Sequence[Any]
+    ) -> RecordedCall:
+        try:
+            return phase.begin(key, parameters, self._scalars(arguments))
+        except CallMismatchError as error:
+            if self.identity.numbers:
+                names = ", ".join(self.identity.input_infos[position].name for position in self.identity.numbers)
+                error.add_note(f"{names} came as a Python number; {PASS_A_TENSOR}")
+            raise
+
+    def _edit(
+        self, phase: EditPhase, key: ProgramKey, parameters: Sequence[Tensor], arguments: Sequence[Any]
+    ) -> Sequence[Tensor]:
+        call = self._begin(phase, key, parameters, arguments)
+        with phase.running(call, dense=not self._sparse):
+            if phase.dense_call or not self._sparse:
+                if not phase.saving:
+                    return self.dense(*arguments)
+                outputs, tensors = self._dense_and_sites(arguments)
+                phase.commit(key, tensors, self._sites, self._protected(arguments, outputs))
+                return outputs
+            return self._edit_sparsely(phase, key, call, arguments)
+
+    def _edit_sparsely(
+        self, phase: EditPhase, key: ProgramKey, call: RecordedCall, arguments: Sequence[Any]
+    ) -> Sequence[Tensor]:
+        program = self.program
+        if program is None or program.mask_domain is None or program.batch is None:
+            raise GraphError("a graph without spatial inputs was asked to run sparsely")
+        device = next(value.device for value in arguments if isinstance(value, Tensor))
+        plan = phase.plan(PlanSpec(program.mask_domain, program.domains, program.stencils, program.batch, device))
+        if plan is None:
+            if phase.saving:
+                phase.commit(key, dict(zip(call, call.stored(), strict=True)), self._sites)
+            return tuple(call[name].clone() for name in self._output_names)
+        hoisted = self._hoist(phase, key, arguments)
+        inputs = self._inputs.assemble(arguments, hoisted, plan, call)
+        results = self._graph("edit_save" if phase.saving else "edit")(*inputs)
+        outputs = list(results[: program.output_count])
+        for number in self._borrowed:
+            outputs[number] = outputs[number].clone()
+        if phase.saving:
+            updated = phase.updated_sites(call, self._sites, results[program.output_count :], plan)
+            phase.commit(key, updated, self._sites, self._protected(arguments, outputs))
+        return outputs
+
+    def _hoist(self, phase: EditPhase, key: ProgramKey, arguments: Sequence[Any]) -> tuple[Tensor, ...]:
+        """What the prologue computes; within one context the weights are known not to change."""
+        if self.program is None or self.program.prologue is None:
+            return ()
+        known = self._hoisted.setdefault(phase, {})
+        if key not in known:
+            parameters = self._prologue_parameters(arguments)
+            known[key] = prologues.get(
+                key, parameters, phase.fingerprint(key), lambda: self._graph("prologue")(*arguments)
+            )
+        return known[key]
+
+
+def _used_inputs(graph_module: fx.GraphModule) -> tuple[int, ...]:
+    """Positions of the placeholders that something reads."""
+    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    return tuple(position for position, node in enumerate(placeholders) if node.users)

@@ -1,0 +1,22 @@
+"""The sparse operators, ``torch.ops.fisedit.*``; importing this package registers them."""
+
+from fisedit_compile.ops.attention import attention_rows
+from fisedit_compile.ops.library import IMPLEMENTATIONS
+from fisedit_compile.ops.norm import norm_apply, norm_partials, norm_record, norm_totals
+from fisedit_compile.ops.rows import gather_rows, scatter_rows
+from fisedit_compile.ops.stencils import conv_rows, gather_taps, pack_conv_weight, pixel_select
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "attention_rows",
+    "conv_rows",
+    "gather_rows",
+    "gather_taps",
+    "norm_apply",
+    "norm_partials",
+    "norm_record",
+    "norm_totals",
+    "pack_conv_weight",
+    "pixel_select",
+    "scatter_rows",
+]

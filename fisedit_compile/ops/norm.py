@@ -1,0 +1,140 @@
+"""Group norm over a mixed map, from the recorded statistics and the rows that changed.
+
+Recorded are, per position and group, the sums over the group's channels of ``x - center`` and ``(x - center)**2``,
+where ``center`` is the recorded mean: small numbers, so that subtracting the old and adding the new ones stays exact
+even when the mean is far from zero. Statistics are float32 whatever the map's dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fisedit_compile.ops.library import operator
+from fisedit_compile.ops.rows import keep_valid, select_rows
+
+
+def _sums(values: Tensor, center: Tensor) -> Tensor:
+    """Values [B, S, C], center [B, G] -> sums of first and second powers over each group [B, S, 2, G]."""
+    groups = center.shape[1]
+    centered = values.unflatten(2, (groups, -1)) - center[:, None, :, None]  # float32: center is
+    sums = torch.empty((*values.shape[:2], 2, groups), dtype=torch.float32, device=values.device)
+    torch.sum(centered, 3, out=sums[:, :, 0])
+    torch.sum(centered.square_(), 3, out=sums[:, :, 1])
+    return sums
+
+
+def _record_shape(map: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    batch, size = map.shape[:2]
+    center = map.new_empty((batch, groups), dtype=torch.float32)
+    partials = map.new_empty((batch, size, 2, groups), dtype=torch.float32)
+    return center, partials, map.new_empty((batch, 2, groups), dtype=torch.float32)
+
+
+@operator("(Tensor map, int groups) -> (Tensor center, Tensor partials, Tensor totals)", _record_shape)
+def norm_record(map: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Statistics of a map that a later edit updates.
+
+    Args:
+        map: ``[B, S, C]``, any floating dtype and strides.
+        groups: divides C; a group is C / groups neighbouring channels.
+
+    Returns:
+        ``center`` ``[B, groups]``, the mean of each group; ``partials`` ``[B, S, 2, groups]``, per position the sums
+        of ``x - center`` and its square; ``totals`` ``[B, 2, groups]``, their sums over all positions. All float32.
+    """
+    split = map.unflatten(2, (groups, -1))
+    center = split.mean((1, 3), dtype=torch.float32)
+    partials = _sums(map, center)
+    return center, partials, partials.sum(1)
+
+
+def _partials_shape(rows: Tensor, center: Tensor) -> Tensor:
+    return rows.new_empty((rows.shape[0], rows.shape[1], 2, center.shape[1]), dtype=torch.float32)
+
+
+@operator("(Tensor rows, Tensor center) -> Tensor", _partials_shape)
+def norm_partials(rows: Tensor, center: Tensor) -> Tensor:
+    """Per-position sums of new rows: rows ``[B, N, C]``, center ``[B, groups]`` -> float32 ``[B, N, 2, groups]``."""
+    return _sums(rows, center)
+
+
+def _totals_shape(
+    totals: Tensor, recorded_partials: Tensor, new_partials: Tensor, index: Tensor, valid: Tensor | None
+) -> Tensor:
+    return totals.new_empty(totals.shape)
+
+
+@operator(
+    "(Tensor totals, Tensor recorded_partials, Tensor new_partials, Tensor index, Tensor? valid) -> Tensor",
+    _totals_shape,
+)
+def norm_totals(
+    totals: Tensor, recorded_partials: Tensor, new_partials: Tensor, index: Tensor, valid: Tensor | None
+) -> Tensor:
+    """Totals of the mixed map: the recorded ones without the old and with the new sums of the valid rows.
+
+    Args:
+        totals: float32 ``[B, 2, groups]``.
+        recorded_partials: float32 ``[B, S, 2, groups]``.
+        new_partials: float32 ``[B, N, 2, groups]``.
+        index: int64 ``[1 or B, N]``.
+        valid: bool ``[1 or B, N]``, or None when every row is.
+
+    Returns:
+        float32 ``[B, 2, groups]``.
+    """
+    old = select_rows(recorded_partials, index)
+    return totals + (keep_valid(new_partials, old, valid) - old).sum(1)
+
+
+def _apply_shape(
+    rows: Tensor,
+    center: Tensor,
+    totals: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    count: int,
+) -> Tensor:
+    return rows.new_empty(rows.shape)
+
+
+@operator(
+    "(Tensor rows, Tensor center, Tensor totals, Tensor? weight, Tensor? bias, float eps, int count) -> Tensor",
+    _apply_shape,
+)
+def norm_apply(
+    rows: Tensor,
+    center: Tensor,
+    totals: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    count: int,
+) -> Tensor:
+    """Normalise rows with given statistics.
+
+    Args:
+        rows: ``[B, N, C]``.
+        center: float32 ``[B, groups]``.
+        totals: float32 ``[B, 2, groups]``, sums over all positions and the group's channels of ``x - center`` and its
+            square.
+        weight, bias: ``[C]`` or None.
+        eps: added to the variance.
+        count: elements of a group, positions times channels of the group.
+
+    Returns:
+        ``[B, N, C]``, contiguous, dtype of ``rows``.
+    """
+    batch, groups = center.shape
+    channels = rows.shape[2]
+    offset, square = (totals / count).unbind(1)  # [B, groups]
+    variance = (square - offset.square()).clamp_(min=0.0)
+    scale = (variance + eps).rsqrt_()[:, :, None].expand(batch, groups, channels // groups)
+    mean = (center + offset)[:, :, None]
+    if weight is not None:
+        scale = scale * weight.view(groups, -1)
+    shift = -mean * scale if bias is None else torch.addcmul(bias.float().view(groups, -1), mean, scale, value=-1)
+    scale, shift = scale.reshape(batch, 1, channels), shift.reshape(batch, 1, channels)
+    return torch.addcmul(shift, rows.float(), scale).to(rows.dtype).contiguous()

@@ -1,0 +1,162 @@
+"""Stencils over rows: convolution, and the taps that pooling, resizing, padding and pixel shuffling read.
+
+A table, int64 ``[1 or B, N, K]``, says where tap k of target row n is: below ``N_source`` in the rows of the source,
+then in the halo (positions of the recorded source), and last the fill slot for taps outside the map.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fisedit_compile.ops.library import operator
+from fisedit_compile.ops.rows import select_rows
+
+# Taps of a convolution beyond this many bytes are gathered and multiplied in chunks that stay in the cache; memory
+# that is allocated, filled once and freed costs more than reading the weights several times.
+CHUNK_BYTES = 16 << 20
+
+
+def _tap_source(rows: Tensor, recorded: Tensor, halo: Tensor, fill: float) -> Tensor:
+    """What a table points into: [B, N_source + M + 1, *C]."""
+    outside = rows.new_full((), fill).expand(rows.shape[0], 1, *rows.shape[2:])
+    return torch.cat((rows, select_rows(recorded, halo).to(rows.dtype), outside), 1)
+
+
+def _taps_shape(rows: Tensor, recorded: Tensor, halo: Tensor, table: Tensor, fill: float) -> Tensor:
+    return rows.new_empty((rows.shape[0], table.shape[1], table.shape[2], *rows.shape[2:]))
+
+
+@operator("(Tensor rows, Tensor recorded, Tensor halo, Tensor table, float fill) -> Tensor", _taps_shape)
+def gather_taps(rows: Tensor, recorded: Tensor, halo: Tensor, table: Tensor, fill: float) -> Tensor:
+    """The values a stencil reads, for each target row and tap.
+
+    Args:
+        rows: ``[B, N_source, *C]``.
+        recorded: recorded source map ``[B, S, *C]``, any strides and floating dtype.
+        halo: int64 ``[1 or B, M]``, positions of ``recorded``.
+        table: int64 ``[1 or B, N, K]``.
+        fill: value of taps outside the map.
+
+    Returns:
+        ``[B, N, K, *C]``, contiguous, dtype of ``rows``.
+    """
+    taps = select_rows(_tap_source(rows, recorded, halo, fill), table.flatten(1))
+    return taps.view(taps.shape[0], *table.shape[1:], *rows.shape[2:])
+
+
+def _conv_shape(
+    rows: Tensor, recorded: Tensor, halo: Tensor, table: Tensor, weight: Tensor, bias: Tensor | None, groups: int
+) -> Tensor:
+    return rows.new_empty((rows.shape[0], table.shape[1], weight.shape[0]))
+
+
+@operator(
+    "(Tensor rows, Tensor recorded, Tensor halo, Tensor table, Tensor weight, Tensor? bias, int groups) -> Tensor",
+    _conv_shape,
+)
+def conv_rows(
+    rows: Tensor, recorded: Tensor, halo: Tensor, table: Tensor, weight: Tensor, bias: Tensor | None, groups: int
+) -> Tensor:
+    """Convolution (ordinary or transposed) at the target rows.
+
+    Args:
+        rows: ``[B, N_source, Cin]``.
+        recorded: recorded source map ``[B, S, Cin]``, any strides and floating dtype.
+        halo: int64 ``[1 or B, M]``.
+        table: int64 ``[1 or B, N, K]``.
+        weight: ``[Cout, K * Cin / groups]`` of :func:`pack_conv_weight`, dtype of ``rows``.
+        bias: ``[Cout]`` or None.
+        groups: as of the convolution.
+
+    Returns:
+        ``[B, N, Cout]``, contiguous.
+    """
+    source = _tap_source(rows, recorded, halo, 0.0)
+    batch, count, taps = source.shape[0], table.shape[1], table.shape[2]
+    channels = source.shape[2]
+    flat = table.flatten(1)
+    row_bytes = taps * channels * source.element_size()
+    if groups > 1:
+        gathered = select_rows(source, flat).view(batch, count, taps, channels)
+        return _grouped(gathered, weight, bias, groups)
+    if batch * count * row_bytes <= CHUNK_BYTES or source.device.type != "cpu":
+        return functional.linear(select_rows(source, flat).view(batch, count, taps * channels), weight, bias)
+    step = max(1, CHUNK_BYTES // row_bytes)
+    result = source.new_empty((batch, count, weight.shape[0]))
+    buffer = source.new_empty((min(step, count) * taps, channels))
+    transposed = weight.detach().t()
+    for sample in range(batch):
+        positions = flat[sample if flat.shape[0] > 1 else 0]
+        for first in range(0, count, step):
+            last = min(first + step, count)
+            chunk = buffer[: (last - first) * taps]
+            torch.index_select(source[sample], 0, positions[first * taps : last * taps], out=chunk)
+            target = result[sample, first:last]
+            if bias is None:
+                torch.mm(chunk.view(last - first, -1), transposed, out=target)
+            else:
+                torch.addmm(bias.detach(), chunk.view(last - first, -1), transposed, out=target)
+    return result
+
+
+def _grouped(taps: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+    """Grouped convolution of taps [B, N, K, Cin] -> [B, N, Cout]."""
+    batch, count, number, channels = taps.shape
+    width = channels // groups
+    if width == 1 and weight.shape[0] == channels:
+        result = (taps * weight.t()).sum(2)
+    else:
+        split = taps.view(batch * count, number, groups, width).permute(2, 0, 1, 3).reshape(groups, batch * count, -1)
+        product = torch.bmm(split, weight.view(groups, -1, number * width).transpose(1, 2))  # [groups, BN, -1]
+        result = product.transpose(0, 1).reshape(batch, count, weight.shape[0])
+    return result if bias is None else result + bias
+
+
+def _pack_shape(weight: Tensor, transposed: bool, groups: int) -> Tensor:
+    outputs = weight.shape[1] * groups if transposed else weight.shape[0]
+    return weight.new_empty((outputs, weight.numel() // outputs))
+
+
+@operator("(Tensor weight, bool transposed, int groups) -> Tensor", _pack_shape)
+def pack_conv_weight(weight: Tensor, transposed: bool, groups: int) -> Tensor:
+    """Bring a convolution's weight to the order in which rows gather taps.
+
+    Args:
+        weight: ``[Cout, Cin / groups, kernel height, kernel width]``; ``[Cin, Cout / groups, ...]`` when transposed.
+        transposed: whether it belongs to a transposed convolution.
+        groups: as of the convolution.
+
+    Returns:
+        ``[Cout, K * Cin / groups]``: for each output channel all taps in row-major order, input channels innermost.
+    """
+    if transposed:
+        inputs, outputs = weight.shape[0] // groups, weight.shape[1]
+        split = weight.reshape(groups, inputs, outputs, *weight.shape[2:])
+        packed = split.permute(0, 2, 3, 4, 1).clone(memory_format=torch.contiguous_format)
+        return packed.view(groups * outputs, -1)
+    packed = weight.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
+    return packed.view(weight.shape[0], -1)
+
+
+def _pixel_select_shape(taps: Tensor, subposition: Tensor, factor: int) -> Tensor:
+    return taps.new_empty((taps.shape[0], taps.shape[1], taps.shape[3] // (factor * factor)))
+
+
+@operator("(Tensor taps, Tensor subposition, int factor) -> Tensor", _pixel_select_shape)
+def pixel_select(taps: Tensor, subposition: Tensor, factor: int) -> Tensor:
+    """The channels of a pixel shuffle that belong to each target row.
+
+    Args:
+        taps: ``[B, N, 1, C * factor**2]``, the source row of each target row.
+        subposition: int64 ``[1 or B, N]``, ``(y % factor) * factor + x % factor``.
+        factor: upscale factor.
+
+    Returns:
+        ``[B, N, C]``, contiguous.
+    """
+    batch, count = taps.shape[:2]
+    split = taps.reshape(batch, count, -1, factor * factor)
+    chosen = subposition[:, :, None, None].expand(batch, count, split.shape[2], 1)
+    return split.gather(3, chosen).squeeze(3)

@@ -1,0 +1,65 @@
+"""What a generation or an edit returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
+from torch import Tensor
+
+from fisedit_compile.pipelines.report import Report
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A generated or an edited picture.
+
+    Attributes:
+        name: of its base in the session's runtime.
+        prompt: what it was made from; None when embeddings were given.
+        pixels: ``[B, 3, height, width]``, values from 0 to 1; None with ``output_type="latent"``.
+        latents: ``[B, C, latent height, latent width]`` after the last step.
+        mask: of an edit: bool ``[B or 1, latent height, latent width]``, true where the picture may differ from the one
+            that was edited; None for a generation.
+        pixel_mask: the same for pixels ``[B or 1, height, width]``; None also with ``output_type="latent"``.
+        report: seconds by stage, density, speed-up, cache bytes, seam error.
+        flagged: for each picture, whether the pipeline's safety checker blackened it; None without a checker.
+        output_type: form of ``images``: ``pil``, ``np``, ``pt`` or ``latent``.
+    """
+
+    name: str
+    prompt: str | list[str] | None
+    pixels: Tensor | None
+    latents: Tensor
+    mask: Tensor | None
+    pixel_mask: Tensor | None
+    report: Report
+    flagged: tuple[bool, ...] | None
+    output_type: str
+
+    @property
+    def images(self) -> Any:
+        """All pictures as the pipeline returns them: a list of PIL images, an array ``[B, height, width, 3]``, or a
+        tensor (pixels or latents)."""
+        if self.pixels is None:
+            return self.latents
+        if self.output_type == "pt":
+            return self.pixels
+        array = VaeImageProcessor.pt_to_numpy(self.pixels)
+        return array if self.output_type == "np" else VaeImageProcessor.numpy_to_pil(array)
+
+    @property
+    def image(self) -> Any:
+        """The first of :attr:`images`."""
+        return self.images[0]
+
+    @property
+    def mask_image(self) -> Image.Image | None:
+        """The mask of the first picture in black and white, as large as the picture; None for a generation."""
+        mask = self.pixel_mask if self.pixel_mask is not None else self.mask
+        if mask is None:
+            return None
+        return Image.fromarray(mask[0].cpu().numpy().astype(np.uint8) * 255)

@@ -1,0 +1,111 @@
+"""What a run of an edit session cost and did."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+_TITLES = {
+    "text": "text encoding",
+    "prepare": "preparation",
+    "setup": "set-up of first calls",
+    "dense": "dense steps",
+    "mask": "finding the mask",
+    "sparse": "sparse steps",
+    "decode": "decoding",
+    "total": "total",
+}
+
+
+@dataclass(frozen=True)
+class SeamError:
+    """Difference of the decoded pictures outside the mask, before the base's pixels were pasted; values from 0 to 1."""
+
+    greatest: float
+    mean: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a generation or an edit cost and did.
+
+    Attributes:
+        seconds: by stage.  ``text``: text encoding; ``prepare``: everything else before the first U-Net call;
+            ``setup``: what the first U-Net call of a phase took beyond the average of the phase's other calls, that is
+            tracing, compiling, packing weights and making index plans (a phase of a single call cannot be split, its
+            set-up stays in the phase); ``dense`` and ``sparse``: U-Net calls and scheduler steps of that phase;
+            ``mask``: finding the automatic mask, without its dense steps; ``decode``: decoding and what follows;
+            ``total``.
+        scheduler_steps: number of scheduler steps.
+        dense_calls, sparse_calls: number of U-Net calls in each phase.
+        density: active share of each resolution, such as ``{"64x64": 0.1}``; empty for a generation.
+        dense_seconds: of an edit: total of the recorded dense run its history began with, without that run's set-up;
+            ``speed_up`` compares with it.  None for a generation.
+        cache_bytes: bytes that all recorded runs of the session hold, this one included.
+        seam: the seam error of an edit that was decoded and pasted, otherwise None.
+        notes: sentences on what was out of the ordinary, such as an empty mask.
+    """
+
+    seconds: Mapping[str, float]
+    scheduler_steps: int
+    dense_calls: int
+    sparse_calls: int
+    dense_seconds: float | None
+    cache_bytes: int
+    density: Mapping[str, float] = field(default_factory=dict)
+    seam: SeamError | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def speed_up(self) -> float | None:
+        """Seconds of the recorded dense run, without its set-up, over all seconds of this edit, with its set-up; None
+        for a generation."""
+        return None if self.dense_seconds is None else self.dense_seconds / self.seconds["total"]
+
+    @property
+    def speed_up_without_setup(self) -> float | None:
+        """As ``speed_up``, with the set-up left out on both sides: what a second edit of the same kind reaches."""
+        if self.dense_seconds is None:
+            return None
+        return self.dense_seconds / (self.seconds["total"] - self.seconds["setup"])
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Pairs of a title and a value, for a table."""
+        rows = [
+            (_TITLES[stage], f"{value:.3f} s")
+            for stage, value in self.seconds.items()
+            if value or stage in ("setup", "total")
+        ]
+        rows.append(("scheduler steps", str(self.scheduler_steps)))
+        rows.append(("U-Net calls", f"{self.dense_calls} dense, {self.sparse_calls} sparse"))
+        rows.extend((f"active at {resolution}", f"{share:.1%}") for resolution, share in self.density.items())
+        if self.dense_seconds is not None:
+            rows.append(("speed-up over the dense run", f"{self.speed_up:.2f}x"))
+            rows.append(("the same without set-up", f"{self.speed_up_without_setup:.2f}x"))
+        rows.append(("cache", f"{self.cache_bytes / 2**20:.1f} MiB"))
+        if self.seam is not None:
+            rows.append(("seam error", f"{self.seam.greatest:.4f} greatest, {self.seam.mean:.5f} mean"))
+        return rows
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain values that JSON can hold."""
+        return {
+            "seconds": dict(self.seconds),
+            "scheduler_steps": self.scheduler_steps,
+            "dense_calls": self.dense_calls,
+            "sparse_calls": self.sparse_calls,
+            "density": dict(self.density),
+            "dense_seconds": self.dense_seconds,
+            "speed_up": self.speed_up,
+            "speed_up_without_setup": self.speed_up_without_setup,
+            "cache_bytes": self.cache_bytes,
+            "seam": None if self.seam is None else {"greatest": self.seam.greatest, "mean": self.seam.mean},
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        rows = self.rows()
+        width = max(len(title) for title, _ in rows)
+        lines = [f"{title:<{width}}  {value}" for title, value in rows]
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])

@@ -1,0 +1,335 @@
+"""The edit session: generate a picture once, then pay only for what each edit changes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisedit_compile.errors import MaskError, PipelineError
+from fisedit_compile.pipelines.arguments import CallArguments, keep_value
+from fisedit_compile.pipelines.binding import PipelineBinding
+from fisedit_compile.pipelines.masking import AutomaticMask, paste_outside, to_latents, to_pixels
+from fisedit_compile.pipelines.noise import Generators, NoiseSource, new_generator
+from fisedit_compile.pipelines.picture import Picture
+from fisedit_compile.pipelines.report import Report, SeamError
+from fisedit_compile.pipelines.schedulers import describe_scheduler, scheduler_difference, steps_for_calls
+from fisedit_compile.pipelines.steps import EditFollower, StepFollower, Trajectory
+from fisedit_compile.pipelines.timing import StageClock
+from fisedit_compile.runtime import Runtime
+from fisedit_compile.runtime.masks import MaskLike
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A picture of the history and what an edit of it needs.
+
+    ``arguments`` are those of the pipeline call without the generator; ``dense_seconds`` is the total of the dense run
+    the history began with, without its set-up.
+    """
+
+    picture: Picture
+    trajectory: Trajectory
+    arguments: dict[str, Any]
+    noise: NoiseSource
+    scheduler: tuple[str, dict[str, Any]]
+    module: torch.nn.Module
+    dense_seconds: float
+
+
+class EditSession:
+    """Generates a picture with a diffusers pipeline and edits it, computing only what changes.
+
+    The pipeline is not modified: its U-Net is compiled beside it and put in its place only while the session calls the
+    pipeline.  Works with pipelines that have a U-Net and ``callback_on_step_end`` (text-to-image, image-to-image and
+    inpainting, Stable Diffusion 1.x, 2.x and XL) and with any scheduler that steps each latent on its own (DDIM, PNDM,
+    Euler, DPM-Solver++ multistep, Heun).
+
+    Args:
+        pipe: the pipeline.
+        storage: type in which recorded feature maps are stored, such as ``torch.float16``; None: as computed.
+        budget: most bytes the recorded runs may take together: a number or a text such as ``"8GB"``; None: no limit.
+        norm: ``"exact"`` or ``"cached"`` group norm statistics, see the backend's options.
+        lowering: ``"plain"`` or ``"inductor"``, see the backend's options.
+        automatic_mask: how masks are found when none is given.
+
+    Raises:
+        PipelineError: the pipeline has no U-Net or no ``callback_on_step_end``.
+        OptionError: a storage, budget, norm or lowering that does not exist.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        *,
+        storage: torch.dtype | None = None,
+        budget: int | str | None = None,
+        norm: str = "exact",
+        lowering: str = "plain",
+        automatic_mask: AutomaticMask | None = None,
+    ) -> None:
+        self.pipe = pipe
+        self.runtime = Runtime(storage=storage, budget=budget)
+        self.automatic_mask = automatic_mask or AutomaticMask()
+        self._arguments = CallArguments(pipe)
+        self._binding = PipelineBinding(pipe, {"runtime": self.runtime, "norm": norm, "lowering": lowering})
+        self._entries: list[_Entry] = []
+        self._named = 0
+
+    @property
+    def history(self) -> tuple[Picture, ...]:
+        """The generated picture and every edit since, oldest first; the last one is what the next edit starts from."""
+        return tuple(entry.picture for entry in self._entries)
+
+    def generate(
+        self,
+        prompt: str | list[str] | None = None,
+        *,
+        num_inference_steps: int | None = None,
+        generator: Generators | None = None,
+        **arguments: Any,
+    ) -> Picture:
+        """Generate a picture and record what edits of it need.  It starts a new history.
+
+        Args:
+            prompt: as for the pipeline.
+            num_inference_steps: as for the pipeline; None: the pipeline's default.
+            generator: source of the noise; None: a new one, seeded from PyTorch's global generator.
+            **arguments: further arguments of the pipeline.  A ``callback_on_step_end`` of your own is called first
+                after every U-Net call, in edits as well, and what it returns is obeyed.
+
+        Returns:
+            The picture; it is what the pipeline itself returns for these arguments, within float tolerance.
+
+        Raises:
+            PipelineError: an argument that the pipeline does not know or a session cannot honour; or the run was
+                interrupted.
+            BudgetError: the recorded run would exceed the budget.  The previous picture counts until this one is done;
+                call :meth:`reset` before to make room.
+        """
+        given = {"prompt": prompt, **arguments}
+        if num_inference_steps is not None:
+            given["num_inference_steps"] = num_inference_steps
+        given = {name: keep_value(value) for name, value in given.items() if name != "prompt" or value is not None}
+        self._arguments.check(given)
+        generator = generator if generator is not None else new_generator()
+        noise = NoiseSource.of(generator)
+        clock = StageClock(self._binding.device)
+        follower = StepFollower(*self._arguments.user_callback(given), clock)
+        with ExitStack() as undo:
+            name = self._new_name("generation")
+            with self.runtime.record(name):
+                pixels, flagged = self._call(clock, follower, given, generator)
+            undo.callback(self.runtime.drop, name)
+            clock.lap("decode")
+            seconds = clock.seconds()
+            dense_seconds = seconds["total"] - seconds["setup"]
+            picture = Picture(
+                name=name,
+                prompt=given.get("prompt"),
+                pixels=pixels,
+                latents=follower.trajectory.latents[-1],
+                mask=None,
+                pixel_mask=None,
+                report=self._report(clock, seconds, None, {}, None, ()),
+                flagged=flagged,
+                output_type=self._arguments.value(given, "output_type"),
+            )
+            scheduler = describe_scheduler(self.pipe.scheduler)
+            entry = _Entry(picture, follower.trajectory, given, noise, scheduler, self._binding.module, dense_seconds)
+            undo.pop_all()
+        self.reset()
+        self._entries.append(entry)
+        return picture
+
+    def edit(
+        self,
+        prompt: str | list[str] | None = None,
+        *,
+        mask: MaskLike | None = None,
+        automatic_mask: AutomaticMask | None = None,
+        keep: bool = True,
+        **changes: Any,
+    ) -> Picture:
+        """Edit the last picture of the history: same noise, new prompt, and only the masked region is computed.
+
+        Without a mask the first steps run densely to find it (see :class:`AutomaticMask`); with one all steps are
+        sparse.  Outside the mask, latents are those of the edited picture from then on, and pixels are bit-identical.
+
+        Args:
+            prompt: the new prompt; None keeps the old one (for an edit that only changes other arguments).
+            mask: white where the picture may change: PIL, numpy or torch, ``[H, W]`` or ``[B, H, W]``, any resolution.
+            automatic_mask: how to find the mask this time; None: as the session was told.
+            keep: add the edit to the history, so that it can itself be edited.  An edit that is not kept is faster and
+                takes no memory.
+            **changes: pipeline arguments to change: negative prompt, guidance scale (on the same side of 1),
+                embeddings, callbacks, output type.
+
+        Returns:
+            The edited picture.
+
+        Raises:
+            PipelineError: nothing was generated yet, or a change would break the correspondence with the recorded run.
+            MaskError: the mask cannot be used, or was given together with ``automatic_mask``.
+            WeightsChangedError: the U-Net's weights are not those of the recorded run.
+            BudgetError: keeping the edit would exceed the budget; drop older pictures or use ``keep=False``.
+        """
+        if not self._entries:
+            raise PipelineError("there is no picture to edit yet; call generate first")
+        entry = self._entries[-1]
+        self._check_pipeline(entry)
+        if prompt is not None:
+            changes = {**changes, "prompt": prompt}
+        changes = {name: keep_value(value) for name, value in changes.items()}
+        given = self._arguments.merge(entry.arguments, changes)
+        clock = StageClock(self._binding.device)
+        latent_mask = None
+        if mask is not None:
+            if automatic_mask is not None:
+                raise MaskError("give either mask or automatic_mask, not both")
+            latent_mask = to_latents(mask, entry.trajectory.latents[-1])
+        follower = EditFollower(
+            *self._arguments.user_callback(given),
+            clock,
+            recorded=entry.trajectory,
+            mask=latent_mask,
+            settings=automatic_mask or self.automatic_mask,
+        )
+        with ExitStack() as undo:
+            name = self._new_name("edit")
+            early_mask = latent_mask if follower.sparse_from_start else None
+            with self.runtime.edit(entry.picture.name, mask=early_mask, save_as=name if keep else None) as run:
+                follower.run = run
+                pixels, flagged = self._call(clock, follower, given, entry.noise.generators())
+            if keep:
+                undo.callback(self.runtime.drop, name)
+            picture = self._finish(name, entry, given, follower, clock, pixels, flagged)
+            undo.pop_all()
+        if keep:
+            self._entries.append(
+                _Entry(
+                    picture, follower.trajectory, given, entry.noise, entry.scheduler, entry.module, entry.dense_seconds
+                )
+            )
+        return picture
+
+    def undo(self) -> Picture:
+        """Drop the last edit and its recorded run; the picture before it is returned and is the current one again.
+
+        Raises:
+            PipelineError: there is no edit to undo.
+        """
+        if len(self._entries) < 2:
+            raise PipelineError("there is no edit to undo; the history holds no edit that was kept")
+        self.runtime.drop(self._entries.pop().picture.name)
+        return self._entries[-1].picture
+
+    def reset(self) -> None:
+        """Forget the whole history and free its recorded runs."""
+        while self._entries:
+            self.runtime.drop(self._entries.pop().picture.name)
+
+    def _new_name(self, kind: str) -> str:
+        self._named += 1
+        return f"{kind}-{self._named}"
+
+    def _check_pipeline(self, entry: _Entry) -> None:
+        """Refuse a pipeline whose parts were exchanged since the recorded run."""
+        if self._binding.module is not entry.module:
+            raise PipelineError("the pipeline has another U-Net than when the picture was generated; generate it again")
+        difference = scheduler_difference(entry.scheduler, describe_scheduler(self.pipe.scheduler))
+        if difference is not None:
+            raise PipelineError(f"{difference}; put the scheduler back, or call generate with the new one first")
+
+    def _call(
+        self, clock: StageClock, follower: StepFollower, given: Mapping[str, Any], generator: Generators
+    ) -> tuple[Tensor | None, tuple[bool, ...] | None]:
+        """Call the pipeline; the pixels ``[B, 3, height, width]`` (None: latents wanted), and what was flagged."""
+        wants_latents = self._arguments.value(given, "output_type") == "latent"
+        arguments = {
+            **given,
+            "output_type": "latent" if wants_latents else "pt",
+            "callback_on_step_end": follower,
+            "callback_on_step_end_tensor_inputs": follower.tensor_names,
+        }
+        if self._arguments.accepts("generator"):
+            arguments["generator"] = generator
+        with self._binding.installed(clock):
+            output = self.pipe(**arguments)
+        flagged = getattr(output, "nsfw_content_detected", None)
+        pixels = None if wants_latents else output.images
+        return pixels, None if flagged is None else tuple(bool(one) for one in flagged)
+
+    def _finish(
+        self,
+        name: str,
+        entry: _Entry,
+        given: Mapping[str, Any],
+        follower: EditFollower,
+        clock: StageClock,
+        pixels: Tensor | None,
+        flagged: tuple[bool, ...] | None,
+    ) -> Picture:
+        """Paste the pixels outside the mask and make the report of an edit."""
+        mask = follower.mask
+        if mask is None:
+            raise PipelineError("the edit ended before its mask was found; did a callback interrupt it?")
+        pixel_mask, seam, notes = None, None, _notes(mask, clock)
+        base = entry.picture.pixels
+        if pixels is not None and base is not None:
+            pixel_mask = to_pixels(mask, *pixels.shape[-2:])
+            if any(flagged or ()):
+                notes = (*notes, "the safety checker blackened a picture, so nothing was pasted")
+            else:
+                pixels, (greatest, mean) = paste_outside(pixels, base, pixel_mask)
+                seam = SeamError(greatest, mean)
+        clock.lap("decode")
+        density = self.runtime.stats.density if clock.calls("sparse") else {}
+        return Picture(
+            name=name,
+            prompt=given.get("prompt"),
+            pixels=pixels,
+            latents=follower.trajectory.latents[-1],
+            mask=mask,
+            pixel_mask=pixel_mask,
+            report=self._report(clock, clock.seconds(), entry.dense_seconds, density, seam, notes),
+            flagged=flagged,
+            output_type=self._arguments.value(given, "output_type"),
+        )
+
+    def _report(
+        self,
+        clock: StageClock,
+        seconds: dict[str, float],
+        dense_seconds: float | None,
+        density: dict[str, float],
+        seam: SeamError | None,
+        notes: tuple[str, ...],
+    ) -> Report:
+        calls = clock.calls("dense"), clock.calls("sparse")
+        return Report(
+            seconds=seconds,
+            scheduler_steps=steps_for_calls(self.pipe.scheduler, sum(calls)),
+            dense_calls=calls[0],
+            sparse_calls=calls[1],
+            dense_seconds=dense_seconds,
+            cache_bytes=self.runtime.stats.bytes_stored,
+            density=density,
+            seam=seam,
+            notes=notes,
+        )
+
+
+def _notes(mask: Tensor, clock: StageClock) -> tuple[str, ...]:
+    """What a reader of the report should know about an unusual mask."""
+    if not bool(mask.any()):
+        return ("the mask is empty: nothing was found to change, so the picture is the one that was edited",)
+    if bool(mask.all()):
+        return ("the mask covers the whole picture, so all steps ran densely",)
+    if not clock.calls("sparse"):
+        return ("the mask was known only after the last step, so no step ran sparsely",)
+    return ()

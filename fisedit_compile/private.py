@@ -1,0 +1,260 @@
+"""The only file that imports private PyTorch APIs, so that a new PyTorch release is checked in one place.
+
+Supported releases: 2.11 and newer. What the rest of the package needs from inside PyTorch:
+
+* tracing one graph module to functional ATen operators before dispatch (``trace_functional``);
+* reading where Dynamo got a graph input from (``input_source``, ``is_module_state``) and which Python numbers it
+  left dynamic (``is_size``, ``hint_of``);
+* making Dynamo fail, instead of silently running eagerly, once it compiled too many graphs (``strict_recompiles``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch._dynamo
+import torch._dynamo.config
+import torch._guards
+import torch.utils._pytree as pytree
+from torch import Tensor, fx
+from torch._dynamo.eval_frame import OptimizedModule
+from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
+from torch._dynamo.source import ConstantSource
+from torch._ops import HigherOrderOperator, OpOverload
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    GuardOnDataDependentSymNode,
+    ShapeEnv,
+    free_symbols,
+)
+
+from fisedit_compile.errors import CallMismatchError, FisEditError
+
+#: What tracing raises for a graph whose sizes or control flow depend on data, or with operators without fake kernels.
+UNTRACEABLE = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    GuardOnDataDependentSymNode,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
+ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
+EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
+SET_GRAD_ENABLED = torch._C._set_grad_enabled
+
+__all__ = [
+    "ENTER_AUTOCAST",
+    "EXIT_AUTOCAST",
+    "SET_GRAD_ENABLED",
+    "UNTRACEABLE",
+    "DynamicNumber",
+    "FakeTensor",
+    "FunctionalTrace",
+    "HigherOrderOperator",
+    "OpOverload",
+    "OptimizedModule",
+    "StaticTensor",
+    "compile_forward",
+    "dynamo_limits",
+    "hint_of",
+    "input_source",
+    "is_module_state",
+    "is_size",
+    "is_symbolic",
+    "is_wrapped_number",
+    "size_symbols",
+    "strict_recompiles",
+    "trace_functional",
+]
+
+
+@dataclass(frozen=True)
+class StaticTensor:
+    """Shape, strides, dtype and device of a graph input, all known numbers."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class DynamicNumber:
+    """A Python int that stays an input of the graph; ``hint`` is its value in the call being compiled."""
+
+    hint: int
+
+
+@dataclass
+class FunctionalTrace:
+    """Result of ``trace_functional``: the graph, which inputs it mutates, which dynamic numbers it fixed."""
+
+    graph_module: fx.GraphModule
+    mutated: list[int] = field(default_factory=list)
+    specialised: list[int] = field(default_factory=list)
+
+
+def _is_mutated(value: FunctionalTensor, given: Any) -> bool:
+    """Whether tracing wrote into an input, or changed its shape in place."""
+    if torch._functionalize_has_data_mutation(value.elem) or torch._functionalize_has_metadata_mutation(value.elem):
+        return True
+    return (tuple(value.shape), tuple(value.stride())) != (given.shape, given.strides)
+
+
+def trace_functional(
+    graph_module: fx.GraphModule, inputs: Sequence[StaticTensor | DynamicNumber | int | float | bool | None]
+) -> FunctionalTrace:
+    """Trace a Dynamo graph to functional ATen operators, before autograd and dispatch decompose any of them.
+
+    The interpreter with preserved metadata is what keeps ``nn_module_stack``. A fresh fake mode is needed because
+    ``make_fx`` would otherwise pick up Dynamo's own and go symbolic; suspending the tracing context keeps the guards
+    of this trace out of Dynamo's.
+    """
+    shape_env = ShapeEnv(duck_shape=False)
+    fake_mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=shape_env)
+    functional_mode = FunctionalTensorMode(pre_dispatch=True, export=True)
+    values: list[Any] = []
+    symbols: dict[int, Any] = {}
+    mutated: list[int] = []
+    with torch._guards.tracing(None), torch.inference_mode(False), torch.no_grad():
+        for position, given in enumerate(inputs):
+            if isinstance(given, StaticTensor):
+                with fake_mode:
+                    value: Any = torch.empty_strided(given.shape, given.strides, dtype=given.dtype, device=given.device)
+            elif isinstance(given, DynamicNumber):
+                value = shape_env.create_unspecified_symint_and_symbol(
+                    given.hint, source=ConstantSource(f"number_{position}"), dynamic_dim=DimDynamic.DYNAMIC
+                )
+                symbols[position] = value.node.expr
+            else:
+                value = given
+            values.append(value)
+
+        def run(*arguments: Any) -> Any:
+            with functional_mode:
+                wrapped = [FunctionalTensor.to_functional(a) if isinstance(a, Tensor) else a for a in arguments]
+                outputs = fx.Interpreter(graph_module).run(*wrapped)
+                outputs = pytree.tree_map_only(FunctionalTensor, FunctionalTensor.from_functional, outputs)
+                mutated.extend(
+                    position
+                    for position, value in enumerate(wrapped)
+                    if isinstance(value, FunctionalTensor) and _is_mutated(value, inputs[position])
+                )
+            return outputs
+
+        with fake_mode, fx.traceback.preserve_node_meta():
+            traced = make_fx(run, pre_dispatch=True, tracing_mode="real")(*values)
+    guarded = {symbol for guard in shape_env.guards for symbol in guard.expr.free_symbols} | set(shape_env.replacements)
+    return FunctionalTrace(traced, mutated, [position for position, symbol in symbols.items() if symbol in guarded])
+
+
+def input_source(placeholder: fx.Node) -> str | None:
+    """Dynamo's name of where a graph input comes from, for example ``L['self']._modules['conv']``."""
+    argument = placeholder.meta.get("grapharg")
+    source = getattr(argument, "source", None) or getattr(placeholder, "_dynamo_source", None)
+    return None if source is None else str(source.name)
+
+
+def is_module_state(placeholder: fx.Node) -> bool:
+    """Whether a graph input was read from a module: a parameter, a buffer or any other tensor attribute."""
+    argument = placeholder.meta.get("grapharg")
+    source = getattr(argument, "source", None) or getattr(placeholder, "_dynamo_source", None)
+    if source is None:
+        return False
+    where = source.guard_source
+    return bool(where.is_unspecialized_nn_module() or where.is_specialized_nn_module() or where.is_fsdp_module())
+
+
+def is_wrapped_number(placeholder: fx.Node) -> bool:
+    """Whether a graph input is a Python float that Dynamo passes as a tensor of rank 0."""
+    return bool(getattr(placeholder.meta.get("grapharg"), "pass_arg_as_tensor", False))
+
+
+def is_symbolic(value: object) -> bool:
+    """Whether Dynamo left this number dynamic."""
+    return isinstance(value, torch.SymInt)
+
+
+def hint_of(value: torch.SymInt) -> int:
+    """The value a dynamic number has in the call being compiled, without a guard on it."""
+    return int(value.node.hint)
+
+
+def size_symbols(placeholders: Sequence[fx.Node]) -> set[Any]:
+    """All symbols that occur in the sizes of tensor inputs."""
+    found: set[Any] = set()
+    for placeholder in placeholders:
+        value = placeholder.meta.get("example_value")
+        if isinstance(value, Tensor):
+            found |= free_symbols(tuple(value.shape))
+            found |= free_symbols(tuple(value.stride())) if value.layout is torch.strided else set()
+    return found
+
+
+def is_size(value: torch.SymInt, symbols: set[Any]) -> bool:
+    """Whether a dynamic number is a size of a tensor input, or computed from some."""
+    return bool(free_symbols(value) & symbols)
+
+
+@contextmanager
+def strict_recompiles() -> Iterator[None]:
+    """Inside, Dynamo raises when it reaches its limit of graphs for one function.
+
+    Otherwise it would silently run that function eagerly: calls would be missing from a recording, and an edit would
+    compute a picture that ignores the mask. An error of this package raised while a graph is compiled leaves as itself.
+
+    Raises:
+        CallMismatchError: the limit was reached.
+    """
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, suppress_errors=False):
+        try:
+            yield
+        except FailOnRecompileLimitHit as error:
+            limit = torch._dynamo.config.recompile_limit
+            raise CallMismatchError(
+                f"the compiler reached its limit of {limit} graphs for one function, so this call would not have been "
+                f"recorded or edited. Expected at most {limit} combinations of input sizes and Python arguments; call "
+                "torch._dynamo.reset(), or raise torch._dynamo.config.recompile_limit, and pass changing numbers as "
+                "tensors"
+            ) from error
+        except BackendCompilerFailed as error:
+            if isinstance(error.inner_exception, FisEditError):
+                raise error.inner_exception from error
+            raise
+
+
+@contextmanager
+def dynamo_limits(limit: int) -> Iterator[None]:
+    """Inside, Dynamo may compile ``limit`` graphs of one function and raises beyond them."""
+    with torch._dynamo.config.patch(
+        recompile_limit=limit,
+        accumulated_recompile_limit=limit,
+        fail_on_recompile_limit_hit=True,
+        suppress_errors=False,
+    ):
+        yield
+
+
+def compile_forward(function: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a fresh function with ``backend``: its graphs never count against those of the user's model."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    # Dynamo keeps compiled graphs on the code object, which all closures of one function share.
+    call.__code__ = call.__code__.replace(co_name="fisedit_capture")
+    return torch.compile(call, backend=backend, dynamic=False)

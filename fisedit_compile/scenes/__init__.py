@@ -1,0 +1,25 @@
+"""A small world of scenes: its renderer, its checker and a diffusion model of it that comes with the package."""
+
+from .checker import ATTRIBUTES, Reading, check, read_scene
+from .edits import EditPair, edit_pairs
+from .pipeline import load_pipeline
+from .render import SIZE, render
+from .world import Scene, all_scenes, caption, held_back_scenes, parse_caption, training_scenes
+
+__all__ = [
+    "ATTRIBUTES",
+    "SIZE",
+    "EditPair",
+    "Reading",
+    "Scene",
+    "all_scenes",
+    "caption",
+    "check",
+    "edit_pairs",
+    "held_back_scenes",
+    "load_pipeline",
+    "parse_caption",
+    "read_scene",
+    "render",
+    "training_scenes",
+]

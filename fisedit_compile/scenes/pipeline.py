@@ -1,0 +1,39 @@
+"""Loading of the scenes model that comes with the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+WEIGHTS = Path(__file__).parent / "weights"
+"""Folder of the packaged weights, in the ordinary layout of a diffusers pipeline."""
+
+
+def load_pipeline(dtype: torch.dtype | None = None, weights: Path | None = None) -> StableDiffusionPipeline:
+    """Load the scenes model: a text-to-image pipeline of 128 by 128 pixels.  Nothing is downloaded.
+
+    Args:
+        dtype: type of the weights and of the computation; ``torch.float32`` if not given.
+        weights: folder to load from, if not the packaged one.
+
+    Returns:
+        The pipeline, on the processor, with its progress bar off.
+
+    Raises:
+        FileNotFoundError: the folder holds no pipeline.
+    """
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    folder = WEIGHTS if weights is None else weights
+    if not (folder / "model_index.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no pipeline: model_index.json is missing")
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        folder, torch_dtype=torch.float32 if dtype is None else dtype, local_files_only=True
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

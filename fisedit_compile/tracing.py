@@ -1,0 +1,300 @@
+"""From a Dynamo graph to a functional, pre-dispatch ATen graph: what the passes work on.
+
+``trace`` is called by the backend for each graph; ``capture`` runs a model through Dynamo without computing anything.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fisedit_compile import private
+from fisedit_compile.errors import FisEditError
+from fisedit_compile.passes.program import InputInfo
+
+logger = logging.getLogger(__name__)
+
+aten = torch.ops.aten
+
+#: Nodes without a result that check what tracing has made static.
+STATIC_CHECKS = (aten._assert_tensor_metadata.default, private.SET_GRAD_ENABLED)
+#: Positions of the probability and of the training flag (None: has none) of operators that are random in training only.
+RANDOM_IN_TRAINING: dict[Any, tuple[int | None, int | None]] = {
+    aten.dropout.default: (1, 2),
+    aten.feature_dropout.default: (1, 2),
+    aten.alpha_dropout.default: (1, 2),
+    aten.feature_alpha_dropout.default: (1, 2),
+    aten.native_dropout.default: (1, 2),
+    aten.rrelu.default: (None, 3),
+    aten.scaled_dot_product_attention.default: (4, None),
+}
+
+
+class UntraceableGraph(FisEditError):
+    """A graph that has to stay dense; the message is the reason that ``explain`` shows."""
+
+
+@dataclass(frozen=True)
+class TracedGraph:
+    """A functional graph and what its flat inputs are.
+
+    Attributes:
+        gm: placeholders are the flat inputs in Dynamo's order; ``node.meta`` has ``val`` (a fake tensor or a number),
+            ``nn_module_stack`` and ``module_path`` (dotted, as in ``named_modules``; "" outside any module).
+        input_infos: one for each placeholder.
+        numbers: positions of the inputs that are Python numbers in the user's call and stay run-time inputs.
+        constants: positions of the inputs that are fixed in the graph, such as sizes; their placeholders have no users.
+    """
+
+    gm: fx.GraphModule
+    input_infos: tuple[InputInfo, ...]
+    numbers: tuple[int, ...] = ()
+    constants: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class DenseGraph:
+    """A captured graph that cannot be traced, and why."""
+
+    reason: str
+
+
+def readable_name(source: str) -> str:
+    """Dynamo's name of an input in the words of the model: ``L['self']._modules['conv']`` is ``conv``."""
+    name = re.sub(r"(\.__dict__\['_modules'\]|\._modules|\._parameters|\._buffers)\['([^']*)'\]", r".\2", source)
+    name = re.sub(r"^[LG]\['(?:self|model|function|fn)'\]\.?", "", name)
+    name = name.removeprefix("__self__.").removeprefix("_orig_mod.")
+    name = re.sub(r"^L\['kwargs'\]\['([^']*)'\]", r"\1", name)
+    name = re.sub(r"^[LG]\['([^']*)'\]", r"\1", name)
+    return name.lstrip(".")
+
+
+def module_path(node: fx.Node) -> str:
+    """Dotted path of the module a node comes from; "" when it comes from none."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path, _ = list(stack.values())[-1]
+    return readable_name(str(path)) if "[" in str(path) else str(path)
+
+
+def _placeholders(graph: fx.Graph) -> list[fx.Node]:
+    return [node for node in graph.nodes if node.op == "placeholder"]
+
+
+def _given(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[list[Any], dict[int, Any]]:
+    """What to trace each input as, and the Python numbers that Dynamo left dynamic, by position."""
+    symbols = private.size_symbols(_placeholders(graph_module.graph))
+    values: list[Any] = []
+    numbers: dict[int, Any] = {}
+    for position, value in enumerate(example_inputs):
+        if isinstance(value, Tensor):
+            if type(value) not in (Tensor, nn.Parameter, nn.Buffer, private.FakeTensor):
+                raise UntraceableGraph(f"input {position} is a tensor subclass, {type(value).__name__}")
+            if value.layout is not torch.strided or value.is_quantized:
+                raise UntraceableGraph(f"input {position} is not a plain strided tensor")
+            shape, strides = (tuple(int(size) for size in sizes) for sizes in (value.shape, value.stride()))
+            values.append(private.StaticTensor(shape, strides, value.dtype, value.device))
+        elif private.is_symbolic(value) and not private.is_size(value, symbols):
+            numbers[position] = value
+            values.append(private.DynamicNumber(private.hint_of(value)))
+        elif private.is_symbolic(value):
+            # Reading a size as an int makes Dynamo guard on it: another resolution is another graph.
+            values.append(int(value))
+        elif value is None or isinstance(value, (int, float, bool)):
+            values.append(value)
+        else:
+            raise UntraceableGraph(f"input {position} is a {type(value).__name__}")
+    return values, numbers
+
+
+def describe_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[InputInfo, ...]:
+    """Classify the flat inputs of a Dynamo graph.
+
+    ``parameter``: read from a module; ``scalar``: numbers, and other tensors of rank 0 or 1; ``user``: the rest.
+    """
+    infos = []
+    for placeholder, value in zip(_placeholders(gm.graph), example_inputs, strict=True):
+        source = private.input_source(placeholder)
+        name = readable_name(source) if source else placeholder.name
+        if not isinstance(value, Tensor):
+            infos.append(InputInfo("scalar", name))
+        elif private.is_module_state(placeholder):
+            infos.append(InputInfo("parameter", name))
+        else:
+            infos.append(InputInfo("scalar" if value.dim() <= 1 else "user", name))
+    return tuple(infos)
+
+
+def _is_random(node: fx.Node) -> bool:
+    """Whether the node draws random numbers."""
+    target = node.target
+    if not isinstance(target, private.OpOverload):
+        return False
+    known = RANDOM_IN_TRAINING.get(target)
+    if known is None:
+        return torch.Tag.nondeterministic_seeded in target.tags
+    names = [argument.name for argument in target._schema.arguments]
+    defaults = [argument.default_value for argument in target._schema.arguments]
+
+    def read(position: int) -> Any:
+        if position < len(node.args):
+            return node.args[position]
+        return node.kwargs.get(names[position], defaults[position])
+
+    probability, training = known
+    possible = probability is None or read(probability) != 0
+    return possible and (training is None or read(training) is not False)
+
+
+def _check_before(graph_module: fx.GraphModule) -> None:
+    """Refuse what cannot be traced faithfully, named by what the user wrote."""
+    for node in graph_module.graph.nodes:
+        if isinstance(node.target, private.HigherOrderOperator):
+            raise UntraceableGraph(f"higher-order operator {node.target} has graphs of its own")
+        if node.op == "call_module" and any(True for _ in graph_module.get_submodule(str(node.target)).parameters()):
+            raise UntraceableGraph(f"module {node.target} was not inlined; its parameters are not graph inputs")
+
+
+def _check_after(graph: fx.Graph) -> None:
+    """Refuse operators whose result or effect is not a function of their inputs."""
+    for node in graph.nodes:
+        if node.op == "call_module":
+            raise UntraceableGraph(f"module {node.target} was not traced")
+        if node.op != "call_function":
+            continue
+        if node.target is private.ENTER_AUTOCAST or node.target is private.EXIT_AUTOCAST:
+            raise UntraceableGraph("it switches autocast inside the graph")
+        if _is_random(node):
+            raise UntraceableGraph(f"{node.target} is random (module {module_path(node) or 'unknown'})")
+        if isinstance(node.target, private.OpOverload) and node.target._schema.is_mutable:
+            raise UntraceableGraph(f"{node.target} changes a tensor in place")
+        if isinstance(node.target, private.OpOverload) and not node.target._schema.returns:
+            raise UntraceableGraph(f"{node.target} has an effect but no result")
+        if node.target is aten.batch_norm.default and node.args[5] is True:
+            raise UntraceableGraph("batch_norm uses the statistics of the batch (training mode)")
+    (results,) = next(node for node in graph.nodes if node.op == "output").args
+    if not all(isinstance(result, fx.Node) and isinstance(result.meta.get("val"), Tensor) for result in results):
+        raise UntraceableGraph("an output of the graph is not a tensor")
+
+
+def _drop_idle_autocast(graph: fx.Graph) -> None:
+    """Erase regions that switch autocast off while it is off."""
+    for node in list(graph.nodes):
+        if node.target is not private.ENTER_AUTOCAST:
+            continue
+        device, _, enabled, _ = node.args
+        if not enabled and not torch.is_autocast_enabled(device):
+            for user in list(node.users):
+                graph.erase_node(user)
+            graph.erase_node(node)
+
+
+def trace(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> TracedGraph:
+    """Trace a Dynamo graph.
+
+    Sizes are fixed (Dynamo guards on them: another resolution is another graph). Python ints that Dynamo left dynamic
+    and that are no sizes stay inputs, unless the graph branches on them.
+
+    Args:
+        gm: as Dynamo hands it to a backend.
+        example_inputs: its flat inputs; real, meta or fake tensors.
+
+    Raises:
+        UntraceableGraph: the graph has to stay dense; the message says why.
+    """
+    _check_before(gm)
+    values, numbers = _given(gm, example_inputs)
+    try:
+        traced = private.trace_functional(gm, values)
+        if traced.specialised:
+            for position in traced.specialised:
+                values[position] = int(numbers.pop(position))
+            traced = private.trace_functional(gm, values)
+    except private.UNTRACEABLE as error:
+        raise UntraceableGraph(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
+    graph = traced.graph_module.graph
+    infos = describe_inputs(gm, example_inputs)
+    if traced.mutated:
+        names = ", ".join(infos[position].name for position in traced.mutated)
+        raise UntraceableGraph(f"it changes its inputs in place: {names}")
+    dynamic = (private.StaticTensor, private.DynamicNumber)
+    for node, value in zip(_placeholders(graph), values, strict=True):
+        if not isinstance(value, dynamic):
+            node.meta["val"] = value
+    for node in list(graph.nodes):
+        if node.target in STATIC_CHECKS:
+            graph.erase_node(node)
+    _drop_idle_autocast(graph)
+    _check_after(graph)
+    graph.eliminate_dead_code()
+    for node in graph.nodes:
+        if node.target in (aten.view.default, aten._unsafe_view.default):
+            # A view was chosen by the strides of this trace; kernels of another device may leave others.
+            node.target = aten.reshape.default
+        node.meta["module_path"] = module_path(node)
+    graph.lint()
+    traced.graph_module.recompile()
+    logger.debug("traced a graph of %d nodes with %d inputs", len(graph.nodes), len(infos))
+    wrapped = (at for at, node in enumerate(_placeholders(gm.graph)) if private.is_wrapped_number(node))
+    constants = frozenset(at for at, value in enumerate(values) if not isinstance(value, dynamic))
+    return TracedGraph(traced.graph_module, infos, tuple(sorted({*numbers, *wrapped})), constants)
+
+
+def _empty_outputs(traced: TracedGraph) -> Any:
+    """A stand-in for the compiled graph that returns zeros of the right shapes and computes nothing."""
+    (results,) = next(node for node in traced.gm.graph.nodes if node.op == "output").args
+    values = [result.meta["val"] for result in results]
+
+    def run(*arguments: Any) -> tuple[Tensor, ...]:
+        return tuple(
+            torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device).zero_()
+            for value in values
+        )
+
+    return run
+
+
+def capture_all(model: Any, *args: Any, **kwargs: Any) -> list[TracedGraph | DenseGraph]:
+    """As ``capture``; graphs that have to stay dense appear with their reason."""
+    found: list[TracedGraph | DenseGraph] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        try:
+            traced = trace(gm, example_inputs)
+        except UntraceableGraph as error:
+            found.append(DenseGraph(str(error)))
+            return gm
+        found.append(traced)
+        return _empty_outputs(traced)
+
+    function = model._orig_mod if isinstance(model, private.OptimizedModule) else model
+    if isinstance(function, nn.Module):
+        function = function.forward
+    with torch.no_grad(), private.dynamo_limits(64):
+        private.compile_forward(function, backend)(*args, **kwargs)
+    return found
+
+
+def capture(model: Any, *args: Any, **kwargs: Any) -> list[TracedGraph]:
+    """Trace every graph that Dynamo makes of one call, without computing anything.
+
+    Args:
+        model: a module or function; may be on the meta device, as its inputs may.
+        args, kwargs: of the call.
+
+    Raises:
+        UntraceableGraph: one of the graphs cannot be traced.
+    """
+    graphs = []
+    for graph in capture_all(model, *args, **kwargs):
+        if isinstance(graph, DenseGraph):
+            raise UntraceableGraph(graph.reason)
+        graphs.append(graph)
+    return graphs

@@ -1,0 +1,174 @@
+"""Recognising a network's parameters: by identity, and by a sample of their content.
+
+Adding to ``parameter.data`` (what fusing a LoRA does) changes neither ``_version`` nor ``data_ptr``, and inference
+tensors have no version at all. So the content is looked at: at most ``SAMPLES`` elements of each parameter, gathered
+in one pass and compared bit for bit. A change of a few single elements can go unnoticed; a change of a layer cannot.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import torch
+from torch import Tensor
+
+from ..errors import WeightsChangedError
+
+SAMPLES = 64
+"""Most elements looked at in one parameter."""
+
+# Same-width integer types: samples are compared as bits, so that NaN equals itself and -0.0 differs from 0.0.
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_GOLDEN = 0.6180339887498949
+
+
+@lru_cache(maxsize=4096)
+def sample_positions(count: int, device: torch.device) -> Tensor:
+    """Which elements of a tensor of ``count`` elements are looked at: int64 ``[min(count, SAMPLES)]`` on ``device``.
+
+    Multiples of the golden section are spread evenly over the tensor and, unlike equal steps, over the columns of
+    a matrix of any width: a low-rank change that leaves some columns alone is seen all the same.
+    """
+    with torch.inference_mode(False):
+        if count <= SAMPLES:
+            return torch.arange(count, device=device)
+        return torch.tensor([int(number * _GOLDEN % 1 * count) for number in range(SAMPLES)], device=device)
+
+
+def _plain_tensors(parameter: Tensor) -> list[Tensor]:
+    """The ordinary tensors that hold a parameter's content (several for a wrapper such as a quantised weight)."""
+    if hasattr(parameter, "__tensor_flatten__"):
+        names, _ = parameter.__tensor_flatten__()
+        return [plain for name in names for plain in _plain_tensors(getattr(parameter, name))]
+    if parameter.layout is not torch.strided:
+        return [parameter.to_dense()]
+    return [parameter]
+
+
+def sample(tensor: Tensor) -> Tensor:
+    """At most ``SAMPLES`` elements of ``tensor``, as integers of the same width; shape ``[n]``, on its device."""
+    flat = tensor.detach()
+    if flat.is_complex():
+        flat = torch.view_as_real(flat)
+    bits = _BITS[flat.element_size()]
+    count = flat.numel()
+    if count == 0 or flat.device.type == "meta":
+        return torch.empty(0, dtype=bits)
+    if not flat.is_contiguous() and torch.empty_like(flat, device="meta").stride() != flat.stride():
+        # A view with gaps: the memory in between belongs to somebody else and may change.
+        flat = flat.contiguous()
+    line = flat.as_strided((count,), (1,), flat.storage_offset())
+    return line.view(bits).index_select(0, sample_positions(count, flat.device))
+
+
+@dataclass(frozen=True, eq=False)
+class Fingerprint:
+    """What is remembered of a list of parameters.
+
+    Attributes:
+        forms: shape, dtype and device of every tensor, in order.
+        owners: for every tensor, the number of the parameter it belongs to.
+        samples: for every (device, element size) the concatenated samples, on the CPU.
+        spans: for every tensor, its group in ``samples`` and where its sample begins and ends.
+    """
+
+    forms: tuple[tuple[tuple[int, ...], torch.dtype, str], ...]
+    owners: tuple[int, ...]
+    samples: dict[tuple[str, int], Tensor]
+    spans: tuple[tuple[tuple[str, int], int, int], ...]
+
+    @classmethod
+    def take(cls, parameters: Sequence[Tensor]) -> Fingerprint:
+        """Look at ``parameters`` now. One pass; one transfer to the host for every device and element size."""
+        forms, owners, spans = [], [], []
+        groups: dict[tuple[str, int], list[Tensor]] = {}
+        lengths: dict[tuple[str, int], int] = {}
+        with torch.no_grad():
+            for number, parameter in enumerate(parameters):
+                for plain in _plain_tensors(parameter):
+                    taken = sample(plain)
+                    device = str(plain.device)
+                    group = (device, taken.element_size())
+                    begin = lengths.get(group, 0)
+                    lengths[group] = begin + taken.numel()
+                    groups.setdefault(group, []).append(taken)
+                    forms.append((tuple(plain.shape), plain.dtype, device))
+                    owners.append(number)
+                    spans.append((group, begin, lengths[group]))
+            samples = {group: torch.cat(taken).cpu() for group, taken in groups.items()}
+        return cls(tuple(forms), tuple(owners), samples, tuple(spans))
+
+    def difference(self, other: Fingerprint) -> str | None:
+        """How ``other`` differs from this one, in words; None when nothing differs."""
+        if len(self.forms) != len(other.forms):
+            return f"{len(self.forms)} tensors before, {len(other.forms)} now"
+        for owner, before, now in zip(self.owners, self.forms, other.forms, strict=True):
+            if before != now:
+                return f"parameter {owner} was {_form(before)} and is {_form(now)} now"
+        if all(torch.equal(taken, other.samples[group]) for group, taken in self.samples.items()):
+            return None
+        changed = []
+        for owner, form, (group, begin, end) in zip(self.owners, self.forms, self.spans, strict=True):
+            if not torch.equal(self.samples[group][begin:end], other.samples[group][begin:end]):
+                changed.append((owner, form))
+        count, (owner, form) = len(changed), changed[0]
+        return f"the content of {count} of {len(self.forms)} tensors changed, first parameter {owner} ({_form(form)})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Fingerprint) and self.difference(other) is None
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    @cached_property
+    def digest(self) -> str:
+        """A short text that is equal for equal parameters: 32 hexadecimal digits."""
+        digest = hashlib.blake2b(repr(self.forms).encode(), digest_size=16)
+        for group, taken in sorted(self.samples.items()):
+            digest.update(repr(group).encode())
+            digest.update(taken.numpy().tobytes())
+        return digest.hexdigest()
+
+
+def _form(form: tuple[tuple[int, ...], torch.dtype, str]) -> str:
+    shape, dtype, device = form
+    return f"{list(shape)} {str(dtype).removeprefix('torch.')} on {device}"
+
+
+class Weights:
+    """The parameters one graph was recorded with: weak references to them, and their fingerprint."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self.fingerprint = Fingerprint.take(parameters)
+        self._references = tuple(weakref.ref(parameter) for parameter in parameters)
+
+    @property
+    def alive(self) -> bool:
+        """Whether every parameter still exists."""
+        return all(reference() is not None for reference in self._references)
+
+    def verify(self, parameters: Sequence[Tensor], base: str) -> None:
+        """Check that ``parameters`` are the recorded ones, unchanged.
+
+        Raises:
+            WeightsChangedError: a parameter is another tensor (the number of an object may be used again after the
+                object is gone), or its shape, dtype, device or content changed.
+        """
+        advice = "record the base again with these weights, or restore the weights it was recorded with"
+        if len(parameters) != len(self._references):
+            raise WeightsChangedError(
+                f"base {base!r} was recorded with {len(self._references)} parameters, got {len(parameters)}; {advice}"
+            )
+        for number, (reference, parameter) in enumerate(zip(self._references, parameters, strict=True)):
+            if reference() is not parameter:
+                raise WeightsChangedError(
+                    f"base {base!r} was recorded with another network: parameter {number} of shape "
+                    f"{list(parameter.shape)} is not the recorded tensor; {advice}"
+                )
+        difference = self.fingerprint.difference(Fingerprint.take(parameters))
+        if difference is not None:
+            raise WeightsChangedError(f"the weights changed since base {base!r} was recorded: {difference}; {advice}")

@@ -1,0 +1,370 @@
+"""What a compiled graph asks during record and edit: which call is this, what was stored, where is the mask.
+
+The protocol of one call inside ``record``::
+
+    ordinal = phase.begin(key, parameters, scalars, runtime.bytes_needed(sites))
+    ...                                   # run the record graph
+    phase.commit(key, tensors, sites, protected)
+
+and inside ``edit``::
+
+    call = phase.begin(key, parameters, scalars)
+    with phase.running(call):             # the base's lock, timing, failure
+        if phase.dense_call: ...          # run the dense graph; the record graph when phase.saving
+        else:
+            plan = phase.plan(PlanSpec(...))
+            ...                           # None: return copies of the recorded outputs; else run the edit graph
+        if phase.saving:
+            phase.commit(key, tensors, sites, protected)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from ..errors import CallMismatchError, FisEditError, GraphError, WeightsChangedError
+from .base import Base, ProgramKey, RecordedCall, Scalar, write_rows
+from .fingerprint import Fingerprint, Weights
+from .masks import MaskLike, prepare_mask
+from .plancache import PlanSpec
+from .plans import IndexPlan
+from .scalars import ScalarCheck, copy_scalar
+from .spec import PlanInput, Site
+from .store import BaseWriter, Store
+
+
+class _Phase:
+    """What record and edit have in common: ordinals per graph, weights checked once per graph, failures remembered."""
+
+    def __init__(self, store: Store, base: Base) -> None:
+        self.base = base
+        self._store = store
+        self._ordinals: dict[ProgramKey, int] = {}
+        self._failure: str | None = None
+
+    @property
+    def calls(self) -> int:
+        """Graph calls so far, of all graphs together."""
+        return sum(self._ordinals.values())
+
+    def close(self) -> None:
+        """Let go of all tensors when the context has ended: somebody may keep the ``run`` it gave."""
+        self.base = Base(self.base.name)
+        self._store = Store(None, None)
+
+    def _require_sound(self) -> None:
+        """After a failed call the ordinals of several graphs no longer belong together: nothing may follow."""
+        if self._failure is not None:
+            raise CallMismatchError(f"{self._failure}; leave this context and start it again")
+
+
+class RecordPhase(_Phase):
+    """A thread is inside ``runtime.record``."""
+
+    def __init__(self, store: Store, name: str) -> None:
+        super().__init__(store, Base(name))
+        self.writer = BaseWriter(store, self.base)
+        self._weights: dict[ProgramKey, Weights] = {}
+        self._open: tuple[ProgramKey, int, tuple[Scalar, ...], float] | None = None
+
+    def begin(self, key: ProgramKey, parameters: Sequence[Tensor], scalars: Sequence[Scalar], bytes_needed: int) -> int:
+        """Announce a call, before anything is computed.
+
+        Args:
+            key: the graph.
+            parameters: its parameters and buffers, the very objects (they are held by weak references).
+            scalars: its scalar inputs; copied.
+            bytes_needed: what the call will store, see ``Runtime.bytes_needed``.
+
+        Returns:
+            The call's ordinal, counted from 0 for every graph.
+
+        Raises:
+            BudgetError: the budget does not leave ``bytes_needed``; what was recorded so far is dropped.
+            CallMismatchError: an earlier call failed.
+        """
+        started = time.perf_counter()
+        if self._open is not None:
+            self._failure = f"call {self._open[1]} of {self._open[0]} began but stored nothing, so it must have failed"
+        self._require_sound()
+        ordinal = self._ordinals.get(key, 0)
+        try:
+            self.writer.reserve(bytes_needed, f"recording call {ordinal} of {key} for base {self.base.name!r}")
+        except FisEditError as error:
+            self._failure = str(error)
+            raise
+        if key not in self._weights:
+            self._weights[key] = Weights(parameters)
+        self._open = (key, ordinal, tuple(copy_scalar(scalar) for scalar in scalars), started)
+        return ordinal
+
+    def commit(
+        self, key: ProgramKey, tensors: Mapping[str, Tensor], sites: Sequence[Site], protected: Sequence[Tensor] = ()
+    ) -> None:
+        """Store what the announced call computed.
+
+        Args:
+            key: the graph of ``begin``.
+            tensors: one for every site, by name; the phase takes ownership.
+            sites: what they are.
+            protected: the graph's inputs and the outputs that go to the caller; whatever shares memory with them
+                is copied.
+
+        Raises:
+            BudgetError: the tensors take more than was announced and than the budget leaves.
+        """
+        if self._open is None or self._open[0] != key:
+            raise GraphError(f"commit of {key} without begin")
+        _, ordinal, scalars, started = self._open
+        self.writer.append(key, self._weights[key], scalars, tensors, sites, protected)
+        self._open = None
+        self._ordinals[key] = ordinal + 1
+        self._store.counter.add_call("record", time.perf_counter() - started)
+
+    def fingerprint(self, key: ProgramKey) -> Fingerprint:
+        """The fingerprint of a graph's parameters in this context; known after ``begin``."""
+        return self._weights[key].fingerprint
+
+    def finish(self, calls: int | None) -> None:
+        """Check, at the end of the context, that the recording is whole.
+
+        Args:
+            calls: how often the network was called, when the user said so. Each call runs one or more graphs.
+
+        Raises:
+            CallMismatchError: nothing was recorded, a call failed, or the number of calls is another.
+        """
+        if self._open is not None:
+            self._failure = f"call {self._open[1]} of {self._open[0]} failed while base {self.base.name!r} was recorded"
+        self._require_sound()
+        if self.calls == 0:
+            raise CallMismatchError(
+                f"nothing was recorded for base {self.base.name!r}: expected at least one call of a network compiled "
+                f"with backend='fisedit' and this runtime, in this thread; got none. Check options={{'runtime': ...}}."
+            )
+        if calls is not None and (calls < 1 or self.calls % calls):
+            raise CallMismatchError(
+                f"base {self.base.name!r} was announced with {calls} calls, so a multiple of {calls} graph calls was "
+                f"expected; got {self.calls} ({self.base.describe()})"
+            )
+
+    def close(self) -> None:
+        """See ``_Phase.close``."""
+        super().close()
+        self.writer = BaseWriter(self._store, self.base)
+        self._open = None
+
+
+class EditPhase(_Phase):
+    """A thread is inside ``runtime.edit``."""
+
+    def __init__(self, store: Store, base: Base, save_as: str | None) -> None:
+        super().__init__(store, base)
+        self.writer = None if save_as is None else BaseWriter(store, Base(save_as, parent=base))
+        self._mask: Tensor | None = None
+        self._plans: dict[PlanSpec, IndexPlan | None] = {}
+        self._scalars = ScalarCheck(base.name)
+        self._current: dict[ProgramKey, RecordedCall] = {}
+        self._closed = False
+        self.density: float | None = None
+
+    @property
+    def mask(self) -> Tensor | None:
+        """bool ``[1 or samples, height, width]`` as the user gave it; None: not known yet."""
+        return self._mask
+
+    @property
+    def dense_call(self) -> bool:
+        """Whether calls run densely, because the mask is not known yet."""
+        return self._mask is None
+
+    @property
+    def saving(self) -> bool:
+        """Whether the calls become a new base: every call must then be committed."""
+        return self.writer is not None
+
+    def set_mask(self, mask: MaskLike) -> None:
+        """Use ``mask`` from the next call on.
+
+        Raises:
+            MaskError: see ``prepare_mask``. Its batch is checked when a network's batch is known: at the next call.
+        """
+        if self._closed:
+            raise FisEditError(f"the edit of base {self.base.name!r} has ended; give the mask inside the context")
+        prepared = prepare_mask(mask).cpu()
+        self._plans = {}
+        self._mask = prepared
+        self.density = float(prepared.float().mean())
+
+    def begin(self, key: ProgramKey, parameters: Sequence[Tensor], scalars: Sequence[Scalar]) -> RecordedCall:
+        """Announce a call and get what its counterpart stored.
+
+        Args:
+            key: the graph.
+            parameters: its parameters and buffers, the very objects.
+            scalars: its scalar inputs. On the CPU they are compared now, on other devices when the context ends.
+
+        Raises:
+            CallMismatchError: the base has no such graph, or fewer calls of it; or an earlier call failed.
+            WeightsChangedError: see ``Weights.verify``; checked at the first call of each graph.
+            ScalarMismatchError: a scalar differs.
+            BudgetError: the call is dense and will be saved, and the budget does not leave what it stores.
+        """
+        self._require_sound()
+        recording = self.base.recordings.get(key)
+        if recording is None:
+            raise self._unknown_graph(key)
+        if key not in self._ordinals:
+            recording.weights.verify(parameters, self.base.name)
+            self._ordinals[key] = 0
+        ordinal = self._ordinals[key]
+        if ordinal >= len(recording.calls):
+            raise CallMismatchError(
+                f"base {self.base.name!r} holds {len(recording.calls)} calls of {key}, and the edit makes one more; "
+                f"edit with the number of steps the base was recorded with"
+            )
+        call = recording.calls[ordinal]
+        self._scalars.compare(f"call {ordinal} of {key}", call.scalars, scalars)
+        if self.writer is not None and self.dense_call:
+            self._reserve(call.bytes, ordinal, key)
+        self._ordinals[key] = ordinal + 1
+        self._current[key] = call
+        return call.reader()
+
+    @contextmanager
+    def running(self, call: RecordedCall, dense: bool = False) -> Iterator[RecordedCall]:
+        """Hold the base's lock while a call of ``begin`` runs (attention writes into recorded tensors and undoes it),
+        count and time it, and remember when it fails. ``dense``: it runs densely although the mask is known."""
+        kind = "dense" if dense or self.dense_call else "edit"
+        finished = False
+        try:
+            with self.base.lock:
+                started = time.perf_counter()
+                yield call
+                finished = True
+        finally:
+            if not finished:
+                self._failure = self._failure or f"an earlier call of the edit of base {self.base.name!r} failed"
+        self._store.counter.add_call(kind, time.perf_counter() - started, call.bytes_loaded)
+
+    def plan(self, spec: PlanSpec) -> IndexPlan | None:
+        """The index plan of the mask for a graph; None when nothing is active.
+
+        Raises:
+            MaskError: the network's batch is not a multiple of the mask's.
+        """
+        spec = PlanSpec(*spec)
+        if self._mask is None:
+            raise GraphError("a plan was asked for before the mask is known")
+        if spec not in self._plans:
+            self._plans[spec], self.density = self._store.plans.get(self._mask, spec)
+        return self._plans[spec]
+
+    def updated_sites(
+        self, call: RecordedCall, sites: Sequence[Site], updates: Sequence[Tensor | None], plan: IndexPlan
+    ) -> dict[str, Tensor]:
+        """What a sparse call stores in the new base: the recorded tensors with the call's updates.
+
+        Args:
+            call: what ``begin`` returned.
+            sites: the graph's sites.
+            updates: one for each site: the rows ``[B, N, *C]`` of a spatial site, the whole tensor of a value site, or
+                None: unchanged. Unchanged tensors are the recorded ones themselves.
+            plan: whose rows they are.
+
+        Raises:
+            BudgetError: the budget does not leave the copies.
+        """
+        recorded = dict(zip(call, call.stored(), strict=True))
+        changed = [site for site, update in zip(sites, updates, strict=True) if update is not None]
+        self._reserve(sum(recorded[site.name].nbytes for site in changed), None, None)
+        result: dict[str, Tensor] = {}
+        with self.base.lock, torch.inference_mode(False), torch.no_grad():
+            for site, update in zip(sites, updates, strict=True):
+                if update is None:
+                    result[site.name] = recorded[site.name]
+                elif site.kind != "spatial" or site.domain is None:
+                    result[site.name] = update
+                else:
+                    index = plan.tensor(PlanInput("index", site.domain))
+                    valid = plan.tensor(PlanInput("valid", site.domain))
+                    if index is None:
+                        raise GraphError(f"the plan has no index of {site.domain}")
+                    result[site.name] = write_rows(recorded[site.name], site, update, index, valid)
+        return result
+
+    def commit(
+        self,
+        key: ProgramKey,
+        tensors: Mapping[str, Tensor],
+        sites: Sequence[Site],
+        protected: Sequence[Tensor] = (),
+    ) -> None:
+        """Store the call in the new base. Tensors that are the recorded ones themselves (all of them, when nothing is
+        active: pass the recorded call) are shared with the edited base; the others are owned as in
+        ``RecordPhase.commit``."""
+        if self.writer is None:
+            raise GraphError("commit in an edit without save_as")
+        parent = self._current[key]
+        shared = frozenset(id(tensor) for tensor in parent.stored())
+        weights = self.base.recordings[key].weights
+        self.writer.append(key, weights, parent.scalars, tensors, sites, protected, shared)
+
+    def fingerprint(self, key: ProgramKey) -> Fingerprint:
+        """The fingerprint of a graph's parameters in this context; known after ``begin``."""
+        return self.base.recordings[key].weights.fingerprint
+
+    def finish(self) -> None:
+        """Check, at the end of the context, that the edit made the calls the base holds, with its scalars.
+
+        Raises:
+            CallMismatchError: a graph was called less often than recorded, or a call failed, or was not saved.
+            ScalarMismatchError: a scalar on an accelerator differed.
+        """
+        self._require_sound()
+        self._scalars.finish()
+        for key, recording in self.base.recordings.items():
+            made = self._ordinals.get(key, 0)
+            if made < len(recording.calls):
+                raise CallMismatchError(
+                    f"base {self.base.name!r} holds {len(recording.calls)} calls of {key}, the edit made {made}; edit "
+                    f"with the number of steps the base was recorded with, through the network compiled for it"
+                )
+            saved = self.writer and self.writer.base.recordings.get(key)
+            if self.writer is not None and len(saved.calls if saved else ()) != made:
+                raise GraphError(f"{made} calls of {key} were made but not all of them were committed")
+
+    def close(self) -> None:
+        """See ``_Phase.close``."""
+        super().close()
+        self.writer = None
+        self._closed = True
+        self._current = {}
+        self._plans = {}
+
+    def _reserve(self, needed: int, ordinal: int | None, key: ProgramKey | None) -> None:
+        if self.writer is None:
+            raise GraphError("updates in an edit without save_as")
+        call = "a call" if key is None else f"call {ordinal} of {key}"
+        try:
+            self.writer.reserve(needed, f"saving {call} for base {self.writer.base.name!r}")
+        except FisEditError as error:
+            self._failure = str(error)
+            raise
+
+    def _unknown_graph(self, key: ProgramKey) -> FisEditError:
+        twins = [known for known in self.base.recordings if known.graph_hash == key.graph_hash]
+        if twins:
+            return WeightsChangedError(
+                f"base {self.base.name!r} was recorded with other parameters of {key}: the network, or some of its "
+                f"parameters, were replaced since; record the base again with this network"
+            )
+        return CallMismatchError(
+            f"base {self.base.name!r} has no calls of {key}; it holds {self.base.describe()}. Edit with the network, "
+            f"the picture size, the batch and the precision the base was recorded with, or record again"
+        )

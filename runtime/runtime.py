@@ -1,0 +1,265 @@
+"""The runtime: holds bases (recorded runs) and says, thread by thread, whether a call is recorded or edited."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import FisEditError, OptionError, UnknownBaseError
+from .base import Base, check_storage, parse_budget, stored_bytes
+from .masks import MaskLike
+from .phases import EditPhase, RecordPhase
+from .spec import Site
+from .stats import Stats, format_bytes
+from .store import BaseWriter, Store
+
+Phase = RecordPhase | EditPhase
+
+
+class RecordRun:
+    """A recording in progress, as ``with runtime.record(...) as run`` gives it."""
+
+    def __init__(self, phase: RecordPhase) -> None:
+        self._phase = phase
+
+    @property
+    def name(self) -> str:
+        """The base that will be made."""
+        return self._phase.base.name
+
+    @property
+    def calls(self) -> int:
+        """Graph calls recorded so far."""
+        return self._phase.calls
+
+
+class EditRun:
+    """An edit in progress, as ``with runtime.edit(...) as run`` gives it."""
+
+    def __init__(self, phase: EditPhase) -> None:
+        self._phase = phase
+
+    @property
+    def base(self) -> str:
+        """Name of the base that is edited."""
+        return self._phase.base.name
+
+    @property
+    def calls(self) -> int:
+        """Graph calls made so far, dense ones included."""
+        return self._phase.calls
+
+    @property
+    def mask(self) -> Tensor | None:
+        """bool ``[1 or samples, height, width]`` as given; None while it is not known."""
+        return self._phase.mask
+
+    @property
+    def density(self) -> float | None:
+        """Active fraction, 0 to 1, of the mask at the network's input resolution (before the first sparse call: of the
+        mask as given); None while it is not known."""
+        return self._phase.density
+
+    def set_mask(self, mask: MaskLike) -> None:
+        """Say what may change; calls from now on are sparse.
+
+        Args:
+            mask: white (greater than zero) where the picture may change: PIL, numpy or torch, ``[H, W]`` or
+                ``[samples, H, W]``, any resolution.
+
+        Raises:
+            MaskError: it is not such a mask.
+            FisEditError: the edit has ended.
+        """
+        self._phase.set_mask(mask)
+
+
+class Runtime:
+    """Holds recorded runs and the mask, for the networks compiled with it.
+
+    ``record``, ``edit`` and what happens inside belong to the thread that entered them: other threads run densely, or
+    inside contexts of their own. Edits of one base in several threads take turns; on CUDA they must use one stream.
+    """
+
+    hooks: ClassVar[list[Callable[[], AbstractContextManager[object]]]] = []
+    """Makers of context managers that are entered with every record and edit; the backend adds one that turns silent
+    fallbacks of the tracer into errors."""
+
+    def __init__(self, storage: torch.dtype | None = None, budget: int | str | None = None) -> None:
+        """Make an empty runtime.
+
+        Args:
+            storage: type in which recorded feature maps are stored (``torch.float16`` halves a float32 network's
+                bytes); None: as computed. Outputs and statistics are always stored as computed.
+            budget: most bytes all bases may take: a number, ``"8GB"`` or ``"512MiB"``; None: no limit.
+
+        Raises:
+            OptionError: another type, or no positive number of bytes.
+        """
+        self._store = Store(check_storage(storage), parse_budget(budget))
+        self._lock = threading.RLock()
+        self._local = threading.local()
+
+    @classmethod
+    def add_hook(cls, hook: Callable[[], AbstractContextManager[object]]) -> None:
+        """Enter ``hook()`` with every record and edit of every runtime; adding it again changes nothing."""
+        if hook not in cls.hooks:
+            cls.hooks.append(hook)
+
+    @property
+    def bases(self) -> tuple[str, ...]:
+        """Names of the bases, oldest first."""
+        return tuple(self._store.bases)
+
+    @property
+    def storage(self) -> torch.dtype | None:
+        """Type in which recorded feature maps are stored; None: as computed."""
+        return self._store.storage
+
+    @property
+    def budget(self) -> int | None:
+        """Most bytes all bases may take; None: no limit."""
+        return self._store.ledger.budget
+
+    @property
+    def stats(self) -> Stats:
+        """What was done so far; a copy."""
+        return self._store.counter.snapshot(self._store.ledger.total)
+
+    def reset_stats(self) -> None:
+        """Start counting again from zero; bases stay."""
+        self._store.counter.reset()
+
+    def drop(self, name: str) -> None:
+        """Forget a base. An edit of it in progress goes on; memory it shares with other bases stays.
+
+        Raises:
+            UnknownBaseError: there is no base of that name.
+        """
+        with self._lock:
+            base = self._find(name)
+            del self._store.bases[name]
+            self._store.ledger.release(base.tensors())
+
+    def phase(self) -> Phase | None:
+        """What the calling thread is doing: None outside record and edit."""
+        phase: Phase | None = getattr(self._local, "phase", None)
+        return phase
+
+    def bytes_needed(self, sites: Iterable[Site]) -> int:
+        """Bytes one recorded call with these sites takes in this runtime."""
+        return stored_bytes(sites, self._store.storage)
+
+    @contextmanager
+    def record(self, name: str, calls: int | None = None) -> Iterator[RecordRun]:
+        """Record the calls of this thread as base ``name``; they run densely. An existing base of that name is replaced
+        when the context ends without error, and kept otherwise.
+
+        Args:
+            name: of the base.
+            calls: how often the network will be called, when that is known: checked at the end.
+
+        Raises:
+            CallMismatchError: at the end, when nothing was recorded, a call failed, or the number of calls is another.
+            BudgetError: during a call, before it computes, when its tensors would exceed the budget.
+        """
+        phase = RecordPhase(self._store, _check_name(name))
+        with self._entered(phase, f"record({name!r})"), self._writing(phase.writer):
+            yield RecordRun(phase)
+            phase.finish(calls)
+
+    @contextmanager
+    def edit(self, name: str, mask: MaskLike | None = None, save_as: str | None = None) -> Iterator[EditRun]:
+        """Edit base ``name``: the i-th call of each graph uses what its i-th recorded call stored.
+
+        Args:
+            name: of a recorded base.
+            mask: white where the picture may change, see ``EditRun.set_mask``; None: calls run densely until
+                ``run.set_mask`` is called.
+            save_as: make the result a base of this name; it may be ``name`` itself.
+
+        Raises:
+            UnknownBaseError: there is no base ``name``.
+            MaskError: the mask cannot be used.
+            CallMismatchError: a call, or the number of calls at the end, does not fit the base.
+            WeightsChangedError: the network's parameters are not those of the recording.
+            BudgetError: the new base would exceed the budget.
+        """
+        with self._lock:
+            base = self._find(name)
+        phase = EditPhase(self._store, base, None if save_as is None else _check_name(save_as))
+        if mask is not None:
+            phase.set_mask(mask)
+        with self._entered(phase, f"edit({name!r})"), self._writing(phase.writer):
+            yield EditRun(phase)
+            phase.finish()
+
+    def __repr__(self) -> str:
+        bases = ", ".join(f"{name!r} ({base.call_count} calls)" for name, base in list(self._store.bases.items()))
+        return f"Runtime(bases: {bases or 'none'}; {format_bytes(self._store.ledger.total)} stored)"
+
+    def _find(self, name: str) -> Base:
+        if name not in self._store.bases:
+            existing = ", ".join(map(repr, self._store.bases)) or "none"
+            raise UnknownBaseError(
+                f"there is no base {name!r}; existing bases: {existing}. Record it first: with runtime.record({name!r})"
+            )
+        return self._store.bases[name]
+
+    @contextmanager
+    def _entered(self, phase: Phase, what: str) -> Iterator[None]:
+        """Make ``phase`` the calling thread's phase, within all hooks."""
+        if self.phase() is not None:
+            raise FisEditError(
+                f"{what} inside another record or edit of the same runtime and thread; leave the outer context first, "
+                f"or use a second Runtime"
+            )
+        with ExitStack() as stack:
+            for hook in self.hooks:
+                stack.enter_context(hook())
+            self._local.phase = phase
+            try:
+                yield
+            finally:
+                self._local.phase = None
+                phase.close()
+
+    @contextmanager
+    def _writing(self, writer: BaseWriter | None) -> Iterator[None]:
+        """Publish the new base when the body succeeds, drop it when the body fails."""
+        published = False
+        try:
+            yield
+            if writer is not None:
+                with self._lock:
+                    replaced = self._store.bases.pop(writer.base.name, None)
+                    self._store.bases[writer.base.name] = writer.base
+                    published = True
+                    if replaced is not None:
+                        self._store.ledger.release(replaced.tensors())
+        finally:
+            if writer is not None and not published:
+                writer.discard()
+
+
+def _check_name(name: str) -> str:
+    if not isinstance(name, str) or not name:
+        raise OptionError(f"the name of a base must be a text that is not empty, got {name!r}")
+    return name
+
+
+_default: list[Runtime] = []
+_default_lock = threading.Lock()
+
+
+def default_runtime() -> Runtime:
+    """The runtime of networks compiled without ``options={"runtime": ...}``; one for the whole process."""
+    with _default_lock:
+        if not _default:
+            _default.append(Runtime())
+        return _default[0]

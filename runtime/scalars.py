@@ -1,0 +1,84 @@
+"""Comparing the scalar inputs of an edit (timesteps, sizes) with the recorded ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import ScalarMismatchError
+from .base import Scalar
+
+
+def copy_scalar(scalar: Scalar) -> Scalar:
+    """A copy that the caller cannot overwrite."""
+    if not isinstance(scalar, Tensor):
+        return scalar
+    with torch.inference_mode(False), torch.no_grad():
+        return scalar.detach().clone()
+
+
+class ScalarCheck:
+    """Compares scalars call by call: on the CPU at once; elsewhere into a number on the device that is read once, when
+    the context ends, because reading it at every call would stop the host until the device is done."""
+
+    def __init__(self, base: str) -> None:
+        self._base = base
+        self._labels: list[str] = []
+        self._first: dict[torch.device, Tensor] = {}  # the number of the first comparison that failed
+
+    def compare(self, label: str, recorded: Sequence[Scalar], given: Sequence[Scalar]) -> None:
+        """Compare the scalars of one call; ``label`` names the call in messages.
+
+        Raises:
+            ScalarMismatchError: their number, shapes, types, devices or (on the CPU) values differ.
+        """
+        if len(recorded) != len(given):
+            raise self._error(label, f"{len(recorded)} scalar inputs", f"{len(given)}")
+        for number, (before, now) in enumerate(zip(recorded, given, strict=True)):
+            where = f"{label}, scalar input {number}"
+            if not isinstance(before, Tensor) or not isinstance(now, Tensor):
+                if isinstance(before, Tensor) or isinstance(now, Tensor) or before != now:
+                    raise self._error(where, _describe(before), _describe(now))
+                continue
+            if (before.shape, before.dtype, before.device) != (now.shape, now.dtype, now.device):
+                raise self._error(where, _form(before), _form(now))
+            if before.device.type != "cpu":
+                self.compare_later(where, before, now)
+            elif not torch.equal(before, now):
+                raise self._error(where, _describe(before), _describe(now))
+
+    def compare_later(self, label: str, recorded: Tensor, given: Tensor) -> None:
+        """Compare two tensors of one form on their device; ``finish`` reads the result."""
+        number = len(self._labels)
+        self._labels.append(label)
+        with torch.inference_mode(False), torch.no_grad():
+            failed = torch.where((recorded != given).any(), number, torch.iinfo(torch.int64).max)
+            first = self._first.get(recorded.device)
+            self._first[recorded.device] = failed if first is None else torch.minimum(first, failed)
+
+    def finish(self) -> None:
+        """Read the results of ``compare_later``.
+
+        Raises:
+            ScalarMismatchError: names the first comparison that failed.
+        """
+        for first in self._first.values():
+            number = int(first)
+            if number < len(self._labels):
+                raise self._error(self._labels[number], "the recorded value", "another")
+
+    def _error(self, label: str, expected: str, got: str) -> ScalarMismatchError:
+        return ScalarMismatchError(
+            f"{label}: expected {expected} as in base {self._base!r}, got {got}; edit with the scheduler, the number "
+            f"of steps and the sizes the base was recorded with, or record again"
+        )
+
+
+def _form(scalar: Tensor) -> str:
+    return f"shape {list(scalar.shape)} {str(scalar.dtype).removeprefix('torch.')} on {scalar.device}"
+
+
+def _describe(scalar: Scalar) -> str:
+    return str(scalar.tolist()) if isinstance(scalar, Tensor) else repr(scalar)

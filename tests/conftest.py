@@ -1,0 +1,63 @@
+"""What every test shares: a fresh Dynamo, few threads, poisoned uninitialised memory, one hypothesis profile."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# Test modules import the shared helpers beside this file by their bare names, whatever the import mode.
+sys.path.insert(0, str(Path(__file__).parent))
+
+settings.register_profile(
+    "default", deadline=None, derandomize=True, max_examples=5, suppress_health_check=list(HealthCheck)
+)
+settings.register_profile("thorough", deadline=None, max_examples=100, suppress_health_check=list(HealthCheck))
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def poisoned(create: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A creator of uninitialised tensors whose floating-point results are all NaN."""
+
+    def create_poisoned(*arguments: Any, **keywords: Any) -> torch.Tensor:
+        tensor = create(*arguments, **keywords)
+        if not torch.compiler.is_compiling() and tensor.is_floating_point() and not tensor.is_meta:
+            with torch.no_grad():
+                tensor.fill_(float("nan"))
+        return tensor
+
+    return create_poisoned
+
+
+@pytest.fixture(autouse=True, scope="session")
+def few_threads() -> None:
+    """Small tensors gain nothing from threads, and threads of several workers stand in each other's way."""
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def poisoned_memory() -> Iterator[None]:
+    """Uninitialised floating-point memory is NaN, so that reading it shows."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("empty", "empty_like", "empty_strided"):
+            patch.setattr(torch, name, poisoned(getattr(torch, name)))
+        for name in ("new_empty", "new_empty_strided"):
+            patch.setattr(torch.Tensor, name, poisoned(getattr(torch.Tensor, name)))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Dynamo gives up on a function after a few graphs and then runs it eagerly: each test starts with none.
+
+    A module whose tests share compiled networks sets ``KEEPS_DYNAMO = True`` and resets where it builds them.
+    """
+    if not getattr(request.module, "KEEPS_DYNAMO", False):
+        torch.compiler.reset()
+    yield

@@ -1,0 +1,157 @@
+"""What the semantic tests share: masks to try, and a network compiled, recorded and traced by the reference."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from hypothesis import strategies
+from networks import Network
+from torch import Tensor, nn
+from torch.nn import functional
+
+import fisedit_compile as fisedit
+
+from reference import Recording, Reference, flatten
+from tolerances import assert_identical, assert_near
+
+KINDS = ("full", "pixel", "border", "rectangle", "ragged", "sparse", "per-sample", "one sample")
+
+
+@dataclass(frozen=True)
+class MaskRecipe:
+    """A mask, whatever the network's size: its kind, a seed, and whether it comes in another resolution."""
+
+    kind: str
+    seed: int = 0
+    resolution: str = "same"
+
+    def draw(self, size: tuple[int, int], batch: int = 1) -> Tensor:
+        """The mask as booleans ``[H, W]``, or ``[B, H, W]`` for the kinds that differ by sample."""
+        height, width = size
+        if self.resolution == "finer":
+            height, width = 3 * height + 1, 2 * width
+        elif self.resolution == "coarser":
+            height, width = (height + 1) // 2, (width + 2) // 3
+        generator = torch.Generator().manual_seed(self.seed)
+        noise = torch.rand((batch, height, width), generator=generator)
+        mask = torch.zeros((height, width), dtype=torch.bool)
+        row, column = self.seed % height, (self.seed // 3) % width
+        if self.kind == "full":
+            return ~mask
+        if self.kind == "pixel":
+            mask[row, column] = True
+        elif self.kind == "border":
+            mask[0], mask[:, -1] = True, True
+        elif self.kind == "rectangle":
+            mask[row // 2 : row // 2 + 1 + height // 3, column // 2 : column // 2 + 1 + width // 2] = True
+        elif self.kind == "ragged":
+            return functional.avg_pool2d(noise[:1], 3, 1, 1)[0] > 0.47
+        elif self.kind == "sparse":
+            return noise[0] < 0.08
+        elif self.kind == "per-sample":
+            return noise < torch.linspace(0.03, 0.3, batch)[:, None, None]
+        elif self.kind == "one sample":
+            return (noise < 0.2) & (torch.arange(batch) == 0)[:, None, None]
+        return mask
+
+
+def recipes() -> strategies.SearchStrategy[MaskRecipe]:
+    """Masks of every kind but the empty one."""
+    return strategies.builds(
+        MaskRecipe,
+        kind=strategies.sampled_from(KINDS),
+        seed=strategies.integers(0, 999),
+        resolution=strategies.sampled_from(("same", "same", "finer", "coarser")),
+    )
+
+
+@functools.cache
+def reference_of(network: Network, dtype: torch.dtype = torch.float32) -> Reference:
+    """The reference of a network; tracing is slow, so tests share it."""
+    return Reference(network.module(dtype), network.inputs(0, dtype), network.spatial)
+
+
+@functools.cache
+def dense_outputs(network: Network, seed: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    """What the uncompiled network returns."""
+    with torch.no_grad():
+        return flatten(network.module(dtype)(*network.inputs(seed, dtype)))
+
+
+@dataclass
+class Case:
+    """A compiled network with a recorded base, and the reference's recording of the same call."""
+
+    network: Network
+    module: nn.Module
+    runtime: fisedit.Runtime
+    reference: Reference
+    dtype: torch.dtype
+    recording: Recording
+    recorded: tuple[Tensor, ...] = ()
+
+    def call(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """One call of the compiled network."""
+        with torch.no_grad():
+            return flatten(self.module(*inputs))
+
+    def edit(self, inputs: Sequence[Tensor], mask: Tensor | None, base: str = "base") -> tuple[Tensor, ...]:
+        """One call within an edit."""
+        with self.runtime.edit(base, mask=mask):
+            return self.call(inputs)
+
+    def expected(self, inputs: Sequence[Tensor], mask: Tensor | None) -> tuple[Tensor, ...]:
+        """What the reference computes for an edit of the base."""
+        return self.reference.edit(self.recording, inputs, mask).outputs
+
+    def mask(self, recipe: MaskRecipe) -> Tensor:
+        """The mask of a recipe in this network's size."""
+        return recipe.draw(self.network.resolution, self.network.batch)
+
+    def assert_outside_untouched(self, outputs: Sequence[Tensor], mask: Tensor) -> None:
+        """Outside the active set, outputs are the recorded ones bit by bit."""
+        for number, (output, recorded, inside) in enumerate(
+            zip(outputs, self.recorded, self.reference.inside(mask), strict=True)
+        ):
+            if inside is not None:
+                outside = ~inside.expand(output.shape)
+                assert_identical(output[outside], recorded[outside], f"output {number} outside the mask")
+
+    def assert_all_near(self, outputs: Sequence[Tensor], expected: Sequence[Tensor], what: str) -> None:
+        """Compare all outputs by the table of tolerances."""
+        assert len(outputs) == len(expected)
+        for number, (output, wanted) in enumerate(zip(outputs, expected, strict=True)):
+            assert_near(output, wanted, f"{self.network.name}: output {number} {what}", dtype=self.dtype)
+
+
+def compiled(network: Network, runtime: fisedit.Runtime, **options: str) -> nn.Module:
+    """A network compiled for a runtime."""
+    return torch.compile(network.module(), backend="fisedit", options={"runtime": runtime, **options})
+
+
+def outputs_of(module: nn.Module, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """One call."""
+    with torch.no_grad():
+        return flatten(module(*inputs))
+
+
+def compile_network(
+    network: Network,
+    norm: str = "exact",
+    dtype: torch.dtype = torch.float32,
+    storage: torch.dtype | None = None,
+    lowering: str = "plain",
+) -> Case:
+    """Compile a network with a runtime of its own and record the base from the inputs of seed 0."""
+    runtime = fisedit.Runtime(storage=storage)
+    options = {"runtime": runtime, "norm": norm, "lowering": lowering}
+    compiled = torch.compile(network.module(dtype), backend="fisedit", options=options)
+    reference = reference_of(network, dtype).with_norm(norm)
+    base = network.inputs(0, dtype)
+    case = Case(network, compiled, runtime, reference, dtype, reference.record(base))
+    with runtime.record("base"):
+        case.recorded = case.call(base)
+    return case

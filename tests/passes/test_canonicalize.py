@@ -1,0 +1,142 @@
+"""canonicalize: which copies, casts and dropouts vanish, and which must stay."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from graphs import GraphBuilder, aten, only, outputs, reasons, targets, text
+
+from fisedit_compile.passes.canonicalize import canonicalize
+from fisedit_compile.passes.report import Report
+
+RELU = aten.relu.default
+
+
+def run(builder: GraphBuilder, *results):
+    module, report = builder.module(*results), Report()
+    assert canonicalize(module, report) is module
+    module.graph.lint()
+    again = text(module)
+    assert text(canonicalize(module, Report())) == again, "a second run changes the graph"
+    return module, report
+
+
+@pytest.mark.parametrize(
+    "copy",
+    [
+        lambda b, x: b.call(aten.clone.default, x),
+        lambda b, x: b.call(aten.clone.default, x, memory_format=torch.channels_last),
+        lambda b, x: b.call(aten.contiguous.default, x),
+        lambda b, x: b.call(aten.detach.default, x),
+        lambda b, x: b.call(aten.alias.default, x),
+        lambda b, x: b.call(aten.to.dtype, x, torch.float32),
+        lambda b, x: b.call(aten._to_copy.default, x, dtype=torch.float32, memory_format=torch.channels_last),
+        lambda b, x: b.call(aten.to.device, x, torch.device("cpu"), torch.float32),
+        lambda b, x: b.call(aten.expand.default, x, [2, 6, 5, 4]),
+        lambda b, x: b.call(aten.dropout.default, x, 0.1, False),
+        lambda b, x: b.call(aten.dropout.default, x, 0.0, True),
+        lambda b, x: b.call(aten.feature_dropout.default, x, 0.5, False),
+        lambda b, x: b.call(aten.clone.default, b.call(aten.detach.default, b.call(aten.clone.default, x))),
+    ],
+)
+def test_what_changes_no_value_is_dropped(copy) -> None:
+    builder = GraphBuilder()
+    x = builder.picture()
+    relu = builder.call(RELU, copy(builder, x))
+    before = sum(node.op == "call_function" for node in builder.graph.nodes)
+    module, report = run(builder, relu)
+    assert targets(module) == [RELU]
+    assert only(module, RELU).args == (x,)
+    assert report.matches["canonicalize"] == before - 1
+    assert reasons(report) == []
+
+
+def test_a_constant_is_read_without_its_copy() -> None:
+    builder = GraphBuilder()
+    x = builder.picture()
+    constant = builder.constant(torch.ones(4))
+    total = builder.call(aten.add.Tensor, x, builder.call(aten.lift_fresh_copy.default, constant))
+    module, _ = run(builder, total)
+    assert only(module, aten.add.Tensor).args == (x, constant)
+
+
+def test_type_as_becomes_a_cast_that_is_dropped_when_idle() -> None:
+    builder = GraphBuilder()
+    x, half = builder.picture(), builder.input(3, name="half", dtype=torch.float16)
+    cast = builder.call(aten.type_as.default, x, half)
+    idle = builder.call(aten.type_as.default, cast, half)
+    module, report = run(builder, builder.call(RELU, idle))
+    node = only(module, aten.to.dtype)
+    assert node.args == (x, torch.float16) and node.meta["val"].dtype == torch.float16
+    assert only(module, RELU).args == (node,)
+    assert report.matches["canonicalize"] == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda b, x: b.call(aten.to.dtype, x, torch.float16),
+        lambda b, x: b.call(aten._to_copy.default, x, dtype=torch.float64),
+        lambda b, x: b.call(aten.expand.default, x, [3, 2, 6, 5, 4]),
+    ],
+)
+def test_what_changes_dtype_or_shape_stays(change) -> None:
+    builder = GraphBuilder()
+    changed = change(builder, builder.picture())
+    module, report = run(builder, builder.call(RELU, changed))
+    assert targets(module) == [changed.target, RELU]
+    assert report.matches["canonicalize"] == 0
+
+
+@pytest.mark.parametrize("target", [aten.dropout.default, aten.feature_dropout.default])
+def test_dropout_in_training_stays_and_is_reported(target) -> None:
+    builder = GraphBuilder()
+    dropped = builder.call(target, builder.picture(), 0.1, True)
+    module, report = run(builder, builder.call(RELU, dropped))
+    assert targets(module) == [target, RELU]
+    assert reasons(report, "canonicalize") == ["dropout in training mode is random"]
+    assert report.misses[0].node == dropped.name
+
+
+def test_a_copy_that_is_an_output_stays() -> None:
+    """A caller may write into one output; the other must not change with it."""
+    builder = GraphBuilder()
+    relu = builder.call(RELU, builder.picture())
+    inner = builder.call(aten.clone.default, relu)
+    copy = builder.call(aten.clone.default, inner)
+    module, _ = run(builder, relu, copy)
+    assert outputs(module) == (relu, copy)
+    assert copy.args == (relu,)
+
+
+def test_a_view_that_is_an_output_is_dropped() -> None:
+    builder = GraphBuilder()
+    relu = builder.call(RELU, builder.picture())
+    module, _ = run(builder, builder.call(aten.detach.default, relu))
+    assert outputs(module) == (relu,)
+
+
+@pytest.mark.parametrize("target", [aten.clone.default, aten.detach.default, aten.alias.default])
+def test_what_stands_between_an_input_and_an_output_stays(target) -> None:
+    builder = GraphBuilder()
+    x = builder.picture()
+    copy = builder.call(target, x)
+    module, _ = run(builder, copy)
+    assert outputs(module) == (copy,) and copy.args == (x,)
+
+
+def test_a_constant_that_is_an_output_is_copied() -> None:
+    builder = GraphBuilder()
+    fresh = builder.call(aten.lift_fresh_copy.default, builder.constant(torch.ones(4)))
+    module, _ = run(builder, builder.call(aten.detach.default, fresh))
+    assert outputs(module) == (fresh,)
+
+
+def test_unused_nodes_vanish_and_inputs_stay() -> None:
+    builder = GraphBuilder()
+    x, y = builder.picture(), builder.picture(name="y")
+    builder.call(RELU, y)
+    kept = builder.call(aten.neg.default, x)
+    module, _ = run(builder, kept)
+    assert targets(module) == [aten.neg.default]
+    assert [node.name for node in module.graph.nodes if node.op == "placeholder"] == ["x", "y"]

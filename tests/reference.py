@@ -1,0 +1,298 @@
+"""The masked reference: what an edit must compute, by definition and without any cleverness.
+
+A network is traced with ``torch.export``, which the package itself does not use, and interpreted node by node.  Every
+operator runs densely on whole maps; after each one, positions outside the active set get their recorded value back.
+The resolution of a value is recognised from its shape, so that test networks use heights, widths, their products,
+channel counts and token counts that differ from each other.
+
+Only values computed from a spatial input can be spatial.  A value is spatial when its first dimension is the batch and
+two neighbouring dimensions are a known height and width, or one dimension is their product; when the heads of an
+attention are folded into the batch, only the product is recognised.  Every other value is taken as it comes.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+aten = torch.ops.aten
+
+# Operators whose result may have a resolution that no input had; their results are always [B, C, H, W].
+RESAMPLING = (
+    "conv2d",
+    "conv_transpose2d",
+    "pool2d",
+    "upsample_",
+    "pad",
+    "pixel_shuffle",
+    "pixel_unshuffle",
+)
+
+
+class AmbiguousShapeError(AssertionError):
+    """A shape fits two resolutions: the test network must use sizes that differ from each other."""
+
+
+def covering(fine: int, coarse: int) -> Tensor:
+    """``[coarse, fine]`` booleans: whether a coarse cell covers a fine one, also when there are more coarse cells."""
+    first = [cell * fine // coarse for cell in range(coarse)]
+    last = [-(-(cell + 1) * fine // coarse) for cell in range(coarse)]
+    cells = torch.arange(fine)
+    return torch.stack([(cells >= begin) & (cells < end) for begin, end in zip(first, last, strict=True)])
+
+
+def reduce_mask(mask: Tensor, height: int, width: int) -> Tensor:
+    """Positions of ``[B, height, width]`` that cover any active cell of the mask ``[B, H, W]``."""
+    rows = covering(mask.shape[1], height).double()
+    columns = covering(mask.shape[2], width).double()
+    return (rows @ mask.double() @ columns.T) > 0
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a value keeps its space.
+
+    ``dimension`` is the first spatial one; ``folds`` is how many heads are folded into the batch.
+    """
+
+    height: int
+    width: int
+    dimension: int
+    flattened: bool
+    folds: int = 1
+
+    def view(self, mask: Tensor, rank: int) -> Tensor:
+        """The mask ``[B, height, width]`` in a shape that broadcasts against the value."""
+        if self.flattened:
+            mask = mask.flatten(1)
+        mask = mask.repeat_interleave(self.folds, dim=0)
+        before = (1,) * (self.dimension - 1)
+        after = (1,) * (rank - self.dimension - (1 if self.flattened else 2))
+        return mask.reshape(mask.shape[0], *before, *mask.shape[1:], *after)
+
+
+def locate(shape: Sequence[int], batch: int, resolutions: Sequence[tuple[int, int]]) -> Place | None:
+    """Recognise the spatial dimensions of a value from its shape; None for a value that is not spatial."""
+    rank = len(shape)
+    if rank < 2:
+        return None
+    found = [
+        Place(height, width, dimension, flattened=False)
+        for height, width in resolutions
+        for dimension in range(1, rank - 1)
+        if shape[0] == batch and tuple(shape[dimension : dimension + 2]) == (height, width)
+    ]
+    folded = rank == 3 and shape[0] % batch == 0
+    if not found and (shape[0] == batch or folded):
+        found = [
+            Place(height, width, dimension, flattened=True, folds=shape[0] // batch)
+            for height, width in resolutions
+            for dimension in range(1, rank)
+            if height * width > 1 and shape[dimension] == height * width
+        ]
+    if len({(place.height, place.width) for place in found}) > 1:
+        raise AmbiguousShapeError(f"shape {tuple(shape)} fits {found}")
+    return found[0] if found else None  # attention scores are [..., queries, keys]: the queries come first
+
+
+@dataclass
+class Recording:
+    """What one call computed: every node's value, and the statistics its group norms used."""
+
+    values: dict[str, Any]
+    statistics: dict[str, tuple[Tensor, Tensor]]
+    outputs: tuple[Tensor, ...]
+    active: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+
+def flatten(value: Any) -> tuple[Tensor, ...]:
+    """The tensors of a result, in order."""
+    if isinstance(value, Tensor):
+        return (value,)
+    if isinstance(value, dict):
+        value = value.values()
+    if isinstance(value, (tuple, list)) or hasattr(value, "__iter__"):
+        return tuple(tensor for item in value for tensor in flatten(item))
+    return ()
+
+
+def flatten_nodes(value: Any) -> list[fx.Node]:
+    """The nodes of an output, in order."""
+    if isinstance(value, fx.Node):
+        return [value]
+    return [node for item in value for node in flatten_nodes(item)]
+
+
+def group_norm_arguments(node: fx.Node, arguments: Sequence[Any]) -> tuple[int, Tensor | None, Tensor | None, float]:
+    """Groups, weight, bias and epsilon of a group or instance norm node."""
+    if node.target is aten.group_norm.default:
+        padded = [*arguments, *(None, None, 1e-5)[len(arguments) - 2 :]]
+        return padded[1], padded[2], padded[3], padded[4]
+    return arguments[0].shape[1], arguments[1], arguments[2], arguments[7]
+
+
+def group_statistics(value: Tensor, groups: int, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Mean and reciprocal deviation ``[B, groups, 1]`` of a map ``[B, C, ...]``, in at least float32."""
+    grouped = value.to(torch.promote_types(value.dtype, torch.float32)).reshape(value.shape[0], groups, -1)
+    mean = grouped.mean(dim=2, keepdim=True)
+    return mean, (grouped.var(dim=2, keepdim=True, unbiased=False) + epsilon).rsqrt()
+
+
+def normalise(value: Tensor, groups: int, statistics: tuple[Tensor, Tensor], weight: Any, bias: Any) -> Tensor:
+    """Group normalisation of a map ``[B, C, ...]`` with given statistics."""
+    mean, reciprocal = statistics
+    grouped = value.to(mean.dtype).reshape(value.shape[0], groups, -1)
+    result = ((grouped - mean) * reciprocal).reshape(value.shape)
+    channels = (1, -1) + (1,) * (value.dim() - 2)
+    if weight is not None:
+        result = result * weight.to(mean.dtype).reshape(channels)
+    if bias is not None:
+        result = result + bias.to(mean.dtype).reshape(channels)
+    return result.to(value.dtype)
+
+
+class Reference:
+    """Runs a network as its dense self (``record``) and as an edit is defined (``edit``).
+
+    Args:
+        model: takes tensors by position and returns tensors, in any nesting.
+        inputs: example inputs; their sizes are fixed.
+        spatial: positions of the inputs ``[B, C, H, W]`` that are maps.
+        norm: ``"exact"``, or ``"cached"`` for group norms that keep the recorded statistics.
+    """
+
+    def __init__(
+        self, model: nn.Module, inputs: Sequence[Tensor], spatial: Sequence[int] = (0,), norm: str = "exact"
+    ) -> None:
+        with torch.no_grad():
+            program = torch.export.export(model, tuple(inputs), strict=False).run_decompositions({})
+        # Without the guards function, which is no operator.
+        self.module = program.module(check_guards=False)
+        self.norm = norm
+        self.nodes = list(self.module.graph.nodes)
+        placeholders = [node for node in self.nodes if node.op == "placeholder"]
+        assert len(placeholders) == len(inputs), "networks under test take tensors by position only"
+        self.batch = inputs[spatial[0]].shape[0]
+        self.finest = max(
+            (tuple(inputs[position].shape[2:]) for position in spatial), key=lambda size: size[0] * size[1]
+        )
+        self.places = self._find_places({placeholders[position] for position in spatial}, inputs, spatial)
+        results = flatten_nodes(self.module.graph.output_node().args[0])
+        self.outputs = [(self.places.get(node.name, (None,))[0], node.meta["val"].dim()) for node in results]
+
+    def _find_places(
+        self, sources: set[fx.Node], inputs: Sequence[Tensor], spatial: Sequence[int]
+    ) -> dict[str, tuple[Place | None, ...]]:
+        derived = set(sources)
+        for node in self.nodes:
+            if any(source in derived for source in node.all_input_nodes):
+                derived.add(node)
+        resolutions = {tuple(inputs[position].shape[2:]) for position in spatial}
+        for node in derived:
+            if node.op == "call_function" and any(name in str(node.target) for name in RESAMPLING):
+                resolutions |= {tuple(value.shape[2:]) for value in flatten(node.meta.get("val")) if value.dim() == 4}
+        self.resolutions = sorted(resolutions)
+        return {
+            node.name: tuple(
+                locate(value.shape, self.batch, self.resolutions) for value in flatten(node.meta.get("val"))
+            )
+            for node in self.nodes
+            if node in derived and node.meta.get("val") is not None  # assertions have no value
+        }
+
+    def active(self, mask: Tensor) -> dict[tuple[int, int], Tensor]:
+        """Active positions ``[B, h, w]`` of every resolution, for a mask ``[H, W]`` or ``[Bm, H, W]``."""
+        mask = mask.float() > 0
+        mask = mask if mask.dim() == 3 else mask[None]
+        assert self.batch % mask.shape[0] == 0
+        fine = reduce_mask(mask, *self.finest).repeat(self.batch // mask.shape[0], 1, 1)
+        return {resolution: reduce_mask(fine, *resolution) for resolution in self.resolutions}
+
+    def with_norm(self, norm: str) -> Reference:
+        """The same traced network under another ``norm`` option."""
+        other = copy.copy(self)
+        other.norm = norm
+        return other
+
+    def inside(self, mask: Tensor) -> list[Tensor | None]:
+        """For each output, a boolean that broadcasts against it and is True in the active set; None if not spatial."""
+        active = self.active(mask)
+        return [
+            None if place is None else place.view(active[place.height, place.width], rank)
+            for place, rank in self.outputs
+        ]
+
+    def record(self, inputs: Sequence[Tensor]) -> Recording:
+        """The dense run."""
+        return self._run(inputs, None, {})
+
+    def edit(self, recording: Recording, inputs: Sequence[Tensor], mask: Tensor | None) -> Recording:
+        """The masked run; its result can itself be edited. Without a mask, a dense run."""
+        if mask is None:
+            return self.record(inputs)
+        active = self.active(mask)
+        if not any(map(torch.any, active.values())):
+            return recording
+        return self._run(inputs, recording, active)
+
+    def keep(self, name: str, new: Any, recorded: Any, active: dict[tuple[int, int], Tensor]) -> Any:
+        """Put the recorded value of a node back outside the active set."""
+        if isinstance(new, (tuple, list)):
+            pieces = zip(new, recorded, self.places[name], strict=True)
+            return tuple(self._keep_one(piece, old, place, active) for piece, old, place in pieces)
+        return self._keep_one(new, recorded, self.places[name][0], active)
+
+    @staticmethod
+    def _keep_one(new: Tensor, recorded: Tensor, place: Place | None, active: dict[tuple[int, int], Tensor]) -> Tensor:
+        if place is None:
+            return new
+        kept = torch.where(place.view(active[place.height, place.width], new.dim()), new, recorded)
+        return new.clone().copy_(kept)  # with the strides of the operator's result, which a later view relies on
+
+    @torch.no_grad()
+    def _run(
+        self, inputs: Sequence[Tensor], recording: Recording | None, active: dict[tuple[int, int], Tensor]
+    ) -> Recording:
+        values: dict[str, Any] = {}
+        statistics: dict[str, tuple[Tensor, Tensor]] = {}
+        remaining = iter(inputs)
+        for node in self.nodes:
+            if node.op == "placeholder":
+                value: Any = next(remaining).detach().clone()
+            elif node.op == "get_attr":
+                value = operator.attrgetter(str(node.target))(self.module)
+            elif node.op == "output":
+                outputs = fx.map_arg(node.args[0], lambda source: values[source.name])
+                return Recording(values, statistics, flatten(outputs), active)
+            else:
+                value = self._call(node, values, statistics, recording)
+            if recording is not None and node.name in self.places:
+                value = self.keep(node.name, value, recording.values[node.name], active)
+            values[node.name] = value
+        raise AssertionError("a graph ends with its output")
+
+    def _call(
+        self,
+        node: fx.Node,
+        values: dict[str, Any],
+        statistics: dict[str, tuple[Tensor, Tensor]],
+        recording: Recording | None,
+    ) -> Any:
+        assert isinstance(node.target, Callable)  # type: ignore[arg-type]
+        arguments = fx.map_arg(node.args, lambda source: values[source.name])
+        keywords = fx.map_arg(node.kwargs, lambda source: values[source.name])
+        if self.norm == "cached" and node.target in (aten.group_norm.default, aten.instance_norm.default):
+            source = node.args[0]
+            if isinstance(source, fx.Node) and self.places.get(source.name, (None,))[0] is not None:
+                groups, weight, bias, epsilon = group_norm_arguments(node, arguments)
+                known = None if recording is None else recording.statistics[node.name]
+                statistics[node.name] = known or group_statistics(arguments[0], groups, epsilon)
+                if recording is not None:
+                    return normalise(arguments[0], groups, statistics[node.name], weight, bias)
+        return node.target(*arguments, **keywords)

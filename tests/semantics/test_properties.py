@@ -1,0 +1,101 @@
+"""What an edit promises, for every test network: equal to dense, to the recording, or to the masked reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from composite_networks import COMPOSITES
+from diffusers_networks import DIFFUSERS
+from harness import Case, MaskRecipe, compile_network, dense_outputs, recipes
+from hypothesis import example, given, settings
+from networks import BLOCKS, Network
+from torch import nn
+from torch.nn import functional
+
+from tolerances import assert_identical
+
+KEEPS_DYNAMO = True  # the tests of a network share one compilation
+
+NETWORKS = [*BLOCKS, *COMPOSITES, *DIFFUSERS]
+
+
+def has_group_norm(network: Network) -> bool:
+    """Whether the option ``norm`` makes a difference."""
+    return any(isinstance(module, (nn.GroupNorm, nn.InstanceNorm2d)) for module in network.module().modules())
+
+
+CASES = [(network, "exact") for network in NETWORKS]
+CASES += [(network, "cached") for network in NETWORKS if has_group_norm(network)]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0].name}, {case[1]}")
+def case(request: pytest.FixtureRequest) -> Iterator[Case]:
+    """A compiled and recorded network."""
+    torch.compiler.reset()
+    yield compile_network(request.param[0], norm=request.param[1])
+
+
+def test_outside_a_context_it_is_the_dense_network(case: Case) -> None:
+    outputs = case.call(case.network.inputs(1))
+    case.assert_all_near(outputs, dense_outputs(case.network, 1), "outside a context")
+
+
+def test_recording_is_the_dense_network(case: Case) -> None:
+    case.assert_all_near(case.recorded, dense_outputs(case.network, 0), "recorded")
+
+
+def test_full_mask_is_the_dense_network(case: Case) -> None:
+    if case.reference.norm == "cached":
+        expected = case.expected(case.network.inputs(1), torch.ones(1, 1))
+    else:
+        expected = dense_outputs(case.network, 1)
+    outputs = case.edit(case.network.inputs(1), torch.ones(case.network.resolution))
+    case.assert_all_near(outputs, expected, "with a full mask")
+
+
+def test_empty_mask_is_the_recording(case: Case) -> None:
+    outputs = case.edit(case.network.inputs(1), torch.zeros(case.network.resolution))
+    for output, recorded in zip(outputs, case.recorded, strict=True):
+        assert_identical(output, recorded, "with an empty mask")
+        output.add_(1.0)  # the caller owns the result; the base must not see this
+    again = case.edit(case.network.inputs(1), torch.zeros(case.network.resolution))
+    for output, recorded in zip(again, case.recorded, strict=True):
+        assert_identical(output, recorded, "with an empty mask, after writing to an earlier result")
+
+
+@given(recipe=recipes())
+@example(MaskRecipe("ragged", 3))
+@example(MaskRecipe("per-sample", 5))
+@settings(max_examples=4)
+def test_any_mask_is_the_masked_reference(case: Case, recipe: MaskRecipe) -> None:
+    mask, inputs = case.mask(recipe), case.network.inputs(2 + recipe.seed % 3)
+    outputs = case.edit(inputs, mask)
+    case.assert_outside_untouched(outputs, mask)
+    case.assert_all_near(outputs, case.expected(inputs, mask), f"against the reference, {recipe}")
+
+
+@given(recipe=recipes())
+@example(MaskRecipe("ragged", 3))
+@settings(max_examples=2)
+def test_unchanged_inputs_are_the_recording(case: Case, recipe: MaskRecipe) -> None:
+    outputs = case.edit(case.network.inputs(0), case.mask(recipe))
+    case.assert_all_near(outputs, case.recorded, f"with unchanged inputs, {recipe}")
+
+
+@pytest.mark.parametrize(
+    "network", [network for network in NETWORKS if network.radius is not None], ids=lambda n: n.name
+)
+@pytest.mark.parametrize("kind", ["pixel", "border", "sparse"])
+def test_grown_mask_is_the_dense_network(network: Network, kind: str) -> None:
+    """What changes nothing beyond its receptive field is exact once the mask covers that."""
+    torch.compiler.reset()
+    case = compile_network(network)
+    changed = MaskRecipe(kind, 4).draw(network.resolution)
+    size = 2 * (network.radius or 0) + 1
+    mask = functional.max_pool2d(changed[None, None].float(), size, 1, size // 2)[0, 0]
+    (base,), (new,) = network.inputs(0), network.inputs(1)
+    inputs = (torch.where(changed, new, base),)
+    expected = (network.module()(*inputs),)
+    case.assert_all_near(case.edit(inputs, mask), expected, f"with a grown mask, {kind}")

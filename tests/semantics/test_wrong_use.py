@@ -1,0 +1,253 @@
+"""Wrong use is a clear error, never a wrong picture, and leaves the runtime as it was."""
+
+from __future__ import annotations
+
+import numpy
+import pytest
+import torch
+from composite_networks import COMPOSITES
+from harness import Case, MaskRecipe, compile_network
+from networks import BLOCKS, Network
+from torch import Tensor
+
+import fisedit_compile as fisedit
+from fisedit_compile.errors import (
+    BudgetError,
+    CallMismatchError,
+    FisEditError,
+    GradientError,
+    MaskError,
+    ScalarMismatchError,
+    UnknownBaseError,
+    WeightsChangedError,
+)
+
+from tolerances import assert_identical
+
+ALL = {network.name: network for network in (*BLOCKS, *COMPOSITES)}
+MASK = torch.zeros(13, 9)
+MASK[3:6, 2:5] = 1
+
+
+@pytest.fixture
+def case() -> Case:
+    """A recorded network of two convolutions."""
+    return compile_network(ALL["two convolutions"])
+
+
+def assert_still_right(case: Case) -> None:
+    """The base still gives the reference's edit."""
+    inputs = case.network.inputs(1)
+    case.assert_all_near(case.edit(inputs, MASK), case.expected(inputs, MASK), "after the error")
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.full((13, 9), float("nan")), "NaN"),
+        (torch.zeros(0, 9), "size|empty|zero"),
+        (torch.zeros(9), "H"),
+        (torch.zeros(1, 1, 13, 9), "H"),
+        (numpy.zeros((13, 9, 3, 2)), "H"),
+    ],
+)
+def test_a_mask_that_is_none(case: Case, mask: object, message: str) -> None:
+    with pytest.raises(MaskError, match=message):
+        with case.runtime.edit("base", mask=mask):
+            raise AssertionError("the context was entered")
+    assert_still_right(case)
+
+
+def test_a_mask_whose_batch_does_not_divide(case: Case) -> None:
+    with pytest.raises(MaskError, match="3"), case.runtime.edit("base", mask=torch.ones(3, 13, 9)):
+        case.call(case.network.inputs(1))
+    assert_still_right(case)
+
+
+def test_a_base_that_does_not_exist(case: Case) -> None:
+    with pytest.raises(UnknownBaseError, match="'nothing'.*'base'"), case.runtime.edit("nothing", mask=MASK):
+        raise AssertionError("the context was entered")
+    with pytest.raises(KeyError):
+        case.runtime.drop("nothing")
+    case.runtime.drop("base")
+    assert case.runtime.bases == ()
+    with pytest.raises(UnknownBaseError), case.runtime.edit("base", mask=MASK):
+        raise AssertionError("the context was entered")
+
+
+def test_a_record_without_a_call(case: Case) -> None:
+    with pytest.raises(CallMismatchError), case.runtime.record("nothing"):
+        pass
+    assert case.runtime.bases == ("base",)
+
+
+def test_another_number_of_calls_than_announced(case: Case) -> None:
+    with pytest.raises(CallMismatchError), case.runtime.record("two", calls=2):
+        case.call(case.network.inputs(1))
+    assert case.runtime.bases == ("base",)
+
+
+def test_fewer_calls_than_recorded(case: Case) -> None:
+    with pytest.raises(CallMismatchError), case.runtime.edit("base", mask=MASK, save_as="next"):
+        pass
+    assert case.runtime.bases == ("base",)
+    assert_still_right(case)
+
+
+def test_more_calls_than_recorded(case: Case) -> None:
+    with pytest.raises(CallMismatchError, match="1"), case.runtime.edit("base", mask=MASK, save_as="next"):
+        case.call(case.network.inputs(1))
+        case.call(case.network.inputs(1))
+    assert case.runtime.bases == ("base",)
+    assert_still_right(case)
+
+
+def test_another_resolution(case: Case) -> None:
+    with pytest.raises(CallMismatchError), case.runtime.edit("base", mask=MASK):
+        case.call((torch.randn(2, 8, 11, 7),))
+    assert_still_right(case)
+
+
+def test_another_network(case: Case) -> None:
+    other = ALL["convolution 1x1"].module()
+    compiled = torch.compile(other, backend="fisedit", options={"runtime": case.runtime})
+    with pytest.raises(CallMismatchError), case.runtime.edit("base", mask=MASK), torch.no_grad():
+        compiled(*case.network.inputs(1))
+    assert_still_right(case)
+
+
+def test_an_error_of_the_caller_leaves_no_base(case: Case) -> None:
+    with pytest.raises(ZeroDivisionError), case.runtime.record("next"):
+        case.call(case.network.inputs(1))
+        _ = 1 // 0
+    with pytest.raises(ZeroDivisionError), case.runtime.record("base"):
+        case.call(case.network.inputs(1))
+        _ = 1 // 0
+    with pytest.raises(ZeroDivisionError), case.runtime.edit("base", mask=MASK, save_as="next"):
+        case.call(case.network.inputs(1))
+        _ = 1 // 0
+    assert case.runtime.bases == ("base",)
+    assert case.runtime.phase() is None
+    assert_still_right(case)
+
+
+def test_recording_again_replaces(case: Case) -> None:
+    with case.runtime.record("base"):
+        recorded = case.call(case.network.inputs(5))
+    with case.runtime.edit("base", mask=torch.zeros(3, 3)):
+        (output,) = case.call(case.network.inputs(1))
+    assert_identical(output, recorded[0], "the new recording")
+
+
+def test_contexts_do_not_nest(case: Case) -> None:
+    with case.runtime.edit("base", mask=MASK):
+        with pytest.raises(FisEditError), case.runtime.record("inner"):
+            raise AssertionError("the context was entered")
+        case.call(case.network.inputs(1))
+    assert_still_right(case)
+
+
+@pytest.mark.parametrize("change", ["in place", "data", "one element of many"])
+def test_changed_weights(case: Case, change: str) -> None:
+    parameter = next(parameter for parameter in case.module.parameters() if parameter.dim() == 4)
+    kept = parameter.detach().clone()
+    if change == "in place":
+        parameter.mul_(1.5)
+    elif change == "data":
+        parameter.data += 1
+    else:
+        parameter.data[0] += 0.5
+    with pytest.raises(WeightsChangedError), case.runtime.edit("base", mask=MASK):
+        case.call(case.network.inputs(1))
+    parameter.data.copy_(kept)
+    assert_still_right(case)
+
+
+def test_weights_changed_before_recording_again(case: Case) -> None:
+    """What is prepared from the weights once must not outlive them."""
+    inputs = case.network.inputs(1)
+    case.edit(inputs, MASK)
+    module = case.network.module()
+    for parameter, plain in zip(case.module.parameters(), module.parameters(), strict=True):
+        parameter.data += 0.25
+        plain.data += 0.25
+    with case.runtime.record("base"):
+        case.call(case.network.inputs(0))
+    with case.runtime.edit("base", mask=torch.ones(13, 9)):
+        outputs = case.call(inputs)
+    case.assert_all_near(outputs, (module(*inputs),), "with the new weights")
+
+
+def test_a_changed_timestep() -> None:
+    case = compile_network(ALL["timed"])
+    x, timestep = case.network.inputs(1)
+    with pytest.raises(ScalarMismatchError), case.runtime.edit("base", mask=MASK):
+        case.call((x, timestep + 1))
+    assert_still_right(case)
+
+
+@pytest.mark.parametrize("context", ["record", "edit"])
+def test_an_input_that_requires_a_gradient(case: Case, context: str) -> None:
+    (x,) = case.network.inputs(1)
+    entered = case.runtime.record("next") if context == "record" else case.runtime.edit("base", mask=MASK)
+    with pytest.raises(GradientError), entered:
+        case.module(x.requires_grad_())
+    assert case.runtime.bases == ("base",)
+    assert_still_right(case)
+
+
+def test_a_budget_that_does_not_suffice() -> None:
+    network: Network = ALL["self-attention"]
+    runtime = fisedit.Runtime(budget=1000)
+    module = torch.compile(network.module(), backend="fisedit", options={"runtime": runtime})
+    with pytest.raises(BudgetError, match="1000|1,000|1.0 KiB|1000 B"), runtime.record("base"), torch.no_grad():
+        module(*network.inputs(0))
+    assert runtime.bases == ()
+    assert runtime.stats.bytes_stored == 0
+
+
+def test_an_unknown_option_lists_the_valid_ones() -> None:
+    network = ALL["two convolutions"]
+    with pytest.raises(Exception, match="valid options are runtime, norm, lowering"):
+        torch.compile(network.module(), backend="fisedit", options={"speed": 11})(*network.inputs(0))
+    with pytest.raises(Exception, match="exact, cached"):
+        torch.compile(network.module(), backend="fisedit", options={"norm": "wrong"})(*network.inputs(0))
+
+
+def test_too_many_graphs_are_an_error_not_a_silent_dense_call() -> None:
+    """Dynamo stops compiling a function after some graphs and runs it eagerly: that call would not be recorded."""
+    runtime = fisedit.Runtime()
+    network = ALL["convolution 1x1"]
+    module = torch.compile(network.module(), backend="fisedit", options={"runtime": runtime}, dynamic=False)
+
+    def record_all() -> None:
+        with runtime.record("base"), torch.no_grad():
+            for width in range(5, 25):
+                module(torch.randn(1, 8, 4, width))
+
+    with pytest.raises(CallMismatchError):
+        record_all()
+    assert runtime.bases == ()
+
+
+def test_a_call_in_another_thread_is_dense(case: Case) -> None:
+    from threading import Thread
+
+    results: list[tuple[Tensor, ...]] = []
+    inputs = case.network.inputs(1)
+    with case.runtime.edit("base", mask=MASK):
+        thread = Thread(target=lambda: results.append(case.call(inputs)))
+        thread.start()
+        thread.join()
+        outputs = case.call(inputs)
+    with torch.no_grad():
+        case.assert_all_near(results[0], (case.network.module()(*inputs),), "the other thread")
+    case.assert_all_near(outputs, case.expected(inputs, MASK), "this thread")
+
+
+def test_one_compiled_network_many_masks_is_used_by_the_test() -> None:
+    """The recipes of masks give masks that are neither empty nor full where they should not be."""
+    for seed in range(20):
+        for kind in ("pixel", "border", "rectangle", "ragged", "per-sample", "one sample"):
+            mask = MaskRecipe(kind, seed).draw((13, 9), 2)
+            assert mask.any() and not mask.all(), (kind, seed)
