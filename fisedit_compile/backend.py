@@ -43,6 +43,10 @@ def structural_hash(graph_module: fx.GraphModule, infos: Sequence[InputInfo], ex
     digest = hashlib.sha256(extra.encode())
     numbers: dict[fx.Node, str] = {}
     inputs = iter(infos)
+
+    def lookup(node: fx.Node) -> Any:
+        return _Reference(numbers[node])
+
     for node in graph_module.graph.nodes:
         value = node.meta.get("val")
         if node.op == "placeholder":
@@ -53,7 +57,7 @@ def structural_hash(graph_module: fx.GraphModule, infos: Sequence[InputInfo], ex
         elif node.op == "get_attr":
             text = f"constant {_content(getattr(graph_module, str(node.target)))}"
         else:
-            arguments = fx.map_arg((node.args, node.kwargs), lambda argument: _Reference(numbers[argument]))
+            arguments = fx.map_arg((node.args, node.kwargs), lookup)
             text = f"{node.op} {_target_name(node.target)} {arguments}"
         numbers[node] = f"%{len(numbers)}"
         digest.update(f"{text} -> {_describe(value)}\n".encode())
@@ -85,24 +89,29 @@ def _content(constant: Any) -> str:
 
 
 def _label(infos: Sequence[InputInfo], example_inputs: Sequence[Any]) -> str:
-    """A graph in words: its user inputs."""
+    """A graph in words: its user inputs, and the precision when it is not theirs."""
     parts = [
         f"{info.name} {'x'.join(str(int(size)) for size in value.shape)} {str(value.dtype).removeprefix('torch.')}"
         for info, value in zip(infos, example_inputs, strict=True)
         if info.kind == "user" and isinstance(value, Tensor)
     ]
+    parts.extend(f"autocast {name}" for name in _autocast(example_inputs))
     return f"the graph of {', '.join(parts)}" if parts else "the graph without tensor inputs"
+
+
+def _autocast(example_inputs: Sequence[Any]) -> list[str]:
+    """Where autocast is on, and to what."""
+    devices = sorted({value.device.type for value in example_inputs if isinstance(value, Tensor)})
+    return [
+        f"{device} {str(torch.get_autocast_dtype(device)).removeprefix('torch.')}"
+        for device in devices
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    ]
 
 
 def _surroundings(example_inputs: Sequence[Any], options: Options) -> str:
     """What a program depends on besides its graph."""
-    devices = sorted({value.device.type for value in example_inputs if isinstance(value, Tensor)})
-    casts = [
-        f"{device}:{torch.get_autocast_dtype(device)}"
-        for device in devices
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    ]
-    return f"norm={options.norm} disabled={sorted(options.disabled_passes)} autocast={casts}"
+    return f"norm={options.norm} disabled={sorted(options.disabled_passes)} autocast={_autocast(example_inputs)}"
 
 
 def fisedit(

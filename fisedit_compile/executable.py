@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, fx
 
 from fisedit_compile.errors import CallMismatchError, GradientError, GraphError, ScalarMismatchError
-from fisedit_compile.lowering import Lowered, lower
+from fisedit_compile.lowering import Lowered, lower, valid_rows
 from fisedit_compile.passes.program import InputInfo, Program
 from fisedit_compile.prologues import prologues
 from fisedit_compile.runtime import EditPhase, PlanSpec, ProgramKey, RecordedCall, RecordPhase, Runtime, Site
 from fisedit_compile.runtime.plans import IndexPlan
+from fisedit_compile.runtime.spec import PlanInput
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,9 @@ def _picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ..
 class EditInputs:
     """Puts the inputs of an edit graph in order; what does not change from call to call is worked out once."""
 
-    def __init__(self, program: Program, argument_count: int) -> None:
+    def __init__(self, program: Program, argument_count: int, every_valid: bool = False) -> None:
+        """``every_valid``: supply ``valid`` also where no row is padding, so that all masks look alike."""
+        self._every_valid = every_valid
         pools: dict[str, list[Any]] = {
             "argument": list(range(argument_count)),
             "hoisted": [],
@@ -97,9 +100,16 @@ class EditInputs:
         """The inputs of the edit graph for one call."""
         last = self._last_plan
         if last is None or last[0]() is not plan:
-            last = (weakref.ref(plan), tuple(plan.tensor(wanted) for wanted in self._plan_inputs))
+            last = (weakref.ref(plan), tuple(self._plan_tensor(plan, wanted) for wanted in self._plan_inputs))
             self._last_plan = last
         return self._order((*arguments, *self._hoisted(hoisted), *last[1], *map(call.__getitem__, self._sites)))
+
+    def _plan_tensor(self, plan: IndexPlan, wanted: PlanInput) -> Tensor | None:
+        tensor = plan.tensor(wanted)
+        if tensor is None and self._every_valid:
+            index = plan.tensor(PlanInput("index", wanted.of))
+            return None if index is None else valid_rows(index)
+        return tensor
 
 
 def _borrowed_outputs(program: Program) -> tuple[int, ...]:
@@ -154,7 +164,7 @@ class Executable:
         self._key: ProgramKey | None = None
         self._warned = False
         if program is not None and self._sparse:
-            self._inputs = EditInputs(program, len(identity.input_infos))
+            self._inputs = EditInputs(program, len(identity.input_infos), every_valid=lowering == "inductor")
             self._borrowed = _borrowed_outputs(program)
             self._output_names = tuple(f"output:{number}" for number in range(program.output_count))
             self._prologue_parameters = _picker(_used_inputs(program.prologue) if program.prologue else ())
@@ -210,9 +220,15 @@ class Executable:
             with self._lock:
                 lowered = self._lowered.get(name)
                 if lowered is None:
-                    graph_module = getattr(self.program, name)
-                    lowered = self._lowered[name] = lower(graph_module, self._lowering)
+                    lowered = self._lowered[name] = self._lower(name)
         return lowered
+
+    def _lower(self, name: str) -> Lowered:
+        if self.program is None:
+            raise GraphError(f"{self.identity.label} has no graph to run as {name}")
+        sources = self.program.edit_inputs if name in ("edit", "edit_save") else None
+        # The prologue runs once: compiling it costs more than it saves.
+        return lower(getattr(self.program, name), "plain" if name == "prologue" else self._lowering, sources)
 
     def _dense_and_sites(self, arguments: Sequence[Any]) -> tuple[Sequence[Tensor], dict[str, Tensor]]:
         """Run densely; the outputs, and what a recorded call stores."""

@@ -5,12 +5,13 @@ Supported releases: 2.11 and newer. What the rest of the package needs from insi
 * tracing one graph module to functional ATen operators before dispatch (``trace_functional``);
 * reading where Dynamo got a graph input from (``input_source``, ``is_module_state``) and which Python numbers it
   left dynamic (``is_size``, ``hint_of``);
+* compiling a graph with inductor so that some sizes stay symbols (``compile_with_inductor``);
 * making Dynamo fail, instead of silently running eagerly, once it compiled too many graphs (``strict_recompiles``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,7 @@ from torch import Tensor, fx
 from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
 from torch._dynamo.source import ConstantSource
+from torch._guards import TracingContext
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -69,6 +71,7 @@ __all__ = [
     "OptimizedModule",
     "StaticTensor",
     "compile_forward",
+    "compile_with_inductor",
     "dynamo_limits",
     "hint_of",
     "input_source",
@@ -110,7 +113,8 @@ class FunctionalTrace:
 
 def _is_mutated(value: FunctionalTensor, given: Any) -> bool:
     """Whether tracing wrote into an input, or changed its shape in place."""
-    if torch._functionalize_has_data_mutation(value.elem) or torch._functionalize_has_metadata_mutation(value.elem):
+    element: Any = value.elem
+    if torch._functionalize_has_data_mutation(element):  # type: ignore[attr-defined]
         return True
     return (tuple(value.shape), tuple(value.stride())) != (given.shape, given.strides)
 
@@ -247,6 +251,65 @@ def dynamo_limits(limit: int) -> Iterator[None]:
         suppress_errors=False,
     ):
         yield
+
+
+def compile_with_inductor(
+    graph_module: fx.GraphModule, examples: Sequence[Any], dynamic: Mapping[int, Mapping[int, Hashable]]
+) -> tuple[Callable[..., Any], Callable[[Mapping[Hashable, int]], bool]]:
+    """Compile a functional graph for inference.
+
+    Args:
+        graph_module: takes tensors or None.
+        examples: its inputs; shapes, strides and dtypes are those of all later calls, but for dynamic sizes.
+        dynamic: input position -> dimension -> name of the symbol its size is; equal names are equal sizes. Inputs
+            with dynamic sizes are contiguous, and their sizes are at least 2.
+
+    Returns:
+        The compiled function, and a function that tells whether it holds for given sizes of the symbols.
+    """
+    from torch._inductor.compile_fx import compile_fx  # takes seconds to import
+
+    shape_env = ShapeEnv(duck_shape=False)
+    fake_mode = FakeTensorMode(shape_env=shape_env)
+    symbols: dict[Hashable, Any] = {}
+
+    def symbolic_size(name: Hashable, size: int) -> Any:
+        if name not in symbols:
+            source = ConstantSource(f"size_{len(symbols)}")
+            symbol = shape_env.create_symbol(size, source=source, dynamic_dim=DimDynamic.DYNAMIC)
+            symbols[name] = shape_env.create_symintnode(symbol, hint=size, source=source)
+        return symbols[name]
+
+    fakes: list[Any] = []
+    with torch.inference_mode(False), torch.no_grad(), torch._guards.tracing(TracingContext(fake_mode)):
+        for position, example in enumerate(examples):
+            if not isinstance(example, Tensor):
+                fakes.append(example)
+                continue
+            shape: list[Any] = list(example.shape)
+            strides: list[Any] = list(example.stride())
+            if position in dynamic:
+                for dimension, name in dynamic[position].items():
+                    shape[dimension] = symbolic_size(name, shape[dimension])
+                strides = [1]
+                for size in reversed(shape[1:]):
+                    strides.insert(0, strides[0] * size)
+            with fake_mode:
+                fakes.append(torch.empty_strided(shape, strides, dtype=example.dtype, device=example.device))
+        compiled: Any = compile_fx(graph_module, fakes)
+    expressions = {name: symbol.node.expr for name, symbol in symbols.items()}
+    guards = [guard.expr for guard in shape_env.guards]
+    fixed = {symbol: value for symbol, value in shape_env.replacements.items() if symbol in expressions.values()}
+
+    def holds(sizes: Mapping[Hashable, int]) -> bool:
+        if not guards and not fixed:
+            return True
+        values = {expression: sizes[name] for name, expression in expressions.items()}
+        if any(values[symbol] != value.xreplace(values) for symbol, value in fixed.items()):
+            return False
+        return all(bool(guard.xreplace(values)) for guard in guards)
+
+    return compiled, holds
 
 
 def compile_forward(function: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:

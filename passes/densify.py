@@ -56,10 +56,8 @@ def densify(graph_module: fx.GraphModule, report: Report) -> fx.GraphModule:
     for node in list(graph.nodes):
         if node.target in (to_rows, to_map) or node.op not in ("placeholder", "call_function"):
             continue
-        wrapped = [
-            user for user in node.users if user.target is to_rows and any(u.target is to_map for u in user.users)
-        ]
-        if spatial_of(node) is not None and not (len(node.users) == 1 and wrapped):
+        # Where the rows are all that is read, there is no map to mix.
+        if spatial_of(node) is not None and [user.target for user in node.users] != [to_rows]:
             _wrap(graph, node)
         if node.op == "call_function" and node.target is not operator.getitem and reads_spatial(node):
             report.stays_dense(node, node.meta.get("dense_reason", "its pass is disabled"))

@@ -41,12 +41,11 @@ def is_annotated(node: fx.Node) -> bool:
     return spatial_of(node) is not None or "spatial_outputs" in node.meta
 
 
-def rewrite_family(family: Family, graph_module: fx.GraphModule, report: Report) -> fx.GraphModule:
+def rewrite_nodes(family: Family, graph: fx.Graph, report: Report) -> None:
     """Rewrite every annotated node of the family to rows, in place.
 
     A second run finds nothing to do: a rewritten node is gone.
     """
-    graph = graph_module.graph
     for node in list(graph.nodes):
         if node.op != "call_function" or not family.matches(node.target):
             continue
@@ -62,6 +61,11 @@ def rewrite_family(family: Family, graph_module: fx.GraphModule, report: Report)
         else:
             node.meta["dense_reason"] = reason
             report.miss(family.name, node, reason)
-    graph.lint()
+
+
+def rewrite_family(family: Family, graph_module: fx.GraphModule, report: Report) -> fx.GraphModule:
+    """``rewrite_nodes`` on a module, checked and with its code made anew."""
+    rewrite_nodes(family, graph_module.graph, report)
+    graph_module.graph.lint()
     graph_module.recompile()
     return graph_module

@@ -6,12 +6,14 @@ Before: ``p = pack_conv_weight(w)`` inside the edit graph
 After:  ``p`` is output ``i`` of a prologue graph whose result the executable keeps; the edit graph reads ``hoisted:i``
 
 Conditions:
-1. All inputs are parameters, constants or hoisted values, and the node has at least one such input.
+1. All inputs are parameters, constants or hoisted values, and the node has at least one such input. Of an operator with
+   several outputs the pieces are hoisted, as graph inputs are tensors.
 2. The operator is deterministic.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,8 +36,8 @@ def hoist_parameters(
     for node in graph.nodes:
         if node.op == "get_attr":
             constant.add(node)
-        elif node.op == "call_function" and isinstance(node.target, OVERLOAD):
-            random = torch.Tag.nondeterministic_seeded in node.target.tags
+        elif node.op == "call_function" and (isinstance(node.target, OVERLOAD) or node.target is operator.getitem):
+            random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
             if node.all_input_nodes and not random and all(value in constant for value in node.all_input_nodes):
                 constant.add(node)
     computed = [node for node in graph.nodes if node in constant and node.op == "call_function"]

@@ -51,10 +51,11 @@ class _Recorder:
 
     def site(self, origin: str, transform: str, parameters: tuple[int, ...]) -> str:
         """Name of the site of a transform of the value ``origin``; it is added when it is new."""
-        name = ":".join([origin, transform, *map(str, parameters)])
+        value = self.values[origin]
+        path = value.meta.get("module_path")
+        name = ":".join([*([path] if path else []), origin, transform, *map(str, parameters)])
         if name in self.sites:
             return name
-        value = self.values[origin]
         spatial = spatial_of(value)
         if spatial is None:
             raise GraphError(f"the value {origin} to be recorded is not spatial")

@@ -82,12 +82,15 @@ def lift_edit(
         if node.target is update:
             source, fresh = node.args
             changed[str(source.args[0])] = fresh
+    rows_of = {originals[int(name[7:])]: rows for name, rows in changed.items() if name.startswith("output:")}
     updates: list[Any] = []
     for site in sites:
         fresh = changed.get(site.name)
-        number = int(site.name.removeprefix("output:")) if site.name.startswith("output:") else None
-        # An output that is not spatial is replaced as a whole; an output equal to an earlier one shares its rows.
-        updates.append(originals[number] if fresh is None and number is not None and site.kind == "value" else fresh)
+        if fresh is None and site.name.startswith("output:"):
+            # An output that is not spatial is replaced as a whole; one equal to an earlier one shares its rows.
+            value = originals[int(site.name[7:])]
+            fresh = value if site.kind == "value" else rows_of.get(value)
+        updates.append(fresh)
     results = [value for value in (*originals, *updates) if isinstance(value, fx.Node)]
     needed = _needed(graph, arguments, results)
     inputs: dict[GraphInput, list[fx.Node]] = {}

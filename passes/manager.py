@@ -12,7 +12,7 @@ from fisedit_compile.passes import sparsify_norm as norms
 from fisedit_compile.passes.canonicalize import canonicalize
 from fisedit_compile.passes.count_macs import count_macs
 from fisedit_compile.passes.densify import densify
-from fisedit_compile.passes.family import Family, rewrite_family
+from fisedit_compile.passes.family import Family, rewrite_nodes
 from fisedit_compile.passes.hoist_parameters import hoist_parameters
 from fisedit_compile.passes.insert_cache_ops import insert_cache_ops
 from fisedit_compile.passes.ir import eliminate_dead_code, shape_of, spatial_of
@@ -114,7 +114,7 @@ def build_program(graph_module: fx.GraphModule, inputs: Sequence[InputInfo], opt
     record = _copy(edit)
     spatial = [node for node in edit.graph.nodes if node.op == "placeholder" and spatial_of(node)]
     for family in kinds:
-        runner.run(family.name, edit, lambda family=family: rewrite_family(family, edit, report))  # type: ignore[misc]
+        runner.run(family.name, edit, lambda family=family: rewrite_nodes(family, edit.graph, report))  # type: ignore[misc]
     runner.run("densify", edit, lambda: densify(edit, report))
     report.mac_counts = list(count_macs(record.graph, edit.graph))
     runner.run("lower_conversions", edit, lambda: lower_conversions(edit, report))

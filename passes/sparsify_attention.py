@@ -10,7 +10,7 @@ After:  self:  ``y = to_map(attention_rows(q rows, k rows, v rows, recorded k, r
 
 Conditions:
 1. The query is spatial with dimensions (batch, heads, space, channel) or (batch, space, channel).
-2. Key and value are both spatial, with the query's dimensions, or both not spatial.
+2. Key and value are both spatial, at one resolution and with the query's dimensions, or both not spatial.
 3. Self-attention has no mask; a cross-attention mask is the same for every query.
 4. There is no dropout, the attention is not causal, and keys have as many heads as queries.
 """
@@ -46,6 +46,8 @@ def infer(node: fx.Node) -> Inferred:
         assert value is not None
         if key.dims != query.dims or value.dims != query.dims:
             return "key and value do not have the dimensions of the query"
+        if key.domain != value.domain:
+            return "key and value lie on different resolutions"
         if mask is not None:
             return "a self-attention with a mask"
         if len(query.dims) == 4 and shape_of(given["key"])[1] != shape_of(given["query"])[1]:

@@ -3,13 +3,13 @@
 if __name__ != "fisedit_compile.runtime":
     raise ImportError(f"import this package as fisedit_compile.runtime, not as {__name__}")
 
-from .base import ProgramKey, RecordedCall
-from .fingerprint import Fingerprint
-from .phases import EditPhase, RecordPhase
-from .plancache import PlanSpec
-from .runtime import EditRun, RecordRun, Runtime, default_runtime
-from .spec import Domain, PlanInput, Site, Stencil
-from .stats import Stats
+from fisedit_compile.runtime.base import ProgramKey, RecordedCall
+from fisedit_compile.runtime.fingerprint import Fingerprint
+from fisedit_compile.runtime.phases import EditPhase, RecordPhase
+from fisedit_compile.runtime.plancache import PlanSpec
+from fisedit_compile.runtime.runtime import EditRun, RecordRun, Runtime, default_runtime
+from fisedit_compile.runtime.spec import Domain, PlanInput, Site, Stencil
+from fisedit_compile.runtime.stats import Stats
 
 __all__ = [
     "Domain",

@@ -16,7 +16,7 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from ..errors import WeightsChangedError
+from fisedit_compile.errors import WeightsChangedError
 
 SAMPLES = 64
 """Most elements looked at in one parameter."""

@@ -27,15 +27,15 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ..errors import CallMismatchError, FisEditError, GraphError, WeightsChangedError
-from .base import Base, ProgramKey, RecordedCall, Scalar, write_rows
-from .fingerprint import Fingerprint, Weights
-from .masks import MaskLike, prepare_mask
-from .plancache import PlanSpec
-from .plans import IndexPlan
-from .scalars import ScalarCheck, copy_scalar
-from .spec import PlanInput, Site
-from .store import BaseWriter, Store
+from fisedit_compile.errors import CallMismatchError, FisEditError, GraphError, WeightsChangedError
+from fisedit_compile.runtime.base import Base, ProgramKey, RecordedCall, Scalar, write_rows
+from fisedit_compile.runtime.fingerprint import Fingerprint, Weights
+from fisedit_compile.runtime.masks import MaskLike, prepare_mask
+from fisedit_compile.runtime.plancache import PlanSpec
+from fisedit_compile.runtime.plans import IndexPlan
+from fisedit_compile.runtime.scalars import ScalarCheck, copy_scalar
+from fisedit_compile.runtime.spec import PlanInput, Site
+from fisedit_compile.runtime.store import BaseWriter, Store
 
 
 class _Phase:

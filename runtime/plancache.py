@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .masks import reduce_mask, tile_mask
-from .plans import IndexPlan, build_plan
-from .spec import Domain, Stencil
-from .stats import StatsCounter
+from fisedit_compile.runtime.masks import reduce_mask, tile_mask
+from fisedit_compile.runtime.plans import IndexPlan, build_plan
+from fisedit_compile.runtime.spec import Domain, Stencil
+from fisedit_compile.runtime.stats import StatsCounter
 
 KEPT = 16
 """Plans kept for masks that come again."""

@@ -60,11 +60,16 @@ class IndexPlan:
 
     def count(self, domain: Domain) -> int:
         """Number of rows N of a domain: the most active positions of any sample, padding included."""
-        return self._domains[domain].index.shape[1]
+        return self._domain(domain).index.shape[1]
 
     def density(self, domain: Domain) -> float:
         """Active share of a domain's positions, from 0 to 1, averaged over the samples."""
-        return self._domains[domain].density
+        return self._domain(domain).density
+
+    def _domain(self, domain: Domain) -> DomainPlan:
+        if domain not in self._domains:
+            raise GraphError(f"the plan has no domain {domain}; it has {', '.join(map(str, self._domains))}.")
+        return self._domains[domain]
 
     @property
     def domains(self) -> tuple[Domain, ...]:

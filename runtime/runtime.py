@@ -10,13 +10,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import FisEditError, OptionError, UnknownBaseError
-from .base import Base, check_storage, parse_budget, stored_bytes
-from .masks import MaskLike
-from .phases import EditPhase, RecordPhase
-from .spec import Site
-from .stats import Stats, format_bytes
-from .store import BaseWriter, Store
+from fisedit_compile.errors import FisEditError, OptionError, UnknownBaseError
+from fisedit_compile.runtime.base import Base, check_storage, parse_budget, stored_bytes
+from fisedit_compile.runtime.masks import MaskLike
+from fisedit_compile.runtime.phases import EditPhase, RecordPhase
+from fisedit_compile.runtime.spec import Site
+from fisedit_compile.runtime.stats import Stats, format_bytes
+from fisedit_compile.runtime.store import BaseWriter, Store
 
 Phase = RecordPhase | EditPhase
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..errors import ScalarMismatchError
-from .base import Scalar
+from fisedit_compile.errors import ScalarMismatchError
+from fisedit_compile.runtime.base import Scalar
 
 
 def copy_scalar(scalar: Scalar) -> Scalar:
@@ -44,10 +44,15 @@ class ScalarCheck:
                 continue
             if (before.shape, before.dtype, before.device) != (now.shape, now.dtype, now.device):
                 raise self._error(where, _form(before), _form(now))
-            if before.device.type != "cpu":
+            if not self.readable(before):
                 self.compare_later(where, before, now)
             elif not torch.equal(before, now):
                 raise self._error(where, _describe(before), _describe(now))
+
+    @staticmethod
+    def readable(scalar: Tensor) -> bool:
+        """Whether reading a value costs nothing."""
+        return scalar.device.type == "cpu"
 
     def compare_later(self, label: str, recorded: Tensor, given: Tensor) -> None:
         """Compare two tensors of one form on their device; ``finish`` reads the result."""

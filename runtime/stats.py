@@ -30,7 +30,8 @@ class Stats:
         density: for every resolution of the last mask (``"64x64"``), the fraction of active positions, 0 to 1.
         bytes_stored: bytes all bases hold now; a tensor that several bases share counts once.
         bytes_loaded: bytes of the recorded tensors that edit calls were given.
-        seconds: host seconds by phase, and for building index plans. Work on CUDA goes on after the host's part.
+        seconds: host seconds by phase; ``plan``, for index plans, is a part of ``edit``. Work on CUDA goes on after
+            the host's part.
     """
 
     calls: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PHASES, 0))

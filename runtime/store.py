@@ -7,12 +7,21 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..errors import FisEditError, GraphError
-from .base import Base, Ledger, ProgramKey, RecordedCall, Recording, Scalar, own_tensor, storage_of
-from .fingerprint import Weights
-from .plancache import PlanCache
-from .spec import Site
-from .stats import StatsCounter
+from fisedit_compile.errors import FisEditError, GraphError
+from fisedit_compile.runtime.base import (
+    Base,
+    Ledger,
+    ProgramKey,
+    RecordedCall,
+    Recording,
+    Scalar,
+    own_tensor,
+    storage_of,
+)
+from fisedit_compile.runtime.fingerprint import Weights
+from fisedit_compile.runtime.plancache import PlanCache
+from fisedit_compile.runtime.spec import Site
+from fisedit_compile.runtime.stats import StatsCounter
 
 
 class Store:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from networks import TEXT, Network
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -19,6 +20,7 @@ from blocks import (
     ResnetBlock,
     convolution,
 )
+from networks import TEXT, Network
 
 SIZE = (22, 18)  # then 11x9 and 6x5: 396, 99 and 30 positions
 
@@ -93,7 +95,7 @@ class WithResiduals(nn.Module):
 
 
 class ManyOutputs(nn.Module):
-    """Returns maps of two resolutions, a vector of the whole map, one of the prompt alone, and an input."""
+    """Returns maps of two resolutions, a vector of the whole map, one of the prompt alone, and a view of another."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,11 +104,11 @@ class ManyOutputs(nn.Module):
         self.head = nn.Linear(CHANNELS, 3)
         self.prompt = nn.Linear(TOKENS, 5)
 
-    def forward(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor, tokens: Tensor) -> tuple[Any, ...]:
         fine = self.fine(x)
         coarse = functional.silu(self.shrink(fine))
         vector = self.head(coarse.mean(dim=(2, 3)))
-        return fine, (coarse, vector), self.prompt(tokens), fine.flatten(2).transpose(1, 2), x
+        return fine, (coarse, vector), self.prompt(tokens), fine.flatten(2).transpose(1, 2)
 
 
 class Timed(nn.Module):

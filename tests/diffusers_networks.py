@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel, UNet2DModel
-from networks import Network
 from torch import Tensor, nn
+
+from networks import Network
 
 TEXT = 7
 PROMPT = 20
@@ -17,7 +18,7 @@ SIZE = (22, 18)  # then 11x9 and 6x5
 class Conditioned(nn.Module):
     """``UNet2DConditionModel`` with the extra inputs of its family as positional tensors."""
 
-    def __init__(self, network: UNet2DConditionModel, extra: str = "") -> None:
+    def __init__(self, network: Any, extra: str = "") -> None:
         super().__init__()
         self.network, self.extra = network, extra
 
@@ -34,7 +35,7 @@ class Conditioned(nn.Module):
 class Controlled(nn.Module):
     """A ControlNet on its own: two maps in, residuals of every level out."""
 
-    def __init__(self, network: ControlNetModel) -> None:
+    def __init__(self, network: Any) -> None:
         super().__init__()
         self.network = network
 
@@ -46,7 +47,7 @@ class Controlled(nn.Module):
 class Unconditioned(nn.Module):
     """``UNet2DModel``."""
 
-    def __init__(self, network: UNet2DModel) -> None:
+    def __init__(self, network: Any) -> None:
         super().__init__()
         self.network = network
 
@@ -57,7 +58,7 @@ class Unconditioned(nn.Module):
 class Decoder(nn.Module):
     """The decoder of an autoencoder."""
 
-    def __init__(self, network: AutoencoderKL) -> None:
+    def __init__(self, network: Any) -> None:
         super().__init__()
         self.network = network
 
@@ -68,7 +69,7 @@ class Decoder(nn.Module):
 class Encoder(nn.Module):
     """The encoder of an autoencoder: the mean of its distribution."""
 
-    def __init__(self, network: AutoencoderKL) -> None:
+    def __init__(self, network: Any) -> None:
         super().__init__()
         self.network = network
 
@@ -110,7 +111,7 @@ def unet_xl() -> Conditioned:
 
 def controlnet() -> Controlled:
     """A ControlNet whose zero convolutions are not zero, as after training."""
-    network = ControlNetModel(
+    network: Any = ControlNetModel(
         in_channels=4,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         block_out_channels=(8, 16),

@@ -95,6 +95,7 @@ class FakeNetwork:
                 phase.commit(self.key, call, self.sites)
             return output
         index = plan.tensor(PlanInput("index", DOMAIN))
+        assert index is not None
         valid = plan.tensor(PlanInput("valid", DOMAIN))
         h_rows, output_rows = (rows_of(value, index) for value in self.dense(x, time))
         if phase.saving:
@@ -105,6 +106,20 @@ class FakeNetwork:
         active = torch.zeros(self.batch, DOMAIN.size, dtype=torch.bool)
         active.scatter_(1, index.expand(self.batch, -1), True if valid is None else valid.expand(self.batch, -1))
         return torch.where(active.view(self.batch, 1, 4, 6), self.dense(x, time)[1], output)
+
+
+def record_phase(runtime: Runtime) -> RecordPhase:
+    """The calling thread's phase, inside record."""
+    phase = runtime.phase()
+    assert isinstance(phase, RecordPhase)
+    return phase
+
+
+def edit_phase(runtime: Runtime) -> EditPhase:
+    """The calling thread's phase, inside edit."""
+    phase = runtime.phase()
+    assert isinstance(phase, EditPhase)
+    return phase
 
 
 def rows_of(value: Tensor, index: Tensor) -> Tensor:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from hypothesis import strategies
-from networks import Network
 from torch import Tensor, nn
 from torch.nn import functional
 
 import fisedit_compile as fisedit
 
+from networks import Network
 from reference import Recording, Reference, flatten
 from tolerances import assert_identical, assert_near
 
@@ -127,9 +128,10 @@ class Case:
             assert_near(output, wanted, f"{self.network.name}: output {number} {what}", dtype=self.dtype)
 
 
-def compiled(network: Network, runtime: fisedit.Runtime, **options: str) -> nn.Module:
+def compiled(module: nn.Module, runtime: fisedit.Runtime, **options: Any) -> nn.Module:
     """A network compiled for a runtime."""
-    return torch.compile(network.module(), backend="fisedit", options={"runtime": runtime, **options})
+    settings: dict[str, Any] = {"runtime": runtime, **options}
+    return cast(nn.Module, torch.compile(module, backend="fisedit", options=settings))
 
 
 def outputs_of(module: nn.Module, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -147,11 +149,10 @@ def compile_network(
 ) -> Case:
     """Compile a network with a runtime of its own and record the base from the inputs of seed 0."""
     runtime = fisedit.Runtime(storage=storage)
-    options = {"runtime": runtime, "norm": norm, "lowering": lowering}
-    compiled = torch.compile(network.module(dtype), backend="fisedit", options=options)
+    module = compiled(network.module(dtype), runtime, norm=norm, lowering=lowering)
     reference = reference_of(network, dtype).with_norm(norm)
     base = network.inputs(0, dtype)
-    case = Case(network, compiled, runtime, reference, dtype, reference.record(base))
+    case = Case(network, module, runtime, reference, dtype, reference.record(base))
     with runtime.record("base"):
         case.recorded = case.call(base)
     return case

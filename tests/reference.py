@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,6 +111,11 @@ class Recording:
     active: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
 
+def height_and_width(value: Tensor) -> tuple[int, int]:
+    """Resolution of ``[B, C, H, W]``."""
+    return value.shape[2], value.shape[3]
+
+
 def flatten(value: Any) -> tuple[Tensor, ...]:
     """The tensors of a result, in order."""
     if isinstance(value, Tensor):
@@ -179,9 +184,8 @@ class Reference:
         placeholders = [node for node in self.nodes if node.op == "placeholder"]
         assert len(placeholders) == len(inputs), "networks under test take tensors by position only"
         self.batch = inputs[spatial[0]].shape[0]
-        self.finest = max(
-            (tuple(inputs[position].shape[2:]) for position in spatial), key=lambda size: size[0] * size[1]
-        )
+        sizes = [height_and_width(inputs[position]) for position in spatial]
+        self.finest = max(sizes, key=lambda size: size[0] * size[1])
         self.places = self._find_places({placeholders[position] for position in spatial}, inputs, spatial)
         results = flatten_nodes(self.module.graph.output_node().args[0])
         self.outputs = [(self.places.get(node.name, (None,))[0], node.meta["val"].dim()) for node in results]
@@ -193,10 +197,10 @@ class Reference:
         for node in self.nodes:
             if any(source in derived for source in node.all_input_nodes):
                 derived.add(node)
-        resolutions = {tuple(inputs[position].shape[2:]) for position in spatial}
+        resolutions = {height_and_width(inputs[position]) for position in spatial}
         for node in derived:
             if node.op == "call_function" and any(name in str(node.target) for name in RESAMPLING):
-                resolutions |= {tuple(value.shape[2:]) for value in flatten(node.meta.get("val")) if value.dim() == 4}
+                resolutions |= {height_and_width(value) for value in flatten(node.meta.get("val")) if value.dim() == 4}
         self.resolutions = sorted(resolutions)
         return {
             node.name: tuple(
@@ -284,10 +288,10 @@ class Reference:
         statistics: dict[str, tuple[Tensor, Tensor]],
         recording: Recording | None,
     ) -> Any:
-        assert isinstance(node.target, Callable)  # type: ignore[arg-type]
-        arguments = fx.map_arg(node.args, lambda source: values[source.name])
-        keywords = fx.map_arg(node.kwargs, lambda source: values[source.name])
-        if self.norm == "cached" and node.target in (aten.group_norm.default, aten.instance_norm.default):
+        target: Any = node.target
+        arguments: Any = fx.map_arg(node.args, lambda source: values[source.name])
+        keywords: Any = fx.map_arg(node.kwargs, lambda source: values[source.name])
+        if self.norm == "cached" and target in (aten.group_norm.default, aten.instance_norm.default):
             source = node.args[0]
             if isinstance(source, fx.Node) and self.places.get(source.name, (None,))[0] is not None:
                 groups, weight, bias, epsilon = group_norm_arguments(node, arguments)
@@ -295,4 +299,4 @@ class Reference:
                 statistics[node.name] = known or group_statistics(arguments[0], groups, epsilon)
                 if recording is not None:
                     return normalise(arguments[0], groups, statistics[node.name], weight, bias)
-        return node.target(*arguments, **keywords)
+        return target(*arguments, **keywords)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from composite_networks import COMPOSITES
-from harness import MaskRecipe, dense_outputs, recipes, reference_of
 from hypothesis import given, settings, strategies
-from networks import BLOCKS, Network
 from torch import Tensor, nn
 from torch.nn import functional
 
+from composite_networks import COMPOSITES
+from harness import MaskRecipe, dense_outputs, recipes, reference_of
+from networks import BLOCKS, Network
 from reference import AmbiguousShapeError, Place, Reference, locate, reduce_mask
 from tolerances import assert_identical, assert_near
 

@@ -20,7 +20,22 @@ from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerFast
 
-WORDS = ("<pad>", "<start>", "<end>", "<unknown>", "a", "red", "blue", "ball", "box", "on", "grass", "sand", "at", "night")
+WORDS = (
+    "<pad>",
+    "<start>",
+    "<end>",
+    "<unknown>",
+    "a",
+    "red",
+    "blue",
+    "ball",
+    "box",
+    "on",
+    "grass",
+    "sand",
+    "at",
+    "night",
+)
 TOKENS = 8
 TEXT_WIDTH = 16
 SCALE = 2

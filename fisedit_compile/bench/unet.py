@@ -6,7 +6,6 @@ import copy
 import os
 import platform
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace

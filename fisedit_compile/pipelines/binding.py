@@ -59,6 +59,9 @@ class PipelineBinding:
         with ExitStack() as restore:
             if callable(getattr(pipe, "encode_prompt", None)):
                 restore.enter_context(_attribute(pipe, "encode_prompt", _timed(pipe.encode_prompt, clock)))
+            if getattr(self.module, "_compiled_call_impl", None) is not None:
+                # The user called compile() on the U-Net; its calls would never come to the session's compiled one.
+                restore.enter_context(_attribute(self.module, "_compiled_call_impl", None))
             self._clock = clock
             restore.callback(setattr, pipe, "unet", original)
             pipe.unet = self._compiled

@@ -32,8 +32,10 @@ def load_pipeline(dtype: torch.dtype | None = None, weights: Path | None = None)
     folder = WEIGHTS if weights is None else weights
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(f"{folder} holds no pipeline: model_index.json is missing")
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        folder, torch_dtype=torch.float32 if dtype is None else dtype, local_files_only=True
-    )
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    # The argument that sets the type has changed its name between releases of diffusers, so cast afterwards; and by
+    # the plain method, since diffusers' own one warns of layers that need float32, which these models do not have.
+    for component in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        torch.nn.Module.to(component, torch.float32 if dtype is None else dtype)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

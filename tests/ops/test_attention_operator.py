@@ -6,13 +6,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sparse_maps import Case, masks, take, window
 from torch import Tensor
 from torch.nn import functional
 
 from fisedit_compile.ops import attention, attention_rows
 from fisedit_compile.runtime.spec import Domain
 
+from sparse_maps import Case, masks, take, window
 from tolerances import assert_near
 
 HEADS = 2

@@ -6,13 +6,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sparse_maps import Case, masks, take, window
 from torch import Tensor
 from torch.nn import functional
 
 from fisedit_compile.ops import norm_apply, norm_partials, norm_record, norm_totals
 from fisedit_compile.runtime.spec import Domain
 
+from sparse_maps import Case, masks, take, window
 from tolerances import assert_near
 
 EPS = 1e-5

@@ -6,11 +6,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sparse_maps import Case, masks, take, window
 from torch import Tensor
 
 from fisedit_compile.ops import gather_rows, scatter_rows
 from fisedit_compile.runtime.spec import Domain
+
+from sparse_maps import Case, masks, take, window
 
 LAYOUTS = ["contiguous", "channels first", "slice of fused", "expanded", "transposed batch"]
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sparse_maps import Case, masks, window
 from torch.nn import functional
 
 from fisedit_compile.ops import conv_rows, gather_taps, pack_conv_weight, pixel_select, stencils
 from fisedit_compile.runtime.spec import Domain, Stencil
 
+from sparse_maps import Case, masks, window
 from tolerances import assert_near
 
 

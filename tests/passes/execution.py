@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from graphs import GraphBuilder
 from torch import Tensor, fx
 
 from fisedit_compile.config import Options
@@ -15,6 +14,7 @@ from fisedit_compile.runtime.masks import reduce_mask
 from fisedit_compile.runtime.plans import IndexPlan, build_plan
 from fisedit_compile.runtime.spec import Domain, PlanInput
 
+from graphs import GraphBuilder
 from tolerances import assert_identical, assert_near
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -57,11 +58,15 @@ class GraphBuilder:
         dtype: torch.dtype = torch.float32,
         spatial: str | Spatial | None = None,
     ) -> fx.Node:
-        """A graph input; its ``InputInfo`` goes to ``infos``."""
+        """A graph input, placed behind the others at the top; its ``InputInfo`` goes to ``infos``."""
+        taken = sum(info.name.split("_")[0] == name for info in self.infos)
+        name = f"{name}_{taken}" if taken else name
         self.infos.append(InputInfo(kind, name))
         with self.mode:
             value = torch.empty(shape, dtype=dtype)
-        return self._annotate(self.graph.placeholder(name), value, spatial)
+        rest = [node for node in self.graph.nodes if node.op != "placeholder"]
+        with self.graph.inserting_before(rest[0]) if rest else nullcontext():
+            return self._annotate(self.graph.placeholder(name), value, spatial)
 
     def picture(self, *shape: int, name: str = "x", spatial: str | None = "bchw") -> fx.Node:
         """A graph input ``[B, C, H, W]`` annotated as such; by default of the sizes above."""

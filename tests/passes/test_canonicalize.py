@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from graphs import GraphBuilder, aten, only, outputs, reasons, targets, text
 
 from fisedit_compile.passes.canonicalize import canonicalize
 from fisedit_compile.passes.report import Report
+
+from graphs import GraphBuilder, aten, only, outputs, reasons, targets, text
 
 RELU = aten.relu.default
 

@@ -7,7 +7,6 @@ import math
 
 import pytest
 import torch
-from graphs import DOMAIN, GraphBuilder, layout
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -25,6 +24,8 @@ from fisedit_compile.passes.layouts import (
 )
 from fisedit_compile.passes.sparsify_layout import permutation
 from fisedit_compile.runtime.spec import Domain
+
+from graphs import DOMAIN, GraphBuilder, layout
 
 aten = torch.ops.aten
 SIZES = st.sampled_from([1, 2, 3, 4, 6])

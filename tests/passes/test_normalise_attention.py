@@ -8,33 +8,39 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor
-from torch import fx
+from torch import Tensor, fx, nn
 
 from fisedit_compile.passes.canonicalize import canonicalize
 from fisedit_compile.passes.normalise_attention import NAME, normalise_attention
 from fisedit_compile.passes.report import Report
 from fisedit_compile.tracing import capture
 
-from graph_builder import STACK, Builder
+from graphs import GraphBuilder, only, targets
 from tolerances import assert_near
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
 B, H, T, S, D = 2, 3, 5, 7, 4  # samples, heads, queries, keys, channels of a head
+STACK = {"layer": ("layer", nn.Module)}
 
 
-def targets(module: fx.GraphModule) -> list[Any]:
-    return [node.target for node in module.graph.nodes if node.op == "call_function"]
+class Builder(GraphBuilder):
+    """Calls carry a module stack, as after tracing."""
 
+    def __call__(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        node = self.call(target, *args, **kwargs)
+        node.meta["nn_module_stack"] = STACK
+        return node
 
-def only(module: fx.GraphModule, target: Any) -> fx.Node:
-    (node,) = [node for node in module.graph.nodes if node.target is target]
-    return node
+    def tensors(self) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        values = [node.meta["val"] for node in self.graph.nodes if node.op == "placeholder"]
+        return [torch.randn(value.shape, generator=generator).to(value.dtype) for value in values]
 
 
 def run(builder: Builder, *outputs: fx.Node) -> tuple[fx.GraphModule, Report]:
     """Rewrite, and check that the numbers stay what they were."""
-    module, inputs, report = builder.finish(*outputs), builder.tensors(), Report()
+    module, inputs, report = builder.module(*outputs), builder.tensors(), Report()
     expected = module(*inputs)
     assert normalise_attention(module, report) is module
     for actual, wanted in zip(module(*inputs), expected, strict=True):
@@ -91,13 +97,9 @@ def test_folded_heads() -> None:
     attention = only(module, SDPA)
     assert attention.args == (found["q"], found["k"], found["v"])
     assert attention.kwargs == {"scale": 0.5}
-    assert targets(module) == [aten.reshape.default, aten.permute.default] * 3 + [
-        SDPA,
-        aten.permute.default,
-        aten.reshape.default,
-    ]
-    (unfolded,) = attention.users
-    assert unfolded.args == (attention, [0, 2, 1, 3])
+    heads = [aten.reshape.default, aten.permute.default]
+    assert targets(module) == heads * 3 + [SDPA, *reversed(heads)]
+    assert [user.args for user in attention.users] == [(attention, [0, 2, 1, 3])]
     assert tuple(attention.meta["val"].shape) == (B, H, T, D)
     assert attention.meta["nn_module_stack"] is STACK
 
@@ -272,16 +274,17 @@ def _scores_returned(build: Builder) -> tuple[fx.Node, ...]:
     return found["out"], found["scores"]
 
 
+def square_weights(build: Builder) -> fx.Node:
+    query, key = build.input(B, T, D), build.input(B, T, D)
+    return build(aten.softmax.int, build(aten.bmm.default, query, build(aten.transpose.int, key, 1, 2)), -1)
+
+
 def _keys_not_contracted(build: Builder) -> tuple[fx.Node, ...]:
-    query, key, value = build.input(B, T, D), build.input(B, T, D), build.input(B, T, D)
-    weights = build(aten.softmax.int, build(aten.bmm.default, query, build(aten.transpose.int, key, 1, 2)), -1)
-    return (build(aten.bmm.default, build(aten.transpose.int, weights, 1, 2), value),)
+    return (build(aten.bmm.default, build(aten.transpose.int, square_weights(build), 1, 2), build.input(B, T, D)),)
 
 
 def _result_added_to(build: Builder) -> tuple[fx.Node, ...]:
-    query, key, value = build.input(B, T, D), build.input(B, S, D), build.input(B, S, D)
-    weights = build(aten.softmax.int, build(aten.bmm.default, query, build(aten.transpose.int, key, 1, 2)), -1)
-    return (build(aten.baddbmm.default, build.input(B, T, D), weights, value),)
+    return (build(aten.baddbmm.default, build.input(B, T, D), square_weights(build), build.input(B, T, D)),)
 
 
 def _mask_adds_samples(build: Builder) -> tuple[fx.Node, ...]:
@@ -292,8 +295,7 @@ def _mask_adds_samples(build: Builder) -> tuple[fx.Node, ...]:
 
 
 def _product_of_weights_with_themselves(build: Builder) -> tuple[fx.Node, ...]:
-    query, key = build.input(B, T, D), build.input(B, T, D)
-    weights = build(aten.softmax.int, build(aten.bmm.default, query, build(aten.transpose.int, key, 1, 2)), -1)
+    weights = square_weights(build)
     return (build(aten.bmm.default, weights, weights),)
 
 
@@ -316,11 +318,13 @@ def _value_of_another_dtype(build: Builder) -> tuple[fx.Node, ...]:
     return (plain(build, dtypes=(torch.float32, wide), weights=lambda node: build(aten.to.dtype, node, wide)),)
 
 
-def _in_double(build: Builder, name: str) -> tuple[fx.Node, ...]:
-    narrow = torch.float32
-    change = {name: lambda node: build(aten.to.dtype, node, narrow)}
-    weights = change.get("weights", lambda node: build(aten.to.dtype, node, torch.float64))
-    return (plain(build, dtypes=(torch.float64, torch.float64), scores=change["scores"], weights=weights),)
+def _narrowed_scores(build: Builder) -> tuple[fx.Node, ...]:
+    narrow, wide = torch.float32, torch.float64
+
+    def cast(dtype: torch.dtype) -> Callable[[fx.Node], fx.Node]:
+        return lambda node: build(aten.to.dtype, node, dtype)
+
+    return (plain(build, dtypes=(wide, wide), scores=cast(narrow), weights=cast(wide)),)
 
 
 NEGATIVE: dict[str, tuple[Case, str]] = {
@@ -342,7 +346,7 @@ NEGATIVE: dict[str, tuple[Case, str]] = {
     "3 mask with alpha": (_mask_of((T, S), alpha=2), "one that is scaled"),
     "3 baddbmm scales mask": (_baddbmm_scales_mask, "one that is scaled"),
     "3 two products": (_two_products_summed, "neither or both operands"),
-    "4 narrowed scores": (lambda b: _in_double(b, "scores"), "are narrowed to torch.float32"),
+    "4 narrowed scores": (_narrowed_scores, "are narrowed to torch.float32"),
     "4 value dtype": (_value_of_another_dtype, "differ in dtype: torch.float32, torch.float32, torch.float64"),
     "5 mask dtype": (_mask_of((T, S), torch.bfloat16), "the mask is torch.bfloat16"),
     "5 mask grows scores": (_mask_adds_samples, "does not broadcast"),
@@ -366,8 +370,7 @@ def test_a_condition_that_fails_leaves_the_graph_and_a_reason(name: str) -> None
 def test_dropout_in_training_is_left_alone() -> None:
     build = Builder()
     out = plain(build, weights=lambda node: build(aten.dropout.default, node, 0.5, True))
-    module, report = build.finish(out), Report()
-    normalise_attention(module, report)
+    module = normalise_attention(build.module(out), report := Report())
     assert SDPA not in targets(module)
     assert [miss.reason for miss in report.misses] == ["the attention weights pass a dropout that is not idle"]
 

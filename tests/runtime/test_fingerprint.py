@@ -7,11 +7,12 @@ import weakref
 
 import pytest
 import torch
-from fake_network import FakeNetwork, inputs, left_half, run
 
 from fisedit_compile.errors import WeightsChangedError
 from fisedit_compile.runtime import Fingerprint, Runtime
 from fisedit_compile.runtime.fingerprint import SAMPLES, Weights, sample, sample_positions
+
+from fake_network import FakeNetwork, edit_phase, inputs, left_half, record_phase, run
 
 
 def parameters() -> list[torch.nn.Parameter]:
@@ -128,16 +129,16 @@ def test_layouts() -> None:
 class Wrapped(torch.Tensor):
     """A wrapper tensor as quantisation libraries make them."""
 
-    inner: torch.Tensor
+    content: torch.Tensor
 
     @staticmethod
-    def __new__(cls, inner: torch.Tensor) -> Wrapped:
-        made = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
-        made.inner = inner
-        return made  # type: ignore[no-any-return]
+    def __new__(cls, content: torch.Tensor) -> Wrapped:
+        made = torch.Tensor._make_wrapper_subclass(cls, content.shape, dtype=content.dtype)
+        made.content = content
+        return made
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:
-        return ["inner"], None
+        return ["content"], None
 
     @classmethod
     def __torch_dispatch__(cls, *arguments: object) -> object:
@@ -195,11 +196,11 @@ def test_edit_refuses_changed_weights_once_per_context() -> None:
     network.weight.data -= 1
     with runtime.edit("base", mask=left_half()):
         run(network, inputs(2))
-        fingerprint = runtime.phase().fingerprint(network.key)  # type: ignore[union-attr]
+        fingerprint = edit_phase(runtime).fingerprint(network.key)
     assert fingerprint == Fingerprint.take([network.weight])
     with runtime.record("again"):
         run(network, inputs(1))
-        assert runtime.phase().fingerprint(network.key) == fingerprint  # type: ignore[union-attr]
+        assert record_phase(runtime).fingerprint(network.key) == fingerprint
 
 
 def test_a_base_does_not_keep_the_network_alive() -> None:

@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sparse_maps import Case, masks, take, window
 from torch import Tensor
 from torch.nn import functional
 
@@ -16,6 +15,8 @@ from fisedit_compile.errors import GraphError
 from fisedit_compile.runtime.masks import reduce_mask
 from fisedit_compile.runtime.plans import build_plan
 from fisedit_compile.runtime.spec import Domain, PlanInput, Stencil
+
+from sparse_maps import Case, masks, take, window
 
 CHANNELS = 4
 NUMBERS = st.integers(1, 3)
@@ -260,6 +261,8 @@ def test_unknown_requests_are_errors() -> None:
     plan = build_plan(torch.ones(1, 3, 3, dtype=torch.bool), [domain], [], "cpu")
     with pytest.raises(GraphError, match="no halo"):
         plan.tensor(PlanInput("halo", window(domain)))
+    with pytest.raises(GraphError, match="no domain 7x2; it has 3x3"):
+        plan.count(Domain(7, 2))
     with pytest.raises(GraphError, match="kinds are"):
         build_plan(torch.ones(1, 3, 3, dtype=torch.bool), [], [Stencil.of("hexagon", domain, domain)], "cpu")
     wrong = Stencil.of("pad", domain, domain, left=1, right=1, top=1, bottom=1, mode="constant")

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from fake_network import DOMAIN, FakeNetwork, inputs, left_half, run
 
 from fisedit_compile.errors import (
     CallMismatchError,
@@ -20,6 +19,8 @@ from fisedit_compile.errors import (
     WeightsChangedError,
 )
 from fisedit_compile.runtime import EditPhase, ProgramKey, RecordPhase, Runtime, default_runtime
+
+from fake_network import DOMAIN, FakeNetwork, edit_phase, inputs, left_half, record_phase, run
 
 
 def recorded(count: int = 3, name: str = "base", batch: int = 2) -> tuple[Runtime, FakeNetwork, list[torch.Tensor]]:
@@ -332,11 +333,11 @@ def test_a_run_kept_after_its_context_answers_and_holds_nothing() -> None:
 def test_misuse_of_a_phase_is_a_defect() -> None:
     runtime, network, _ = recorded(1)
     with pytest.raises(GraphError, match="without begin"), runtime.record("new"):
-        runtime.phase().commit(network.key, {}, [])  # type: ignore[union-attr]
+        record_phase(runtime).commit(network.key, {}, [])
     with pytest.raises(GraphError, match="before the mask is known"), runtime.edit("base"):
-        runtime.phase().plan(network.spec)  # type: ignore[union-attr]
+        edit_phase(runtime).plan(network.spec)
     with pytest.raises(GraphError, match="without save_as"), runtime.edit("base"):
-        runtime.phase().commit(network.key, {}, [])  # type: ignore[union-attr]
+        edit_phase(runtime).commit(network.key, {}, [])
 
 
 def test_stats_are_readable_and_resettable() -> None:

@@ -7,14 +7,16 @@ import weakref
 
 import pytest
 import torch
-from fake_network import DOMAIN, MAP_ORDER, FakeNetwork, inputs, left_half, run
 
 from fisedit_compile.errors import BudgetError, CallMismatchError, GraphError, OptionError
 from fisedit_compile.runtime import Domain, ProgramKey, RecordedCall, Runtime, Site
-from fisedit_compile.runtime.base import own_tensor, parse_budget, storage_of, stored_dtype, write_rows
+from fisedit_compile.runtime.base import Ledger, own_tensor, parse_budget, storage_of, stored_dtype, write_rows
+
+from fake_network import DOMAIN, MAP_ORDER, FakeNetwork, inputs, left_half, record_phase, run
 
 SPATIAL = Site("site", "spatial", DOMAIN, MAP_ORDER, 2, (2, 3, 4, 6), torch.float32)
 VALUE = Site("value", "value", None, (), 0, (2, 3, 4, 6), torch.float32)
+STATISTIC = Site("x:norm_partials:32", "spatial", DOMAIN, MAP_ORDER, 2, (2, 3, 4, 6), torch.float32)
 OUTPUT = Site("output:0", "spatial", DOMAIN, MAP_ORDER, 2, (2, 3, 4, 6), torch.float32)
 NOBODY: frozenset[int] = frozenset()
 
@@ -80,6 +82,7 @@ def test_inference_tensors_become_ordinary_and_history_is_cut() -> None:
         (SPATIAL, torch.int64, torch.float16, torch.int64),
         (VALUE, torch.float32, torch.float16, torch.float32),
         (OUTPUT, torch.float32, torch.float16, torch.float32),
+        (STATISTIC, torch.float32, torch.float16, torch.float32),
     ],
 )
 def test_storage_narrows_spatial_sites_only(
@@ -131,9 +134,9 @@ def test_sites_that_are_one_tensor_stay_one_and_count_once() -> None:
     whole = torch.randn(1, 8, 32)
     tensors = {"key": whole[..., :16], "value": whole[..., :16]}
     with runtime.record("base"):
-        phase = runtime.phase()
-        phase.begin(key, [parameter], [], 0)  # type: ignore[union-attr, call-arg]
-        phase.commit(key, tensors, sites)  # type: ignore[union-attr]
+        phase = record_phase(runtime)
+        phase.begin(key, [parameter], [], 0)
+        phase.commit(key, tensors, sites)
     assert runtime.stats.bytes_stored == 1 * 8 * 16 * 4
 
 
@@ -146,9 +149,9 @@ def test_wrong_sites_are_a_defect() -> None:
         {"h": torch.zeros(1), "mean": torch.zeros(2), "output:0": torch.ones(1)},
     ):
         with pytest.raises(GraphError), runtime.record("base"):
-            phase = runtime.phase()
-            phase.begin(network.key, [network.weight], [], 0)  # type: ignore[union-attr, call-arg]
-            phase.commit(network.key, tensors, network.sites)  # type: ignore[union-attr]
+            phase = record_phase(runtime)
+            phase.begin(network.key, [network.weight], [], 0)
+            phase.commit(network.key, tensors, network.sites)
     assert runtime.stats.bytes_stored == 0 and runtime.bases == ()
 
 
@@ -217,6 +220,15 @@ def test_wrong_budgets(budget: object) -> None:
         parse_budget(budget)  # type: ignore[arg-type]
 
 
+def test_bytes_set_aside_count_until_given_back() -> None:
+    ledger = Ledger(100)
+    ledger.reserve(60, "one", ())
+    with pytest.raises(BudgetError, match="existing bases: none"):
+        ledger.reserve(60, "two", ())
+    ledger.unreserve(60)
+    ledger.reserve(100, "three", ())
+
+
 def test_budget_is_checked_before_computing_and_the_unfinished_base_is_dropped() -> None:
     runtime = Runtime()
     needed = runtime.bytes_needed(FakeNetwork(runtime).sites)
@@ -253,7 +265,7 @@ def test_more_bytes_than_announced_are_noticed() -> None:
     network = FakeNetwork(runtime)
     stores = dict(zip(("h", "mean", "output:0"), (torch.zeros(site.shape) for site in network.sites), strict=True))
     with pytest.raises(BudgetError), runtime.record("base"):
-        phase = runtime.phase()
-        phase.begin(network.key, [network.weight], [], 10)  # type: ignore[union-attr, call-arg]
-        phase.commit(network.key, stores, network.sites)  # type: ignore[union-attr]
+        phase = record_phase(runtime)
+        phase.begin(network.key, [network.weight], [], 10)
+        phase.commit(network.key, stores, network.sites)
     assert runtime.stats.bytes_stored == 0

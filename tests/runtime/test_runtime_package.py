@@ -50,7 +50,7 @@ def test_version_is_the_installed_one() -> None:
 
 def test_unknown_attribute_of_the_package() -> None:
     with pytest.raises(AttributeError, match="'fisedit_compile' has no attribute 'nothing'"):
-        _ = fisedit_compile.nothing  # type: ignore[attr-defined]
+        _ = fisedit_compile.nothing
     assert {"Runtime", "explain", "__version__", "errors"} <= set(dir(fisedit_compile))
 
 

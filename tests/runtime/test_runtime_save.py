@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fake_network import FakeNetwork, inputs, left_half, run
 
 from fisedit_compile.errors import BudgetError, CallMismatchError, GraphError, OptionError
 from fisedit_compile.runtime import Runtime
 from fisedit_compile.runtime.base import Base, RecordedCall, storage_of
+
+from fake_network import FakeNetwork, edit_phase, inputs, left_half, run
 
 Calls = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -92,15 +93,16 @@ def test_unchanged_sites_are_shared_and_count_once() -> None:
     stored = runtime.stats.bytes_stored
     h, mean, _ = network.sites
     with runtime.edit("base", mask=left_half(), save_as="v2"):
-        phase = runtime.phase()
-        call = phase.begin(network.key, [network.weight], [torch.tensor(0.0)])  # type: ignore[union-attr, call-arg]
-        with phase.running(call):  # type: ignore[union-attr]
-            plan = phase.plan(network.spec)  # type: ignore[union-attr]
+        phase = edit_phase(runtime)
+        call = phase.begin(network.key, [network.weight], [torch.tensor(0.0)])
+        with phase.running(call):
+            plan = phase.plan(network.spec)
+            assert plan is not None
             updates = [torch.ones(2, 12, 3), None, None]
-            sites = phase.updated_sites(call, network.sites, updates, plan)  # type: ignore[union-attr]
+            sites = phase.updated_sites(call, network.sites, updates, plan)
             assert sites["mean"] is call["mean"] and sites["output:0"] is call["output:0"]
             assert storage_of(sites["h"]) != storage_of(call["h"])
-            phase.commit(network.key, sites, network.sites)  # type: ignore[union-attr]
+            phase.commit(network.key, sites, network.sites)
     assert runtime.stats.bytes_stored == stored + h.bytes
 
 
@@ -148,7 +150,7 @@ def test_a_failed_save_leaves_no_base_and_the_old_ones_whole() -> None:
 def test_every_call_must_be_committed() -> None:
     runtime, network = recorded(count=1)
     with pytest.raises(GraphError, match="not all of them were committed"), runtime.edit("base", save_as="v2"):
-        runtime.phase().begin(network.key, [network.weight], [torch.tensor(0.0)])  # type: ignore[union-attr, call-arg]
+        edit_phase(runtime).begin(network.key, [network.weight], [torch.tensor(0.0)])
 
 
 def test_inference_mode_leaves_ordinary_tensors() -> None:

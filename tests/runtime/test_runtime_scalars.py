@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fake_network import FakeNetwork, inputs, left_half, run
 
 from fisedit_compile.errors import ScalarMismatchError
 from fisedit_compile.runtime import Runtime
 from fisedit_compile.runtime.scalars import ScalarCheck
+
+from fake_network import FakeNetwork, inputs, left_half, run
 
 
 def recorded(count: int) -> tuple[Runtime, FakeNetwork]:
@@ -56,6 +57,21 @@ def test_scalars_on_a_device_are_read_at_the_end_and_the_first_is_named() -> Non
             check.finish()
     with pytest.raises(ScalarMismatchError, match="call 1"):
         check.finish()
+
+
+def test_an_edit_reads_device_scalars_when_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ScalarCheck, "readable", staticmethod(lambda scalar: False))
+    runtime, network = recorded(3)
+    calls = inputs(3)
+    with runtime.edit("base", mask=left_half()):
+        run(network, calls)
+    calls[1] = (calls[1][0], torch.tensor(11.0))
+    finished = False
+    with pytest.raises(ScalarMismatchError, match="call 1 of network, scalar input 0"):
+        with runtime.edit("base", mask=left_half(), save_as="v2"):
+            run(network, calls)
+            finished = True
+    assert finished and runtime.bases == ("base",)
 
 
 def test_recorded_scalars_are_copies() -> None:

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from fake_network import FakeNetwork, inputs, run
 
 from fisedit_compile.errors import BudgetError, CallMismatchError
 from fisedit_compile.runtime import Runtime
+
+from fake_network import FakeNetwork, edit_phase, inputs, run
 
 THREADS = 6
 PATIENCE = 60.0
@@ -78,13 +79,13 @@ def test_calls_of_one_base_never_overlap_and_those_of_two_bases_may() -> None:
 
         def call() -> None:
             with runtime.edit(name, mask=torch.ones(4, 6)):
-                phase = runtime.phase()
-                with phase.running(phase.begin(network.key, [network.weight], [time])):  # type: ignore[union-attr, call-arg]
+                phase = edit_phase(runtime)
+                with phase.running(phase.begin(network.key, [network.weight], [time])):
                     entered.set()
 
         with runtime.edit("one", mask=torch.ones(4, 6)):
-            phase = runtime.phase()
-            with phase.running(phase.begin(network.key, [network.weight], [time])):  # type: ignore[union-attr, call-arg]
+            phase = edit_phase(runtime)
+            with phase.running(phase.begin(network.key, [network.weight], [time])):
                 thread = threading.Thread(target=call)
                 thread.start()
                 waited = not entered.wait(0.3 if name == "one" else PATIENCE)

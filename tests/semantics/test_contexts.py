@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from composite_networks import COMPOSITES
-from diffusers_networks import DIFFUSERS
-from harness import MaskRecipe, compile_network, compiled, dense_outputs, outputs_of, reference_of
-from networks import BLOCKS, Network
 from torch import Tensor, nn
 
 import fisedit_compile as fisedit
 
+from composite_networks import COMPOSITES
+from diffusers_networks import DIFFUSERS
+from harness import MaskRecipe, compile_network, compiled, dense_outputs, outputs_of, reference_of
+from networks import BLOCKS, Network
 from tolerances import assert_identical, assert_near
 
 ALL = {network.name: network for network in (*BLOCKS, *COMPOSITES, *DIFFUSERS)}
@@ -76,7 +76,7 @@ def test_a_saved_dense_call_is_a_base() -> None:
 def record_steps(network: Network, steps: int) -> tuple[fisedit.Runtime, nn.Module]:
     """Record several calls; call ``i`` has the inputs of seed ``i``."""
     runtime = fisedit.Runtime()
-    module = compiled(network, runtime)
+    module = compiled(network.module(), runtime)
     with runtime.record("base", calls=steps):
         for step in range(steps):
             outputs_of(module, network.inputs(step))
@@ -104,7 +104,8 @@ def test_a_mask_may_come_late_and_change() -> None:
     network = ALL["transformer block"]
     runtime, module = record_steps(network, 4)
     reference = reference_of(network)
-    masks = [None, None, PIXEL.draw(network.resolution), RAGGED.draw(network.resolution)]
+    last = RAGGED.draw(network.resolution)
+    masks = [None, None, PIXEL.draw(network.resolution), last]
     with runtime.edit("base") as run:
         for step, mask in enumerate(masks):
             inputs = network.inputs(10 + step)
@@ -113,7 +114,7 @@ def test_a_mask_may_come_late_and_change() -> None:
             (output,) = outputs_of(module, inputs)
             (expected,) = reference.edit(reference.record(network.inputs(step)), inputs, mask).outputs
             assert_near(output, expected, f"step {step}")
-    assert run.density == pytest.approx(float(masks[3].float().mean()))
+    assert run.density == pytest.approx(float(last.float().mean()))
 
 
 def test_a_late_mask_with_a_saved_result() -> None:
@@ -146,7 +147,7 @@ def test_two_networks_and_two_instances_in_one_context() -> None:
     modules = [one.module(), two.module(), twin_weights]
     networks = [one, two, one]
     references = [reference_of(one), reference_of(two), type(reference_of(one))(twin_weights, one.inputs(0))]
-    calls = [torch.compile(module, backend="fisedit", options={"runtime": runtime}) for module in modules]
+    calls = [compiled(module, runtime) for module in modules]
     order = [0, 1, 2, 2, 0]
     with runtime.record("base"):
         for step, which in enumerate(order):
@@ -189,7 +190,7 @@ def test_guidance_in_one_call_or_two() -> None:
         for inputs, changed in zip(base, new, strict=True)
     ]
     runtime = fisedit.Runtime()
-    module = compiled(network, runtime)
+    module = compiled(network.module(), runtime)
     with runtime.record("two"):
         for inputs in base:
             outputs_of(module, inputs)
@@ -197,7 +198,7 @@ def test_guidance_in_one_call_or_two() -> None:
         for number, inputs in enumerate(new):
             assert_near(outputs_of(module, inputs)[0], expected[number], f"call {number} of two")
     torch.compiler.reset()
-    module = compiled(both, runtime)
+    module = compiled(both.module(), runtime)
     with runtime.record("one"):
         outputs_of(module, [torch.cat(pair) for pair in zip(*base, strict=True)])
     with runtime.edit("one", mask=mask):
@@ -247,7 +248,7 @@ def test_edits_leave_the_base_as_it_was() -> None:
 def test_the_base_does_not_share_memory_with_the_caller() -> None:
     network = ALL["many outputs"]
     runtime = fisedit.Runtime()
-    module = compiled(network, runtime)
+    module = compiled(network.module(), runtime)
     inputs = network.inputs(0)
     with runtime.record("base"):
         outputs = outputs_of(module, inputs)

@@ -6,14 +6,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from composite_networks import COMPOSITES
-from diffusers_networks import DIFFUSERS
-from harness import Case, MaskRecipe, compile_network, dense_outputs, recipes
 from hypothesis import example, given, settings
-from networks import BLOCKS, Network
 from torch import nn
 from torch.nn import functional
 
+from composite_networks import COMPOSITES
+from diffusers_networks import DIFFUSERS
+from harness import Case, MaskRecipe, compile_network, dense_outputs, recipes
+from networks import BLOCKS, Network
 from tolerances import assert_identical
 
 KEEPS_DYNAMO = True  # the tests of a network share one compilation
@@ -84,18 +84,16 @@ def test_unchanged_inputs_are_the_recording(case: Case, recipe: MaskRecipe) -> N
     case.assert_all_near(outputs, case.recorded, f"with unchanged inputs, {recipe}")
 
 
-@pytest.mark.parametrize(
-    "network", [network for network in NETWORKS if network.radius is not None], ids=lambda n: n.name
-)
-@pytest.mark.parametrize("kind", ["pixel", "border", "sparse"])
-def test_grown_mask_is_the_dense_network(network: Network, kind: str) -> None:
+@pytest.mark.parametrize("network", [n for n in NETWORKS if n.radius is not None], ids=lambda network: network.name)
+def test_grown_mask_is_the_dense_network(network: Network) -> None:
     """What changes nothing beyond its receptive field is exact once the mask covers that."""
     torch.compiler.reset()
     case = compile_network(network)
-    changed = MaskRecipe(kind, 4).draw(network.resolution)
-    size = 2 * (network.radius or 0) + 1
-    mask = functional.max_pool2d(changed[None, None].float(), size, 1, size // 2)[0, 0]
+    module = network.module()
     (base,), (new,) = network.inputs(0), network.inputs(1)
-    inputs = (torch.where(changed, new, base),)
-    expected = (network.module()(*inputs),)
-    case.assert_all_near(case.edit(inputs, mask), expected, f"with a grown mask, {kind}")
+    size = 2 * (network.radius or 0) + 1
+    for kind in ("pixel", "border", "sparse"):
+        changed = MaskRecipe(kind, 4).draw(network.resolution)
+        mask = functional.max_pool2d(changed[None, None].float(), size, 1, size // 2)[0, 0]
+        inputs = (torch.where(changed, new, base),)
+        case.assert_all_near(case.edit(inputs, mask), (module(*inputs),), f"with a grown mask, {kind}")

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from harness import MaskRecipe, compile_network, recipes, reference_of
 from hypothesis import assume, given, settings, strategies
-from networks import TEXT, Network
 from torch import nn
 from torch.nn import functional
 
@@ -33,6 +31,8 @@ from blocks import (
     convolution,
     transposed,
 )
+from harness import MaskRecipe, compile_network, recipes, reference_of
+from networks import TEXT, Network
 from reference import AmbiguousShapeError
 
 SIZES = ((26, 22), (23, 17), (19, 29))

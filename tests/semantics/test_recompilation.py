@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
 import pytest
 import torch
+
+from fisedit_compile import backend, executable, lowering, passes
+
 from composite_networks import COMPOSITES
 from harness import MaskRecipe, compile_network
 from networks import BLOCKS
@@ -15,12 +22,12 @@ KINDS = ("ragged", "sparse", "rectangle", "pixel", "border", "per-sample", "full
 class Counter:
     """Counts the calls of a function it stands in for."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, function: object, *modules: object) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, function: Callable[..., Any], *modules: ModuleType) -> None:
         self.calls = 0
 
-        def counted(*arguments: object, **keywords: object) -> object:
+        def counted(*arguments: Any, **keywords: Any) -> Any:
             self.calls += 1
-            return function(*arguments, **keywords)  # type: ignore[operator]
+            return function(*arguments, **keywords)
 
         self.places = 0
         for module in modules:
@@ -31,17 +38,9 @@ class Counter:
 
 
 def test_fifty_masks_compile_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    import fisedit_compile.backend
-    import fisedit_compile.executable
-
-    modules = (
-        fisedit_compile.backend,
-        fisedit_compile.executable,
-        fisedit_compile.lowering,
-        fisedit_compile.passes,
-    )
-    lowerings = Counter(monkeypatch, fisedit_compile.lowering.lower, *modules)
-    programs = Counter(monkeypatch, fisedit_compile.passes.build_program, *modules)
+    modules = (backend, executable, lowering, passes)
+    lowerings = Counter(monkeypatch, lowering.lower, *modules)
+    programs = Counter(monkeypatch, passes.build_program, *modules)
     assert lowerings.places and programs.places
     case = compile_network(ALL["skip network strided"])
     inputs = case.network.inputs(1)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy
 import pytest
 import torch
-from composite_networks import COMPOSITES
-from harness import Case, MaskRecipe, compile_network
-from networks import BLOCKS, Network
 from torch import Tensor
 
 import fisedit_compile as fisedit
@@ -22,6 +21,9 @@ from fisedit_compile.errors import (
     WeightsChangedError,
 )
 
+from composite_networks import COMPOSITES
+from harness import Case, MaskRecipe, compile_network, compiled
+from networks import BLOCKS, Network
 from tolerances import assert_identical
 
 ALL = {network.name: network for network in (*BLOCKS, *COMPOSITES)}
@@ -45,13 +47,13 @@ def assert_still_right(case: Case) -> None:
     ("mask", "message"),
     [
         (torch.full((13, 9), float("nan")), "NaN"),
-        (torch.zeros(0, 9), "size|empty|zero"),
-        (torch.zeros(9), "H"),
-        (torch.zeros(1, 1, 13, 9), "H"),
-        (numpy.zeros((13, 9, 3, 2)), "H"),
+        (torch.zeros(0, 9), "0"),
+        (torch.zeros(9), "rank 1"),
+        (torch.zeros(1, 1, 13, 9), "rank 4"),
+        (numpy.zeros((13, 9, 3, 2)), "rank 4"),
     ],
 )
-def test_a_mask_that_is_none(case: Case, mask: object, message: str) -> None:
+def test_a_mask_that_is_none(case: Case, mask: Any, message: str) -> None:
     with pytest.raises(MaskError, match=message):
         with case.runtime.edit("base", mask=mask):
             raise AssertionError("the context was entered")
@@ -110,9 +112,9 @@ def test_another_resolution(case: Case) -> None:
 
 def test_another_network(case: Case) -> None:
     other = ALL["convolution 1x1"].module()
-    compiled = torch.compile(other, backend="fisedit", options={"runtime": case.runtime})
+    module = compiled(other, case.runtime)
     with pytest.raises(CallMismatchError), case.runtime.edit("base", mask=MASK), torch.no_grad():
-        compiled(*case.network.inputs(1))
+        module(*case.network.inputs(1))
     assert_still_right(case)
 
 
@@ -199,7 +201,7 @@ def test_an_input_that_requires_a_gradient(case: Case, context: str) -> None:
 def test_a_budget_that_does_not_suffice() -> None:
     network: Network = ALL["self-attention"]
     runtime = fisedit.Runtime(budget=1000)
-    module = torch.compile(network.module(), backend="fisedit", options={"runtime": runtime})
+    module = compiled(network.module(), runtime)
     with pytest.raises(BudgetError, match="1000|1,000|1.0 KiB|1000 B"), runtime.record("base"), torch.no_grad():
         module(*network.inputs(0))
     assert runtime.bases == ()
@@ -218,7 +220,7 @@ def test_too_many_graphs_are_an_error_not_a_silent_dense_call() -> None:
     """Dynamo stops compiling a function after some graphs and runs it eagerly: that call would not be recorded."""
     runtime = fisedit.Runtime()
     network = ALL["convolution 1x1"]
-    module = torch.compile(network.module(), backend="fisedit", options={"runtime": runtime}, dynamic=False)
+    module = compiled(network.module(), runtime)
 
     def record_all() -> None:
         with runtime.record("base"), torch.no_grad():

@@ -1,0 +1,110 @@
+"""Who may import whom, read from the source."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+from tree import PACKAGE, dotted_names, imports, modules
+
+#: Each part may import its own layer and those before it.
+LAYERS = (
+    ("errors", "config"),
+    ("runtime",),
+    ("ops",),
+    ("kernels",),
+    ("passes",),
+    ("private", "tracing", "lowering", "prologues", "executable", "backend", "explain"),
+    ("models", "scenes", "pipelines", ""),
+    ("bench",),
+    ("cli",),
+)
+LEVELS = {part: level for level, parts in enumerate(LAYERS) for part in parts}
+MODULES = modules()
+
+
+def part(name: str) -> str:
+    """The first name below the package; "" for the package itself."""
+    inner = name.split(".")[1:2]
+    return inner[0] if inner and (inner[0] in LEVELS or f"{PACKAGE}.{inner[0]}" in MODULES) else ""
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_down(module: str) -> None:
+    own = part(module)
+    assert own in LEVELS, f"{own} has no place in the order of imports"
+    for found in imports(module, MODULES[module]):
+        if found.name.split(".")[0] != PACKAGE:
+            continue
+        target = part(found.name)
+        assert LEVELS[target] <= LEVELS[own], f"{MODULES[module]}:{found.line}: {own or PACKAGE} imports {found.name}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_folders_are_never_imported_by_their_bare_names(module: str) -> None:
+    for found in imports(module, MODULES[module]):
+        assert found.name.split(".")[0] not in ("passes", "runtime"), f"{MODULES[module]}:{found.line}: {found.name}"
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if part(name) in ("errors", "config", "runtime")])
+def test_the_runtime_knows_no_graphs(module: str) -> None:
+    path = MODULES[module]
+    for found in (*imports(module, path), *dotted_names(path)):
+        assert not f"{found.name}.".startswith("torch.fx."), f"{path}:{found.line}: {found.name}"
+
+
+def private_name(name: str) -> bool:
+    """Whether a dotted name is of PyTorch and private. Operators are public, whatever their names."""
+    first, *rest = name.split(".")
+    return first == "torch" and rest[:1] != ["ops"] and any(_is_private(inner) for inner in rest)
+
+
+def _is_private(name: str) -> bool:
+    return name.startswith("_") and not (name.startswith("__") and name.endswith("__"))
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name != f"{PACKAGE}.private"])
+def test_private_names_of_pytorch_stay_in_one_file(module: str) -> None:
+    path = MODULES[module]
+    for found in (*imports(module, path), *dotted_names(path)):
+        assert not private_name(found.name), f"{path}:{found.line}: {found.name} belongs in {PACKAGE}/private.py"
+
+
+def test_the_reference_knows_no_passes() -> None:
+    tests = Path(__file__).parents[1]
+    for found in imports("reference", tests / "reference.py"):
+        assert not found.name.startswith(f"{PACKAGE}.passes"), f"tests/reference.py:{found.line}: {found.name}"
+
+
+def test_the_rules_see_every_way_to_import(tmp_path: Path) -> None:
+    path = tmp_path / "module.py"
+    path.write_text(
+        "import torch._dynamo\n"
+        "from torch import _C, fx\n"
+        "from torch.utils._pytree import tree_map\n"
+        "from ..passes import ir\n"
+        "from . import spec\n"
+        "def late():\n"
+        "    import fisedit_compile.cli.main\n"
+        "    return torch._C._get_tracing_state(), torch.ops.aten._softmax, torch.__version__\n"
+    )
+    ast.parse(path.read_text())
+    found = [item.name for item in imports("fisedit_compile.runtime.module", path)]
+    assert found == [
+        "torch._dynamo",
+        "torch._C",
+        "torch.fx",
+        "torch.utils._pytree.tree_map",
+        "fisedit_compile.passes.ir",
+        "fisedit_compile.runtime.spec",
+        "fisedit_compile.cli.main",
+    ]
+    names = {item.name for item in dotted_names(path)}
+    assert {name for name in (*found, *names) if private_name(name)} == {
+        "torch._dynamo",
+        "torch._C",
+        "torch._C._get_tracing_state",
+        "torch.utils._pytree.tree_map",
+    }
+    assert part("fisedit_compile.passes.ir") == "passes" and part("fisedit_compile.EditSession") == ""

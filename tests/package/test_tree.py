@@ -1,0 +1,102 @@
+"""Rules for all files, and what README.md promises."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tree import FOLDERS, ROOT, modules
+
+SOURCES = sorted(
+    path
+    for folder in (*FOLDERS, "tests", "benchmarks", "examples")
+    for path in (ROOT / folder).rglob("*.py")
+    if "__pycache__" not in path.parts
+)
+MOST_LINES = 400
+
+
+def read_project() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def test_all_sources_are_found() -> None:
+    assert {path.relative_to(ROOT).parts[0] for path in SOURCES} >= {*FOLDERS, "tests", "benchmarks"}
+    assert len(SOURCES) > 100
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_are_short_and_finished(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    lines = len(text.splitlines())
+    assert lines <= MOST_LINES, f"{lines} lines"
+    if path != Path(__file__):
+        assert not re.search(r"\b(TODO|FIXME|XXX)\b", text)
+    assert not re.search(r"^\s*(import pickle|from pickle)", text, re.MULTILINE)
+
+
+def test_every_package_is_listed() -> None:
+    settings = read_project()["tool"]["setuptools"]
+    packages = {name for name, path in modules().items() if path.name == "__init__.py"}
+    assert set(settings["packages"]) == packages
+    mapped = {package: str(ROOT / folder) for package, folder in settings["package-dir"].items()}
+    assert mapped == {package: str(ROOT / folder) for folder, package in FOLDERS.items()}
+
+
+def test_the_type_checker_sees_the_folders_under_their_installed_names() -> None:
+    for folder, package in FOLDERS.items():
+        if "." not in package:
+            continue
+        link = ROOT / "types" / Path(*package.split("."))
+        assert link.is_symlink() and link.resolve() == ROOT / folder
+        assert package in read_project()["tool"]["mypy"]["packages"]
+
+
+def requirement_name(requirement: str) -> str:
+    found = re.match(r"[A-Za-z0-9._-]+", requirement)
+    assert found is not None, requirement
+    return re.sub(r"[-_.]+", "-", found.group()).lower()
+
+
+def test_every_direct_dependency_is_pinned() -> None:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", line) for line in lines)
+    pinned = [requirement_name(line) for line in lines]
+    assert len(set(pinned)) == len(pinned)
+    project = read_project()["project"]
+    wanted = {requirement_name(text) for text in project["dependencies"]}
+    for extra in ("test", "plot"):
+        wanted |= {requirement_name(text) for text in project["optional-dependencies"][extra]}
+    assert wanted <= set(pinned)
+    # Builds of PyTorch bring their own.
+    assert "triton" not in pinned and not any(name.startswith("nvidia") for name in pinned)
+
+
+TEST_LINE = 'pip install -c constraints.txt -e ".[test]" && pytest'
+DEMO_LINE = "pip install -c constraints.txt . && fisedit demo"
+
+
+@pytest.mark.parametrize("line", [TEST_LINE, DEMO_LINE])
+def test_readme_has_the_two_lines(line: str) -> None:
+    assert (ROOT / "README.md").read_text(encoding="utf-8").splitlines().count(line) == 1
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    documents = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "passes").glob("*.md")]
+    assert len(documents) >= 6
+    for document in [*documents, *(ROOT / "benchmarks").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text(encoding="utf-8")):
+            assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_the_check_script_runs_what_the_readme_says() -> None:
+    script = ROOT / ".ci" / "run"
+    assert script.stat().st_mode & 0o111
+    text = script.read_text(encoding="utf-8")
+    assert text.startswith("#!/usr/bin/env bash\n") and "\nset -euo pipefail\n" in text
+    assert "readme_line pytest" in text and "readme_line 'fisedit demo'" in text
+    subprocess.run(["bash", "-n", str(script)], check=True)

@@ -1,0 +1,182 @@
+"""propagate_domains: which inputs are spatial, and what every operator's output is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fisedit_compile.config import Options
+from fisedit_compile.passes.family import Family
+from fisedit_compile.passes.manager import families
+from fisedit_compile.passes.propagate_domains import UNKNOWN, find_spatial_inputs, propagate_domains
+from fisedit_compile.passes.report import Report
+from fisedit_compile.runtime.spec import Domain
+
+from graphs import DOMAIN, GraphBuilder, aten, layout, reasons, text
+
+CONV = aten.conv2d.default
+
+
+def run(builder: GraphBuilder, *results, kinds=None) -> Report:
+    module, report = builder.module(*results), Report()
+    kinds = families(Options()) if kinds is None else kinds
+    assert propagate_domains(module, builder.infos, kinds, report) is module
+    again = text(module)
+    assert text(propagate_domains(module, builder.infos, kinds, Report())) == again, "a second run changes the graph"
+    return report
+
+
+def convolved(builder: GraphBuilder, x, out: int = 6):
+    """A 3x3 convolution that keeps the resolution."""
+    return builder.call(CONV, x, builder.parameter(out, x.meta["val"].shape[1], 3, 3), None, [1, 1], [1, 1])
+
+
+def test_a_picture_that_reaches_a_convolution_is_spatial() -> None:
+    builder = GraphBuilder()
+    x = builder.input(2, 6, 5, 4)
+    active = builder.call(aten.silu.default, x)
+    y = convolved(builder, active, out=3)
+    report = run(builder, y)
+    assert [node.meta.get("spatial") for node in (x, active, y)] == [layout("bchw")] * 3
+    assert all(node.meta["origin"] == node.name for node in builder.graph.nodes)
+    assert not any("dense_reason" in node.meta for node in builder.graph.nodes)
+    assert report.matches["propagate_domains"] == 1 and report.misses == []
+    assert report.connections == {("5x4", "5x4", "rows"): 1, ("5x4", "5x4", "stencil"): 1}
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "reason"),
+    [
+        ((2, 6, 5, 4), torch.int64, "it is not a floating tensor with more than one row and column"),
+        ((2, 6, 1, 4), torch.float32, "it is not a floating tensor with more than one row and column"),
+        ((2, 6, 5, 1), torch.float32, "it is not a floating tensor with more than one row and column"),
+        ((3, 6, 5, 4), torch.float32, "its batch is 3, not 2"),
+    ],
+)
+def test_inputs_of_rank_four_that_are_not_spatial_say_why(shape, dtype, reason) -> None:
+    builder = GraphBuilder()
+    x, other = builder.input(2, 6, 5, 4), builder.input(*shape, name="other", dtype=dtype)
+    cast = builder.call(aten.to.dtype, other, torch.float32)
+    report = run(builder, convolved(builder, x), convolved(builder, cast))
+    assert "spatial" in x.meta and "spatial" not in other.meta and "spatial" not in cast.meta
+    assert reasons(report, "propagate_domains") == [reason]
+    assert report.misses[0].node == "other"
+
+
+def test_an_attention_bias_is_not_spatial() -> None:
+    builder = GraphBuilder()
+    x, bias = builder.input(2, 6, 5, 4), builder.input(2, 3, 7, 7, name="bias")
+    scores = builder.call(aten.softmax.int, builder.call(aten.mul.Tensor, bias, 2.0), -1)
+    report = run(builder, convolved(builder, x), scores)
+    assert "spatial" not in bias.meta
+    assert reasons(report) == ["it reaches no convolution, norm or resampling as a map"]
+
+
+@pytest.mark.parametrize("kind", ["parameter", "scalar"])
+def test_parameters_and_scalars_are_not_looked_at(kind) -> None:
+    builder = GraphBuilder()
+    x = builder.input(2, 6, 5, 4, kind=kind)
+    y = convolved(builder, x)
+    report = run(builder, y)
+    assert "spatial" not in x.meta and "spatial" not in y.meta and "dense_reason" not in y.meta
+    assert report.misses == [] and report.matches["propagate_domains"] == 0
+
+
+def test_tensors_of_other_ranks_are_not_looked_at() -> None:
+    builder = GraphBuilder()
+    text_tokens = builder.input(2, 7, 6, name="text")
+    report = run(builder, builder.call(aten.linear.default, text_tokens, builder.parameter(3, 6)))
+    assert report.misses == [] and "spatial" not in text_tokens.meta
+
+
+def test_several_inputs_may_have_several_resolutions() -> None:
+    builder = GraphBuilder()
+    x, hint = builder.input(2, 6, 5, 4), builder.input(2, 3, 10, 8, name="hint")
+    results = convolved(builder, x), convolved(builder, hint)
+    graph, infos, report = builder.module(*results).graph, builder.infos, Report()
+    assert find_spatial_inputs(graph, infos, report) == [x, hint]
+    assert report.misses == []
+
+
+def test_resolutions_follow_convolutions_and_resizing() -> None:
+    builder = GraphBuilder()
+    x = builder.input(2, 6, 5, 4)
+    down = builder.call(CONV, x, builder.parameter(8, 6, 3, 3), None, [2, 2], [1, 1])
+    up = builder.call(aten.upsample_nearest2d.vec, down, [5, 4], None)
+    tokens = builder.call(aten.flatten.using_ints, builder.call(aten.permute.default, up, [0, 2, 3, 1]), 1, 2)
+    report = run(builder, tokens)
+    assert down.meta["spatial"] == layout("bchw", Domain(3, 2))
+    assert up.meta["spatial"] == layout("bchw")
+    assert tokens.meta["spatial"] == layout("bsc")
+    assert report.connections["5x4", "3x2", "stencil"] == 1
+    assert report.connections["3x2", "5x4", "stencil"] == 1
+
+
+def test_an_unknown_operator_says_so_and_its_output_is_recognised_by_shape() -> None:
+    builder = GraphBuilder()
+    x = builder.input(2, 6, 5, 4)
+    flipped = builder.call(aten.flip.default, x, [3])
+    flat = builder.call(aten.permute.default, builder.call(aten.roll.default, flipped, [1], [2]), [0, 2, 3, 1])
+    lost = builder.call(aten.diff.default, x, 1, 3)
+    report = run(builder, flat, lost, convolved(builder, x))
+    assert flipped.meta["dense_reason"] == lost.meta["dense_reason"] == UNKNOWN
+    assert flipped.meta["spatial"] == layout("bchw")
+    assert flat.meta["spatial"] == layout("bhwc") and "dense_reason" not in flat.meta
+    assert "spatial" not in lost.meta
+    assert report.connections["5x4", "not spatial", "ends locality"] == 1
+
+
+def test_a_rule_that_gives_a_reason_leaves_it_on_the_node() -> None:
+    builder = GraphBuilder()
+    x = builder.input(2, 6, 5, 4)
+    y = convolved(builder, x)
+    pooled = builder.call(aten.mean.dim, y, [2, 3])
+    scaled = builder.call(aten.softmax.int, y, 3)
+    run(builder, pooled, scaled)
+    assert pooled.meta["dense_reason"] == scaled.meta["dense_reason"] == "it works across positions or samples"
+    assert "spatial" not in pooled.meta
+    assert scaled.meta["spatial"] == layout("bchw")
+
+
+def test_pieces_take_their_layouts_from_the_operator_that_makes_them() -> None:
+    builder = GraphBuilder()
+    y = convolved(builder, builder.input(2, 6, 5, 4))
+    halves = builder.call(aten.split.Tensor, y, 4, 1)
+    pieces = [builder.piece(halves, number) for number in range(2)]
+    greatest = builder.call(aten.max.dim, y, 1, True)
+    best = builder.piece(greatest, 0)
+    squeezed = builder.call(aten.max.dim, y, 3)
+    gone = builder.piece(squeezed, 0)
+    run(builder, *pieces, best, gone)
+    assert halves.meta["spatial_outputs"] == [layout("bchw")] * 2 and "spatial" not in halves.meta
+    assert [piece.meta["spatial"] for piece in pieces] == [layout("bchw")] * 2
+    assert greatest.meta["dense_reason"] == UNKNOWN and "spatial" not in greatest.meta
+    assert best.meta["spatial"] == layout("bchw")
+    assert "spatial" not in gone.meta
+
+
+def test_a_rule_cannot_change_the_batch() -> None:
+    builder = GraphBuilder()
+    x = builder.input(2, 6, 5, 4)
+    folded = builder.call(aten.reshape.default, x, [4, 3, 5, 4])
+    conv = convolved(builder, folded)
+    wrong = Family("wrong", lambda target: True, lambda node: layout("bchw"), lambda node, builder: None)
+    run(builder, conv, kinds=[wrong])
+    assert folded.meta["dense_reason"] == "its batch is not 2"
+    assert "spatial" not in folded.meta
+
+
+def test_without_a_spatial_input_only_origins_are_set() -> None:
+    builder = GraphBuilder()
+    y = builder.call(aten.relu.default, builder.input(2, 7, 6))
+    report = run(builder, y)
+    assert [set(node.meta) - {"val"} for node in builder.graph.nodes] == [{"origin"}] * 3
+    assert report.matches["propagate_domains"] == 0 and not report.connections
+
+
+def test_the_first_spatial_input_gives_the_batch() -> None:
+    builder = GraphBuilder()
+    x, other = builder.input(3, 6, 5, 4), builder.input(2, 6, 5, 4, name="other")
+    report = run(builder, convolved(builder, x), convolved(builder, other))
+    assert x.meta["spatial"].domain == DOMAIN and "spatial" not in other.meta
+    assert reasons(report) == ["its batch is 2, not 3"]

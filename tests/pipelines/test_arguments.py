@@ -1,0 +1,141 @@
+"""Which arguments an edit takes over and which it may change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from PIL import Image
+
+from fisedit_compile.errors import PipelineError
+from fisedit_compile.pipelines.arguments import CallArguments, keep_value, same_value
+from fisedit_compile.pipelines.noise import NoiseSource, new_generator
+
+
+@pytest.fixture
+def arguments() -> CallArguments:
+    return CallArguments(object.__new__(StableDiffusionPipeline))
+
+
+def test_defaults_are_the_pipelines(arguments: CallArguments) -> None:
+    assert arguments.value({}, "guidance_scale") == 7.5
+    assert CallArguments(object.__new__(StableDiffusionXLPipeline)).value({}, "guidance_scale") == 5.0
+    assert arguments.value({"guidance_scale": 3.0}, "guidance_scale") == 3.0
+    assert arguments.accepts("generator") and not arguments.accepts("prompt_2")
+
+
+def test_a_pipeline_without_step_callback_is_refused() -> None:
+    class Other:
+        def __call__(self, prompt: str) -> None: ...
+
+    with pytest.raises(PipelineError, match="Other has no callback_on_step_end"):
+        CallArguments(Other())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"num_steps": 4}, "has no argument num_steps"),
+        ({"return_dict": False}, "return_dict"),
+        ({"output_type": "jpeg"}, "output_type must be one of pil, np, pt, latent"),
+    ],
+)
+def test_arguments_a_session_cannot_honour(arguments: CallArguments, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(PipelineError, match=message):
+        arguments.check(given)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_inference_steps": 20}, "num_inference_steps was 50 .* cannot be 20"),
+        ({"height": 64}, "height was None"),
+        ({"generator": torch.Generator()}, "generator cannot be given"),
+        ({"guidance_scale": 1.0}, "crossing 1 changes the batch"),
+        ({"output_type": "latent"}, "output_type cannot change"),
+        ({"num_images_per_prompt": 2}, "num_images_per_prompt was 1"),
+        ({"latents": torch.zeros(1, 4, 8, 8)}, "latents was None .* Tensor of shape"),
+    ],
+)
+def test_changes_that_break_the_correspondence(arguments: CallArguments, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(PipelineError, match=message):
+        arguments.merge({"prompt": "a"}, changes)
+
+
+def test_changes_that_are_none_are_accepted(arguments: CallArguments) -> None:
+    recorded = {"prompt": "a", "height": 64, "guidance_scale": 5.0}
+    merged = arguments.merge(recorded, {"prompt": "b", "height": 64, "guidance_scale": 2.0, "eta": 0.0})
+    assert merged == {"prompt": "b", "height": 64, "guidance_scale": 2.0, "eta": 0.0}
+    assert recorded == {"prompt": "a", "height": 64, "guidance_scale": 5.0}
+
+
+def test_a_new_prompt_replaces_recorded_embeddings(arguments: CallArguments) -> None:
+    recorded = {"prompt_embeds": torch.zeros(1), "negative_prompt_embeds": torch.ones(1)}
+    assert arguments.merge(recorded, {"prompt": "b"}).keys() == {"prompt", "negative_prompt_embeds"}
+
+
+def test_no_guidance_on_both_sides_is_fine(arguments: CallArguments) -> None:
+    assert not arguments.guided({"guidance_scale": 1.0})
+    assert arguments.merge({"guidance_scale": 1.0}, {"guidance_scale": 0.0})["guidance_scale"] == 0.0
+
+
+def test_the_callback_brings_the_names_of_its_tensors(arguments: CallArguments) -> None:
+    class Own:
+        tensor_inputs = ["prompt_embeds"]
+
+        def __call__(self, *given: Any) -> dict[str, Any]:
+            return {}
+
+    own = Own()
+    assert arguments.user_callback({"callback_on_step_end": own}) == (own, ["prompt_embeds"])
+    names = ["latents", "prompt_embeds"]
+    assert arguments.user_callback({"callback_on_step_end_tensor_inputs": names}) == (None, names)
+    assert arguments.user_callback({}) == (None, ["latents"])
+
+
+def test_values_are_compared_by_content() -> None:
+    picture = Image.new("RGB", (2, 2), 5)
+    assert same_value(picture, picture.copy()) and not same_value(picture, Image.new("RGB", (2, 2), 6))
+    assert same_value([torch.ones(2)], [torch.ones(2)]) and not same_value(torch.ones(2), torch.zeros(2))
+    assert same_value(np.ones(2), np.ones(2)) and not same_value(np.ones(2), None)
+    assert same_value((1, 2), [1, 2]) and not same_value([1], [1, 2])
+
+
+def test_kept_values_are_out_of_reach() -> None:
+    tensor, array, picture = torch.zeros(2), np.zeros(2), Image.new("L", (1, 1), 0)
+    kept = keep_value([tensor, array, picture])
+    tensor.add_(1)
+    array += 1
+    picture.putpixel((0, 0), 9)
+    assert kept[0].sum() == 0 and kept[1].sum() == 0 and kept[2].getpixel((0, 0)) == 0
+
+
+def test_generators_are_rebuilt_in_their_first_state() -> None:
+    own = torch.Generator().manual_seed(3)
+    torch.randn(5, generator=own)
+    noise = NoiseSource.of(own)
+    expected = torch.randn(4, generator=own)
+    state = own.get_state()
+    rebuilt = noise.generators()
+    assert isinstance(rebuilt, torch.Generator)
+    assert torch.equal(torch.randn(4, generator=rebuilt), expected)
+    assert torch.equal(own.get_state(), state)
+    several = NoiseSource.of([own, torch.Generator().manual_seed(1)]).generators()
+    assert isinstance(several, list) and len(several) == 2
+
+
+@pytest.mark.parametrize("wrong", [3, [], [None], "seed"])
+def test_what_is_no_generator_is_refused(wrong: Any) -> None:
+    with pytest.raises(PipelineError, match=r"torch\.Generator"):
+        NoiseSource.of(wrong)
+
+
+def test_a_new_generator_follows_the_global_seed() -> None:
+    torch.manual_seed(5)
+    first = new_generator().initial_seed()
+    torch.manual_seed(5)
+    assert new_generator().initial_seed() == first
+    assert new_generator().initial_seed() != first

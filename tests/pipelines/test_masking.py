@@ -1,0 +1,180 @@
+"""Finding masks, and carrying them between latents and pixels."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from fisedit_compile.errors import MaskError, OptionError
+from fisedit_compile.pipelines.masking import (
+    AutomaticMask,
+    MaskFinder,
+    find_region,
+    open_region,
+    otsu_threshold,
+    paste_outside,
+    to_latents,
+    to_pixels,
+)
+
+LEVELS = 257
+levels = st.integers(0, 64).map(lambda level: level / 64)
+maps = arrays(np.float64, st.tuples(st.integers(2, 9), st.integers(2, 9)), elements=levels)
+samples = arrays(bool, st.tuples(st.integers(1, 2), st.integers(1, 5), st.integers(1, 5)))
+
+
+def between_variance(values: np.ndarray, threshold: float) -> float:
+    """Variance between the two classes of the values' bin centres, by its definition; 0 when one is empty."""
+    bins = (np.minimum(np.floor(values * 256), 255) + 0.5) / 256
+    upper = bins[values > threshold]
+    lower = bins[values <= threshold]
+    if not len(upper) or not len(lower):
+        return 0.0
+    share = len(upper) / values.size
+    return share * (1 - share) * (upper.mean() - lower.mean()) ** 2
+
+
+@given(maps)
+def test_otsu_is_as_good_as_the_best_of_all_thresholds(values: np.ndarray) -> None:
+    best = max(between_variance(values, level / 256 - 1e-9) for level in range(LEVELS))
+    assert between_variance(values, otsu_threshold(values)) == pytest.approx(best, rel=1e-9)
+
+
+def test_otsu_splits_two_clusters_in_the_middle() -> None:
+    values = np.concatenate([np.full(90, 0.1), np.full(10, 0.9)])
+    assert otsu_threshold(values) == pytest.approx(0.5, abs=0.01)
+
+
+def test_otsu_of_one_value_has_no_upper_class() -> None:
+    assert not (np.zeros((3, 3)) > otsu_threshold(np.zeros((3, 3)))).any()
+
+
+@given(arrays(bool, st.tuples(st.integers(2, 8), st.integers(2, 8))))
+def test_opening_keeps_exactly_the_union_of_fitting_squares(region: np.ndarray) -> None:
+    expected = np.zeros_like(region)
+    for row in range(region.shape[0] - 1):
+        for column in range(region.shape[1] - 1):
+            if region[row : row + 2, column : column + 2].all():
+                expected[row : row + 2, column : column + 2] = True
+    assert np.array_equal(open_region(region, 2), expected)
+
+
+def test_opening_removes_single_cells_and_growth_adds_a_border() -> None:
+    difference = np.zeros((8, 8))
+    difference[1, 1] = 1.0
+    difference[4:6, 4:6] = 1.0
+    found = find_region(difference, AutomaticMask())
+    assert found.sum() == 4 and found[4:6, 4:6].all()
+    assert find_region(difference, AutomaticMask(opening=0)).sum() == 5
+    grown = find_region(difference, AutomaticMask(growth=1))
+    assert grown.sum() == 16 and grown[3:7, 3:7].all()
+
+
+def test_a_given_threshold_is_used() -> None:
+    difference = np.array([[0.0, 0.2], [0.6, 1.0]])
+    settings = AutomaticMask(threshold=0.1, opening=0)
+    assert find_region(difference, settings).tolist() == [[False, True], [True, True]]
+
+
+def test_the_finder_weighs_every_step_alike() -> None:
+    # The second step's differences are a thousand times greater, in another place; both places count.
+    recorded = torch.zeros(1, 4, 6, 6)
+    first, second = recorded.clone(), recorded.clone()
+    first[:, :, 0:2, 0:2] = 0.01
+    second[:, :, 4:6, 4:6] = 10.0
+    finder = MaskFinder(AutomaticMask())
+    finder.add(first, recorded)
+    finder.add(second, recorded)
+    mask = finder.mask()
+    assert mask.shape == (1, 6, 6) and mask.dtype == torch.bool
+    assert mask.sum() == 8 and bool(mask[0, 0:2, 0:2].all()) and bool(mask[0, 4:6, 4:6].all())
+
+
+def test_the_finder_treats_samples_apart() -> None:
+    recorded = torch.zeros(2, 4, 6, 6)
+    latents = recorded.clone()
+    latents[0, :, 0:2, 0:2] = 1e-3
+    latents[1, :, 2:6, 2:6] = 1e3
+    finder = MaskFinder(AutomaticMask())
+    finder.add(latents, recorded)
+    assert finder.mask().sum(dim=(1, 2)).tolist() == [4, 16]
+
+
+def test_equal_latents_give_an_empty_mask() -> None:
+    finder = MaskFinder(AutomaticMask())
+    finder.add(torch.ones(1, 4, 5, 5), torch.ones(1, 4, 5, 5))
+    assert not finder.mask().any()
+
+
+def test_the_finder_refuses_nan_and_no_steps() -> None:
+    with pytest.raises(MaskError, match="at least one"):
+        MaskFinder(AutomaticMask()).mask()
+    finder = MaskFinder(AutomaticMask())
+    finder.add(torch.full((1, 4, 5, 5), float("nan")), torch.ones(1, 4, 5, 5))
+    with pytest.raises(MaskError, match="NaN"):
+        finder.mask()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"steps": 0},
+        {"steps": 51},
+        {"out_of": 0},
+        {"threshold": 1.0},
+        {"threshold": -0.1},
+        {"opening": -1},
+        {"growth": -1},
+    ],
+)
+def test_settings_out_of_range_are_refused(settings: dict[str, float]) -> None:
+    with pytest.raises(OptionError, match="automatic mask"):
+        AutomaticMask(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(50, 10), (20, 4), (19, 4), (4, 1), (1, 1), (100, 20)])
+def test_steps_are_scaled_to_the_run(steps: int, expected: int) -> None:
+    assert AutomaticMask().scaled_steps(steps) == expected
+
+
+@given(samples, st.integers(1, 3), st.integers(1, 3))
+def test_pixels_of_a_latent_mask_reduce_to_it_again(mask: np.ndarray, down: int, across: int) -> None:
+    cells = torch.from_numpy(mask)
+    height, width = cells.shape[1] * down, cells.shape[2] * across
+    pixels = to_pixels(cells, height, width)
+    assert pixels.shape == (cells.shape[0], height, width)
+    assert int(pixels.sum()) == int(cells.sum()) * down * across
+    latents = torch.zeros(cells.shape[0], 4, *cells.shape[1:])
+    assert torch.equal(to_latents(pixels, latents), cells)
+
+
+def test_one_white_pixel_makes_its_cell_active() -> None:
+    mask = torch.zeros(8, 8)
+    mask[5, 2] = 1
+    cells = to_latents(mask, torch.zeros(3, 4, 4, 4))
+    assert cells.shape == (1, 4, 4) and cells.nonzero().tolist() == [[0, 2, 1]]
+
+
+def test_masks_must_be_as_many_as_pictures() -> None:
+    with pytest.raises(MaskError, match="3 pictures and the mask has 2"):
+        to_latents(torch.ones(2, 8, 8), torch.zeros(3, 4, 4, 4))
+
+
+def test_sizes_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(MaskError, match="multiple"):
+        to_pixels(torch.ones(1, 4, 4, dtype=torch.bool), 10, 8)
+
+
+def test_pasting_keeps_the_inside_and_measures_the_outside() -> None:
+    base = torch.zeros(1, 3, 2, 2)
+    edited = torch.tensor([[0.5, 0.25], [0.0, 1.0]]).expand(1, 3, 2, 2)
+    mask = torch.tensor([[[False, False], [True, True]]])
+    pasted, (greatest, mean) = paste_outside(edited, base, mask)
+    assert pasted[0, 0].tolist() == [[0.0, 0.0], [0.0, 1.0]]
+    assert (greatest, mean) == (0.5, 0.375)
+    everything, error = paste_outside(edited, base, torch.ones_like(mask))
+    assert torch.equal(everything, edited) and error == (0.0, 0.0)

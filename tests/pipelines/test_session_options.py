@@ -1,0 +1,92 @@
+"""Options of a session, and pipelines that the user compiled or cannot be used."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from fisedit_compile import EditSession
+from fisedit_compile.errors import BudgetError, OptionError, PipelineError
+
+from tiny_pipelines import HEIGHT, WIDTH, picture_arguments, tiny_pipeline
+
+BASE, FIRST = "a red ball on grass", "a blue ball on grass"
+STEPS = 3
+
+
+def generate(session: EditSession) -> Any:
+    noise = torch.Generator().manual_seed(4)
+    return session.generate(BASE, num_inference_steps=STEPS, generator=noise, **picture_arguments("text-to-image"))
+
+
+def box() -> torch.Tensor:
+    mask = torch.zeros(HEIGHT, WIDTH)
+    mask[4:10, 6:16] = 1
+    return mask
+
+
+def test_storage_and_norm_take_less_memory() -> None:
+    pipe = tiny_pipeline()
+    usual = generate(EditSession(pipe))
+    session = EditSession(pipe, storage=torch.bfloat16, norm="cached")
+    base = generate(session)
+    torch.testing.assert_close(base.pixels, usual.pixels, atol=1e-5, rtol=0)
+    assert base.report.cache_bytes < 0.75 * usual.report.cache_bytes
+    edited = session.edit(FIRST, mask=box())
+    outside = ~edited.pixel_mask.unsqueeze(1).expand_as(edited.pixels)
+    assert torch.equal(edited.pixels[outside], base.pixels[outside])
+
+
+def test_a_budget_that_is_too_small() -> None:
+    session = EditSession(tiny_pipeline(), budget=100_000)
+    with pytest.raises(BudgetError):
+        generate(session)
+    assert session.history == () and session.runtime.bases == ()
+
+
+def test_a_budget_for_one_picture_only() -> None:
+    pipe = tiny_pipeline()
+    needed = generate(EditSession(pipe)).report.cache_bytes
+    session = EditSession(pipe, budget=needed)
+    base = generate(session)
+    with pytest.raises(BudgetError):
+        session.edit(FIRST, mask=box())
+    assert session.history == (base,) and session.runtime.bases == (base.name,)
+    session.edit(FIRST, mask=box(), keep=False)
+    session.reset()
+    assert session.history == () and session.runtime.stats.bytes_stored == 0
+    generate(session)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"norm": "exakt"}, {"storage": torch.int8}, {"budget": "much"}, {"lowering": "none"}]
+)
+def test_options_that_do_not_exist(wrong: dict[str, Any]) -> None:
+    with pytest.raises(OptionError):
+        EditSession(tiny_pipeline(), **wrong)
+
+
+@pytest.mark.parametrize("how", ["wrapped", "in place"])
+def test_a_unet_the_user_compiled(how: str) -> None:
+    pipe = tiny_pipeline()
+    if how == "wrapped":
+        pipe.unet = torch.compile(pipe.unet, backend="eager")
+    else:
+        pipe.unet.compile(backend="eager")
+    unet = pipe.unet
+    session = EditSession(pipe)
+    base = generate(session)
+    edited = session.edit(FIRST, mask=box())
+    assert edited.report.sparse_calls == STEPS and not torch.equal(edited.pixels, base.pixels)
+    assert pipe.unet is unet
+    assert how == "wrapped" or unet._compiled_call_impl is not None
+
+
+def test_pipelines_without_a_unet() -> None:
+    class Transformer:
+        unet = None
+
+    with pytest.raises(PipelineError, match="with a unet, and Transformer has none"):
+        EditSession(Transformer())
