@@ -18,7 +18,7 @@ from fisedit_compile.bench.unet import Result, run_unet
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-HEADINGS = ("variant", "call", "speed-up", "arithmetic", "achieved", "set-up", "deviation")
+HEADINGS = ("variant", "call", "speed-up", "arithmetic", "achieved", "loaded", "set-up", "error")
 
 
 def failures(name: str, result: Result) -> list[str]:
@@ -62,7 +62,7 @@ def render(name: str, numbers: dict[str, Any]) -> str:
     ]
     for row in numbers["dense"]:
         times = f"{best / row['seconds']:.2f}x"
-        lines.append(_line(f"dense, {row['name']}", _milliseconds(row["seconds"]), times, "1.0x", "", "", ""))
+        lines.append(_line(f"dense, {row['name']}", _milliseconds(row["seconds"]), times, "1.0x", "", "", "", ""))
     for row in numbers["sparse"]:
         lines.append(
             _line(
@@ -71,6 +71,7 @@ def render(name: str, numbers: dict[str, Any]) -> str:
                 f"{row['speed_up']:.2f}x",
                 f"{row['arithmetic']:.1f}x",
                 f"{100 * row['achieved']:.0f} %",
+                f"{row['bytes_loaded'] / 2**20:.0f} MiB",
                 _milliseconds(row["context"]),
                 f"{row['deviation']:.0e}",
             )

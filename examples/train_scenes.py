@@ -1,4 +1,4 @@
-"""Train the scenes model from nothing: autoencoder, then denoiser with text encoder, then export and evaluation.
+"""Train the scenes model from nothing: autoencoder, denoiser with text encoder, export, evaluation.
 
 Every picture is drawn on the fly by the project's own renderer, so there is no data set.  Each training stage
 writes checkpoints from which it carries on after an interruption.
@@ -11,12 +11,12 @@ import random
 import shutil
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
-from diffusers import StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from tqdm import tqdm
@@ -52,8 +52,9 @@ Device = Annotated[str, typer.Option(help="Device to train on: cpu or cuda.")]
 Weights = Annotated[Path, typer.Option(help="Folder of the exported pipeline.")]
 
 AUTOENCODER_STEPS = 2000
-DENOISER_STEPS = 6000
+DENOISER_STEPS = 4750
 COOLDOWN_STEPS = 1500
+LAYOUT_STEPS = range(1750, 2350)
 
 
 @application.command()
@@ -86,11 +87,16 @@ def unet(
     batch: Annotated[int, typer.Option(help="Pictures in a step.")] = 16,
     peak_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 7e-4,
     bank_size: Annotated[int, typer.Option(help="Pictures kept as latents; a multiple of 32.")] = 1024,
+    layout_from: Annotated[
+        int, typer.Option(help="First step that trains the layout alone.")
+    ] = LAYOUT_STEPS.start,
+    layout_to: Annotated[int, typer.Option(help="First step after those.")] = LAYOUT_STEPS.stop,
     workers: Annotated[int, typer.Option(help="Threads that share a batch; 1 on a GPU.")] = 2,
     device: Device = "cpu",
 ) -> None:
     """Train the denoiser and the text encoder together on the finished autoencoder's latents."""
-    training = DenoiserTraining(finished_autoencoder(folder, device), device, workers, peak_rate)
+    layout = range(layout_from, layout_to)
+    training = DenoiserTraining(finished_autoencoder(folder, device), device, workers, peak_rate, layout)
     checkpoint = Checkpoint(folder / "unet", training.modules, training.optimiser)
     first = checkpoint.load()
     bank = LatentBank(training.vae, training.tokenizer, device, bank_size, fresh=1)
@@ -121,18 +127,18 @@ def export(folder: Folder, weights: Weights = WEIGHTS) -> None:
     denoiser, text_encoder = new_unet(), new_text_encoder()
     denoiser.load_state_dict(with_prefix(state, "average_unet/"))
     text_encoder.load_state_dict(with_prefix(state, "average_text_encoder/"))
-    pipeline = StableDiffusionPipeline(
-        vae=finished_autoencoder(folder, "cpu").to(memory_format=torch.contiguous_format),
-        text_encoder=text_encoder,
-        tokenizer=new_tokenizer(),
-        unet=denoiser,
-        scheduler=new_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    for component in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
-        component.half()
+    components: dict[str, Any] = {
+        "vae": finished_autoencoder(folder, "cpu").to(memory_format=torch.contiguous_format),
+        "text_encoder": text_encoder,
+        "tokenizer": new_tokenizer(),
+        "unet": denoiser,
+        "scheduler": new_scheduler(),
+        "safety_checker": None,
+        "feature_extractor": None,
+    }
+    for name in ("vae", "text_encoder", "unet"):
+        components[name].half()
+    pipeline = StableDiffusionPipeline(**components, requires_safety_checker=False)
     partial, previous = weights.with_name(weights.name + ".new"), weights.with_name(weights.name + ".old")
     for leftover in (partial, previous):
         if leftover.exists():
@@ -167,7 +173,7 @@ def evaluate(
     rescale: Annotated[float, typer.Option(help="Rescaling of the guided prediction, 0 to 1.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the first picture.")] = 0,
 ) -> None:
-    """Let the checker judge the model on captions it has never seen, and the autoencoder on drawn pictures."""
+    """Let the checker judge the model on unseen captions, and the autoencoder on drawn pictures."""
     pipeline = load_pipeline(weights=weights)
     scenes = held_back_scenes()[:count]
     pictures: list[np.ndarray] = []
@@ -208,7 +214,9 @@ def evaluate(
 def score(pictures: list[np.ndarray], scenes: list[Scene]) -> dict[str, float]:
     """The share of pictures that show their scene: in every attribute together, and in each one."""
     verdicts = [check(picture, scene) for picture, scene in zip(pictures, scenes, strict=True)]
-    shares = {name: sum(verdict[name] for verdict in verdicts) / len(verdicts) for name in ATTRIBUTES}
+    shares: dict[str, float] = {
+        name: sum(verdict[name] for verdict in verdicts) / len(verdicts) for name in ATTRIBUTES
+    }
     every = sum(all(verdict.values()) for verdict in verdicts) / len(verdicts)
     return {"pictures": len(verdicts), "all_attributes": every, **shares}
 

@@ -168,6 +168,7 @@ class Executable:
             self._borrowed = _borrowed_outputs(program)
             self._output_names = tuple(f"output:{number}" for number in range(program.output_count))
             self._prologue_parameters = _picker(_used_inputs(program.prologue) if program.prologue else ())
+            self._picture = _spatial_input(program, identity.positions("user"))
 
     def __call__(self, *arguments: Any) -> Sequence[Tensor]:
         phase = self._runtime.phase()
@@ -279,7 +280,7 @@ class Executable:
         program = self.program
         if program is None or program.mask_domain is None or program.batch is None:
             raise GraphError("a graph without spatial inputs was asked to run sparsely")
-        device = next(value.device for value in arguments if isinstance(value, Tensor))
+        device = arguments[self._picture].device
         plan = phase.plan(PlanSpec(program.mask_domain, program.domains, program.stencils, program.batch, device))
         if plan is None:
             if phase.saving:
@@ -307,6 +308,18 @@ class Executable:
                 key, parameters, phase.fingerprint(key), lambda: self._graph("prologue")(*arguments)
             )
         return known[key]
+
+
+def _spatial_input(program: Program, users: Sequence[int]) -> int:
+    """Position of an input that has the mask's resolution. Others may lie on another device, such as the timestep."""
+    domain = program.mask_domain
+    placeholders = [node for node in program.record.graph.nodes if node.op == "placeholder"]
+    for position in users:
+        value = placeholders[position].meta.get("val")
+        sizes = tuple(value.shape) if isinstance(value, Tensor) else ()
+        if domain is not None and (domain.size in sizes or {domain.height, domain.width} <= set(sizes)):
+            return position
+    raise GraphError(f"no input has the resolution of the mask, {domain}")
 
 
 def _used_inputs(graph_module: fx.GraphModule) -> tuple[int, ...]:

@@ -65,6 +65,7 @@ __all__ = [
     "UNTRACEABLE",
     "DynamicNumber",
     "FakeTensor",
+    "FakeTensorMode",
     "FunctionalTrace",
     "HigherOrderOperator",
     "OpOverload",
@@ -166,20 +167,29 @@ def trace_functional(
     return FunctionalTrace(traced, mutated, [position for position, symbol in symbols.items() if symbol in guarded])
 
 
+def _source(placeholder: fx.Node) -> Any:
+    """Where Dynamo got a graph input from; None when it does not say."""
+    argument = placeholder.meta.get("grapharg")
+    return getattr(argument, "source", None) or getattr(placeholder, "_dynamo_source", None)
+
+
+def _read(value: Any) -> Any:
+    """The value of what is a property in newer releases and a method in older ones."""
+    return value() if callable(value) else value
+
+
 def input_source(placeholder: fx.Node) -> str | None:
     """Dynamo's name of where a graph input comes from, for example ``L['self']._modules['conv']``."""
-    argument = placeholder.meta.get("grapharg")
-    source = getattr(argument, "source", None) or getattr(placeholder, "_dynamo_source", None)
-    return None if source is None else str(source.name)
+    source = _source(placeholder)
+    return None if source is None else str(_read(source.name))
 
 
 def is_module_state(placeholder: fx.Node) -> bool:
     """Whether a graph input was read from a module: a parameter, a buffer or any other tensor attribute."""
-    argument = placeholder.meta.get("grapharg")
-    source = getattr(argument, "source", None) or getattr(placeholder, "_dynamo_source", None)
+    source = _source(placeholder)
     if source is None:
         return False
-    where = source.guard_source
+    where = _read(source.guard_source)
     return bool(where.is_unspecialized_nn_module() or where.is_specialized_nn_module() or where.is_fsdp_module())
 
 
@@ -224,7 +234,12 @@ def strict_recompiles() -> Iterator[None]:
     Raises:
         CallMismatchError: the limit was reached.
     """
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, suppress_errors=False):
+    settings: dict[str, Any] = {"fail_on_recompile_limit_hit": True, "suppress_errors": False}
+    if hasattr(torch._dynamo.config, "automatic_dynamic_exclusion_guard"):
+        # A graph made dynamic leaves the first value to the graph that was specialised on it. Without this, which of
+        # the two runs depends on which ran last, and edited calls do not line up with recorded ones.
+        settings["automatic_dynamic_exclusion_guard"] = True
+    with torch._dynamo.config.patch(settings):
         try:
             yield
         except FailOnRecompileLimitHit as error:

@@ -247,18 +247,18 @@ def trace(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> TracedGraph:
     return TracedGraph(traced.graph_module, infos, tuple(sorted({*numbers, *wrapped})), constants)
 
 
-def _empty_outputs(traced: TracedGraph) -> Any:
-    """A stand-in for the compiled graph that returns zeros of the right shapes and computes nothing."""
-    (results,) = next(node for node in traced.gm.graph.nodes if node.op == "output").args
-    values = [result.meta["val"] for result in results]
+def _without_computing(gm: fx.GraphModule) -> Any:
+    """A stand-in for a Dynamo graph that returns zeros of the right shapes."""
+    (results,) = next(node for node in gm.graph.nodes if node.op == "output").args
+    values = [result.meta["example_value"] for result in results]
 
-    def run(*arguments: Any) -> tuple[Tensor, ...]:
-        return tuple(
-            torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device).zero_()
-            for value in values
-        )
+    def zeros(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return private.hint_of(value) if private.is_symbolic(value) else value
+        shape, strides = (tuple(int(size) for size in sizes) for sizes in (value.shape, value.stride()))
+        return torch.empty_strided(shape, strides, dtype=value.dtype, device=value.device).zero_()
 
-    return run
+    return lambda *arguments: tuple(zeros(value) for value in values)
 
 
 def capture_all(model: Any, *args: Any, **kwargs: Any) -> list[TracedGraph | DenseGraph]:
@@ -267,12 +267,10 @@ def capture_all(model: Any, *args: Any, **kwargs: Any) -> list[TracedGraph | Den
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         try:
-            traced = trace(gm, example_inputs)
+            found.append(trace(gm, example_inputs))
         except UntraceableGraph as error:
             found.append(DenseGraph(str(error)))
-            return gm
-        found.append(traced)
-        return _empty_outputs(traced)
+        return _without_computing(gm)
 
     function = model._orig_mod if isinstance(model, private.OptimizedModule) else model
     if isinstance(function, nn.Module):

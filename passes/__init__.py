@@ -1,4 +1,7 @@
-"""FX graph to FX graph: one pass a file. ``build_program`` runs them in order; see README.md for each stage's invariants."""
+"""FX graph to FX graph: one pass a file. ``build_program`` runs them in order.
+
+README.md beside this file lists what holds before and after each of them.
+"""
 
 if __name__ == "passes":
     raise ImportError("import this package as fisedit_compile.passes; the bare name 'passes' is not installed")

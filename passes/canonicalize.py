@@ -18,9 +18,10 @@ Conditions:
 from __future__ import annotations
 
 import torch
+from torch import fx
+
 from fisedit_compile.passes.report import Report
 from fisedit_compile.passes.targets import NO_OPERATION, aten
-from torch import fx
 
 NAME = "canonicalize"
 DROPOUTS = (aten.dropout.default, aten.feature_dropout.default)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from torch import fx
+
 from fisedit_compile.passes.arguments import read_arguments
 from fisedit_compile.passes.ir import origin_of, shape_of, spatial_of
 from fisedit_compile.passes.report import MacCount
 from fisedit_compile.passes.targets import CONVOLUTIONS, aten
-from torch import fx
 
 PRODUCTS = {
     aten.matmul.default: 0,

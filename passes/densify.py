@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import operator
 
+from torch import fx
+
 from fisedit_compile.passes.ir import (
     eliminate_dead_code,
     origin_of,
@@ -25,7 +27,6 @@ from fisedit_compile.passes.ir import (
     to_rows,
 )
 from fisedit_compile.passes.report import Report
-from torch import fx
 
 NAME = "densify"
 
@@ -59,7 +60,8 @@ def densify(graph_module: fx.GraphModule, report: Report) -> fx.GraphModule:
         # Where the rows are all that is read, there is no map to mix.
         if spatial_of(node) is not None and [user.target for user in node.users] != [to_rows]:
             _wrap(graph, node)
-        if node.op == "call_function" and node.target is not operator.getitem and reads_spatial(node):
+        touches = reads_spatial(node) or spatial_of(node) is not None
+        if node.op == "call_function" and node.target is not operator.getitem and touches:
             report.stays_dense(node, node.meta.get("dense_reason", "its pass is disabled"))
     for node in list(graph.nodes):
         if node.target is to_rows and node.args[0].target is to_map:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import operator
+
 import networkx
+from torch import fx
+
+from fisedit_compile.passes.arguments import read_arguments
 from fisedit_compile.passes.ir import spatial_of
 from fisedit_compile.passes.resample import FAMILY as RESAMPLE
 from fisedit_compile.passes.sparsify_attention import FAMILY as ATTENTION
@@ -11,7 +16,6 @@ from fisedit_compile.passes.sparsify_layout import FAMILY as LAYOUT
 from fisedit_compile.passes.sparsify_norm import TARGETS as NORMS
 from fisedit_compile.passes.targets import ANCHORS, is_elementwise
 from fisedit_compile.runtime.spec import Domain
-from torch import fx
 
 NOT_SPATIAL = "not spatial"
 
@@ -25,23 +29,32 @@ def data_flow(graph: fx.Graph) -> networkx.DiGraph:
     return flow
 
 
-def reaches_anchor(flow: networkx.DiGraph, name: str) -> bool:
-    """Whether an input flows into a convolution, norm or resampling through elementwise and layout operators only.
+def _local_descendants(flow: networkx.DiGraph, name: str) -> list[tuple[fx.Node, fx.Node]]:
+    """Uses (reader, value) of an input behind elementwise and layout operators only."""
 
-    This tells a picture-like input from a rank-4 attention bias.
-    """
-
-    def passes(vertex: str) -> bool:
+    def carries(vertex: str) -> bool:
         node = flow.nodes[vertex]["node"]
-        carries = node.op == "call_function" and (
-            is_elementwise(node.target)
-            or LAYOUT.matches(node.target)
-            or getattr(node.target, "__name__", "") == "getitem"
+        return vertex == name or (
+            node.op == "call_function"
+            and (is_elementwise(node.target) or LAYOUT.matches(node.target) or node.target is operator.getitem)
         )
-        return vertex == name or carries or node.target in ANCHORS
 
-    local = networkx.subgraph_view(flow, filter_node=passes)
-    return any(flow.nodes[vertex]["node"].target in ANCHORS for vertex in networkx.descendants(local, name))
+    local = networkx.subgraph_view(flow, filter_node=carries)
+    values = [name, *networkx.descendants(local, name)]
+    return [(flow.nodes[reader]["node"], flow.nodes[value]["node"]) for value in values for reader in flow[value]]
+
+
+def reaches_anchor(flow: networkx.DiGraph, name: str) -> bool:
+    """Whether an input flows into a convolution, norm or resampling through elementwise and layout operators only."""
+    return any(reader.target in ANCHORS for reader, _ in _local_descendants(flow, name))
+
+
+def is_attention_bias(flow: networkx.DiGraph, name: str) -> bool:
+    """Whether an input flows into the mask of an attention through elementwise and layout operators only."""
+    return any(
+        ATTENTION.matches(reader.target) and read_arguments(reader)["attn_mask"] is value
+        for reader, value in _local_descendants(flow, name)
+    )
 
 
 def connection_kind(node: fx.Node) -> str:

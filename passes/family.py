@@ -9,10 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import fx
+
 from fisedit_compile.passes.ir import RowsBuilder, spatial_of
 from fisedit_compile.passes.layouts import Spatial
 from fisedit_compile.passes.report import Report
-from torch import fx
 
 Inferred = Spatial | list[Spatial] | str
 Infer = Callable[[fx.Node], Inferred]

@@ -18,10 +18,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import fx
+
 from fisedit_compile.passes.program import InputInfo
 from fisedit_compile.passes.report import Report
 from fisedit_compile.passes.targets import OVERLOAD
-from torch import fx
 
 NAME = "hoist_parameters"
 

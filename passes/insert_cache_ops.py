@@ -17,18 +17,18 @@ Conditions:
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
+from torch import fx
+
+from fisedit_compile.errors import GraphError
 from fisedit_compile.passes.ir import RowsBuilder, load, recorded, shape_of, spatial_of, store
 from fisedit_compile.passes.layouts import Spatial
 from fisedit_compile.passes.lower_conversions import flatten_space
 from fisedit_compile.passes.report import Report
 from fisedit_compile.passes.targets import aten
 from fisedit_compile.runtime.spec import Site
-from torch import fx
-
-from fisedit_compile.errors import GraphError
 
 NAME = "insert_cache_ops"
 NORM_OUTPUTS = ("norm_center", "norm_partials", "norm_totals")
@@ -78,7 +78,8 @@ class _Recorder:
             self.norms[origin, groups] = builder.call(torch.ops.fisedit.norm_record.default, rows, groups)
         tensor = builder.call(operator.getitem, self.norms[origin, groups], NORM_OUTPUTS.index(transform))
         if transform == "norm_partials":
-            self.add(name, tensor, _rows_site(name, spatial, (*flat[:2], 2, groups), torch.float32))
+            site = _rows_site(name, spatial, (*flat[:2], 2, groups), torch.float32)
+            self.add(name, tensor, replace(site, lossless=True))
         else:
             size = (flat[0], groups) if transform == "norm_center" else (flat[0], 2, groups)
             self.add(name, tensor, Site(name, "value", None, (), 0, size, torch.float32))
@@ -104,7 +105,7 @@ def insert_cache_ops(
         if spatial is None:
             site = Site(name, "value", None, (), 0, shape, dtype)
         else:
-            site = Site(name, "spatial", spatial.domain, spatial.order, spatial.space_rank, shape, dtype)
+            site = Site(name, "spatial", spatial.domain, spatial.order, spatial.space_rank, shape, dtype, lossless=True)
         recorder.add(name, value, site)
         outputs.setdefault(str(value.meta.get("origin", value.name)), name)
     for node in list(edit.graph.nodes):

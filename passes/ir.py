@@ -17,11 +17,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from fisedit_compile.passes.layouts import Spatial
-from fisedit_compile.runtime.spec import Domain, PlanInput, Stencil
 from torch import fx
 
 from fisedit_compile.errors import GraphError
+from fisedit_compile.passes.layouts import Spatial
+from fisedit_compile.runtime.spec import Domain, PlanInput, Stencil
 
 
 def _marker(name: str) -> Callable[..., Any]:

@@ -138,12 +138,12 @@ def recognise_layout(shape: tuple[int, ...], batch: int, domains: set[Domain]) -
     """Recognise a spatial value by its shape alone: used behind operators that no rule knows.
 
     The shape must hold the batch in its first dimension and exactly one place where (height, width) or
-    height * width of one known domain stands.
+    height * width of one known domain stands; a domain of a single position shows nothing.
     """
     if len(shape) < 3 or shape[0] != batch:
         return None
     found: set[Spatial] = set()
-    for domain in domains:
+    for domain in (domain for domain in domains if domain.size > 1):
         for dim in range(1, len(shape)):
             if shape[dim : dim + 2] == (domain.height, domain.width):
                 dims = [BATCH] + [CHANNEL] * (len(shape) - 1)

@@ -15,13 +15,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch import fx
+
+from fisedit_compile.errors import GraphError
 from fisedit_compile.passes.ir import load, plan, store, update
 from fisedit_compile.passes.program import GraphInput
 from fisedit_compile.passes.report import Report
 from fisedit_compile.runtime.spec import Site
-from torch import fx
-
-from fisedit_compile.errors import GraphError
 
 NAME = "lift_cache_io"
 

@@ -7,7 +7,8 @@ Before: ``r = to_rows(x)`` with x of dimensions (batch, channel, height, width)
 After:  ``r = gather_rows(flatten(permute(x, [0, 2, 3, 1]), 1, 2), index)``
 Before: ``y = to_map(r)``
 After:  ``m = recorded(origin, "map")``; ``update(m, r)``;
-        ``y = permute(unflatten(scatter_rows(flatten(permute(m, [0, 2, 3, 1]), 1, 2), r, index, valid), 1, [H, W]), [0, 3, 1, 2])``
+        ``s = scatter_rows(flatten(permute(m, [0, 2, 3, 1]), 1, 2), r, index, valid)``;
+        ``y = permute(unflatten(s, 1, [H, W]), [0, 3, 1, 2])``
 
 Conditions: none; every conversion is lowered.
 """
@@ -15,11 +16,12 @@ Conditions: none; every conversion is lowered.
 from __future__ import annotations
 
 import torch
+from torch import fx
+
 from fisedit_compile.passes.ir import RowsBuilder, origin_of, recorded, spatial_of, to_map, to_rows, update
 from fisedit_compile.passes.layouts import Spatial
 from fisedit_compile.passes.report import Report
 from fisedit_compile.passes.targets import aten
-from torch import fx
 
 NAME = "lower_conversions"
 

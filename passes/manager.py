@@ -8,6 +8,11 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from torch import fx
+
+import fisedit_compile.ops  # noqa: F401  (registers the operators the passes name)
+from fisedit_compile.config import Options
+from fisedit_compile.errors import OptionError
 from fisedit_compile.passes import sparsify_norm as norms
 from fisedit_compile.passes.canonicalize import canonicalize
 from fisedit_compile.passes.count_macs import count_macs
@@ -30,11 +35,6 @@ from fisedit_compile.passes.sparsify_linear import FAMILY as LINEAR
 from fisedit_compile.passes.sparsify_pointwise import FAMILY as POINTWISE
 from fisedit_compile.passes.verify import verify
 from fisedit_compile.runtime.spec import Domain, Stencil
-from torch import fx
-
-import fisedit_compile.ops  # noqa: F401  (registers the operators the passes name)
-from fisedit_compile.config import Options
-from fisedit_compile.errors import OptionError
 
 logger = logging.getLogger(__name__)
 

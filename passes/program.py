@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import fx
+
 from fisedit_compile.passes.report import Report
 from fisedit_compile.runtime.spec import Domain, PlanInput, Site, Stencil
-from torch import fx
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,14 @@ After:  ``node.meta["spatial"] = Spatial(domain, dims)`` on spatial values (``"s
         that read a spatial value and stay dense.
 
 Conditions for an input to be spatial:
-1. It is a floating tensor of rank 4, not a parameter, with more than one row and more than one column.
-2. It flows into a convolution, norm or resampling through elementwise and layout operators only.
+1. It is a floating tensor of rank 4 with more than one position, and not a parameter.
+2. It flows into a convolution, norm or resampling through elementwise and layout operators only; or it has more than
+   one row and column and does not flow into the mask of an attention.
 3. Its batch is that of the first such input.
 
-An operator's output is spatial when its family's inference rule says so. Behind an operator that no rule knows, and
-where a rule gives its reason, the output is spatial when its shape shows it beyond doubt.
+An operator's output is spatial when its family's inference rule says so. Where a rule gives its reason, behind an
+operator that no rule knows, and further on behind values that are not spatial but were made from one, the output is
+spatial when its shape shows it beyond doubt, or when a map was padded, pooled or resized.
 """
 
 from __future__ import annotations
@@ -22,17 +24,20 @@ import operator
 from collections.abc import Sequence
 
 import torch
-from fisedit_compile.passes.domain_graph import data_flow, domain_graph, reaches_anchor
+from torch import fx
+
+from fisedit_compile.passes.domain_graph import data_flow, domain_graph, is_attention_bias, reaches_anchor
 from fisedit_compile.passes.family import Family
-from fisedit_compile.passes.ir import reads_spatial, shape_of
+from fisedit_compile.passes.ir import reads_spatial, shape_of, spatial_of
 from fisedit_compile.passes.layouts import NCHW, Spatial, recognise_layout
 from fisedit_compile.passes.program import InputInfo
 from fisedit_compile.passes.report import Report
+from fisedit_compile.passes.targets import RESOLUTION_CHANGES
 from fisedit_compile.runtime.spec import Domain
-from torch import fx
 
 NAME = "propagate_domains"
 UNKNOWN = "no rule knows this operator"
+BEHIND = "it reads what a dense operator made of a spatial value"
 
 
 def find_spatial_inputs(graph: fx.Graph, infos: Sequence[InputInfo], report: Report) -> list[fx.Node]:
@@ -44,10 +49,13 @@ def find_spatial_inputs(graph: fx.Graph, infos: Sequence[InputInfo], report: Rep
         value = node.meta.get("val")
         if info.kind != "user" or not isinstance(value, torch.Tensor) or value.dim() != 4:
             continue
-        if not value.is_floating_point() or value.shape[2] < 2 or value.shape[3] < 2:
-            report.miss(NAME, node, "it is not a floating tensor with more than one row and column")
-        elif not reaches_anchor(flow, node.name):
-            report.miss(NAME, node, "it reaches no convolution, norm or resampling as a map")
+        anchored = reaches_anchor(flow, node.name)
+        if not value.is_floating_point() or value.shape[2] * value.shape[3] < 2:
+            report.miss(NAME, node, "it is not a floating tensor with more than one position")
+        elif not anchored and is_attention_bias(flow, node.name):
+            report.miss(NAME, node, "it is the mask of an attention")
+        elif not anchored and min(value.shape[2:]) < 2:
+            report.miss(NAME, node, "it is a single row or column and reaches no convolution, norm or resampling")
         elif found and shape_of(found[0])[0] != value.shape[0]:
             report.miss(NAME, node, f"its batch is {value.shape[0]}, not {shape_of(found[0])[0]}")
         else:
@@ -55,22 +63,36 @@ def find_spatial_inputs(graph: fx.Graph, infos: Sequence[InputInfo], report: Rep
     return found
 
 
+def _recognise(node: fx.Node, batch: int, domains: set[Domain]) -> None:
+    """Annotate a value that was computed densely, when it is a map again."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return
+    layout = recognise_layout(shape_of(node), batch, domains)
+    source = spatial_of(node.args[0]) if node.args else None
+    if node.target in RESOLUTION_CHANGES and source is not None and source.dims == NCHW and value.dim() == 4:
+        domain = Domain(*shape_of(node)[2:])
+        if domain.size > 1 and value.shape[0] == batch:
+            layout = Spatial(domain, NCHW)
+    if layout is not None:
+        node.meta["spatial"] = layout
+        domains.add(layout.domain)
+
+
 def _annotate(node: fx.Node, families: Sequence[Family], batch: int, domains: set[Domain]) -> None:
+    """Annotate a node that reads a spatial value."""
     family = next((family for family in families if family.matches(node.target)), None)
     inferred = family.infer(node) if family is not None else UNKNOWN
     if isinstance(inferred, Spatial) and shape_of(node)[inferred.batch_dim] != batch:
         inferred = f"its batch is not {batch}"
     if isinstance(inferred, list):
         node.meta["spatial_outputs"] = inferred
-        return
-    if isinstance(inferred, Spatial):
+    elif isinstance(inferred, Spatial):
         node.meta["spatial"] = inferred
         domains.add(inferred.domain)
-        return
-    node.meta["dense_reason"] = inferred
-    value = node.meta.get("val")
-    if isinstance(value, torch.Tensor) and (layout := recognise_layout(shape_of(node), batch, domains)):
-        node.meta["spatial"] = layout
+    else:
+        node.meta["dense_reason"] = inferred
+        _recognise(node, batch, domains)
 
 
 def propagate_domains(
@@ -84,21 +106,21 @@ def propagate_domains(
         domain = Domain(*shape_of(node)[2:])
         domains.add(domain)
         node.meta["spatial"] = Spatial(domain, NCHW)
+    derived = set(inputs)
     for node in graph.nodes:
         node.meta["origin"] = node.name
-        if node.op != "call_function" or not inputs:
+        if node.op != "call_function" or not any(value in derived for value in node.all_input_nodes):
             continue
+        derived.add(node)
         batch = shape_of(inputs[0])[0]
-        if node.target is operator.getitem:
-            source, number = node.args
-            outputs = source.meta.get("spatial_outputs")
-            if outputs is not None:
-                node.meta["spatial"] = outputs[number]
-            elif "dense_reason" in source.meta and isinstance(node.meta.get("val"), torch.Tensor):
-                if layout := recognise_layout(shape_of(node), batch, domains):
-                    node.meta["spatial"] = layout
-        elif reads_spatial(node):
+        outputs = node.args[0].meta.get("spatial_outputs") if node.target is operator.getitem else None
+        if outputs is not None:
+            node.meta["spatial"] = outputs[node.args[1]]
+        elif node.target is not operator.getitem and reads_spatial(node):
             _annotate(node, families, batch, domains)
+        else:
+            node.meta["dense_reason"] = BEHIND
+            _recognise(node, batch, domains)
     report.matches[NAME] += len(inputs)
     for source, target, data in domain_graph(graph).edges(data=True):
         report.connections[str(source), str(target), data["kind"]] += 1

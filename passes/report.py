@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from fisedit_compile.runtime.spec import Domain, Site
 from torch import fx
+
+from fisedit_compile.runtime.spec import Domain, Site
 
 
 @dataclass(frozen=True)

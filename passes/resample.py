@@ -22,6 +22,8 @@ import math
 from typing import Any
 
 import torch
+from torch import fx
+
 from fisedit_compile.passes.arguments import pair, read_arguments
 from fisedit_compile.passes.family import Family, Inferred, rewrite_family
 from fisedit_compile.passes.ir import RowsBuilder, shape_of, spatial_of
@@ -29,7 +31,6 @@ from fisedit_compile.passes.layouts import NCHW, Spatial
 from fisedit_compile.passes.report import Report
 from fisedit_compile.passes.targets import aten
 from fisedit_compile.runtime.spec import Domain, Stencil
-from torch import fx
 
 NAME = "resample"
 NEAREST = {aten.upsample_nearest2d.vec, aten.upsample_nearest2d.default}

@@ -18,13 +18,14 @@ Conditions:
 from __future__ import annotations
 
 import torch
+from torch import fx
+
 from fisedit_compile.passes.arguments import read_arguments
 from fisedit_compile.passes.family import Family, Inferred, rewrite_family
 from fisedit_compile.passes.ir import RowsBuilder, shape_of, spatial_of
 from fisedit_compile.passes.layouts import BATCH, CHANNEL, SPACE
 from fisedit_compile.passes.report import Report
 from fisedit_compile.passes.targets import aten
-from torch import fx
 
 NAME = "sparsify_attention"
 HEADS = (BATCH, CHANNEL, SPACE, CHANNEL)

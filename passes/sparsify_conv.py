@@ -18,6 +18,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import fx
+
 from fisedit_compile.passes.arguments import pair, read_arguments
 from fisedit_compile.passes.family import Family, Inferred, rewrite_family
 from fisedit_compile.passes.ir import RowsBuilder, shape_of, spatial_of
@@ -25,7 +27,6 @@ from fisedit_compile.passes.layouts import NCHW, Spatial
 from fisedit_compile.passes.report import Report
 from fisedit_compile.passes.targets import CONVOLUTIONS, aten
 from fisedit_compile.runtime.spec import Domain, Stencil
-from torch import fx
 
 NAME = "sparsify_conv"
 

@@ -3,10 +3,12 @@
 Why: between NCHW, NHWC, tokens and heads only names of dimensions change, which costs nothing on rows; joining or
 cutting channels is the same work on fewer rows.
 
-Before: ``y = reshape(permute(x, [0, 2, 3, 1]), [B, HW, C])``   After: ``y = to_map(to_rows(x))``
-Before: ``y = view(x, [B, HW, heads, D])``                      After: ``y = to_map(reshape(to_rows(x), [B, -1, heads, D]))``
-Before: ``y = cat([x, z], 1)``                                  After: ``y = to_map(cat([to_rows(x), to_rows(z)], 2))``
-Before: ``a, b = chunk(x, 2, -1)``                              After: ``a, b = to_map of chunk(to_rows(x), 2, 2)``
+Before: ``y = reshape(permute(x, [0, 2, 3, 1]), [B, HW, C])``
+After:  ``y = to_map(to_rows(x))``
+Before: ``y = view(x, [B, HW, heads, D])``
+After:  ``y = to_map(reshape(to_rows(x), [B, -1, heads, D]))``
+Before: ``y = cat([x, z], 1)``           After: ``y = to_map(cat([to_rows(x), to_rows(z)], 2))``
+Before: ``a, b = chunk(x, 2, -1)``       After: ``a, b = to_map of chunk(to_rows(x), 2, 2)``
 
 Conditions:
 1. Every dimension group keeps positions, samples and channels apart (see layouts.reshape_layout).
@@ -19,13 +21,14 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+from torch import fx
+
 from fisedit_compile.passes.arguments import read_arguments
 from fisedit_compile.passes.family import Family, Inferred, rewrite_family
 from fisedit_compile.passes.ir import RowsBuilder, shape_of, spatial_of
 from fisedit_compile.passes.layouts import CHANNEL, Spatial, check_dims, reshape_layout
 from fisedit_compile.passes.report import Report
 from fisedit_compile.passes.targets import RESHAPES, aten
-from torch import fx
 
 NAME = "sparsify_layout"
 PERMUTES = {aten.permute.default, aten.transpose.int, aten.movedim.int, aten.movedim.intlist}

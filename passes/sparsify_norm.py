@@ -6,7 +6,8 @@ exact statistics cost as much as the active rows. With ``norm="cached"`` the rec
 (FISEdit section 4.2, SIGE section 3.3).
 
 Before: ``y = group_norm(x, groups, w, b, eps)``
-After:  ``new = norm_partials(rows, center)``; ``totals = norm_totals(recorded totals, recorded partials, new, index, valid)``;
+After:  ``new = norm_partials(rows, center)``;
+        ``totals = norm_totals(recorded totals, recorded partials, new, index, valid)``;
         ``y = to_map(norm_apply(rows, center, totals, w, b, eps, count))``
         and with cached statistics ``y = to_map(norm_apply(rows, center, recorded totals, w, b, eps, count))``
 
@@ -21,12 +22,13 @@ from __future__ import annotations
 import functools
 
 import torch
+from torch import fx
+
 from fisedit_compile.passes.arguments import read_arguments
 from fisedit_compile.passes.family import Family, Inferred, rewrite_family
 from fisedit_compile.passes.ir import RowsBuilder, shape_of, spatial_of, update
 from fisedit_compile.passes.report import Report
 from fisedit_compile.passes.targets import aten
-from torch import fx
 
 NAME = "sparsify_norm"
 TARGETS = {aten.group_norm.default, aten.instance_norm.default}

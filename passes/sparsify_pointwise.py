@@ -21,13 +21,14 @@ import math
 from typing import Any
 
 import torch
+from torch import fx
+
 from fisedit_compile.passes.arguments import read_arguments
 from fisedit_compile.passes.family import Family, Inferred, rewrite_family
 from fisedit_compile.passes.ir import RowsBuilder, shape_of, spatial_of
 from fisedit_compile.passes.layouts import CHANNEL, Spatial, check_dims
 from fisedit_compile.passes.report import Report
 from fisedit_compile.passes.targets import aten, is_elementwise
-from torch import fx
 
 NAME = "sparsify_pointwise"
 
@@ -113,8 +114,8 @@ def _rewrite_elementwise(node: fx.Node, builder: RowsBuilder) -> str | None:
     reasons: list[str] = []
 
     def convert(value: Any) -> Any:
-        if not isinstance(value, fx.Node):
-            return value
+        if not isinstance(value, fx.Node) or not isinstance(value.meta.get("val"), torch.Tensor):
+            return value  # a number, which may be an input of the graph
         if spatial_of(value) is not None:
             return builder.rows(value)
         converted = builder.dense_rows(value, spatial, sizes)

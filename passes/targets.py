@@ -80,22 +80,34 @@ CONVOLUTIONS = {
     aten.conv_transpose2d.input,
 }
 
-#: Behind one of these, a rank-4 input is a picture-like map and not, say, an attention bias.
-ANCHORS = CONVOLUTIONS | {
-    aten.group_norm.default,
-    aten.batch_norm.default,
-    aten.instance_norm.default,
-    aten.max_pool2d.default,
+#: Operators that keep a map a map of dimensions (batch, channel, height, width) at another resolution, rule or no rule.
+RESOLUTION_CHANGES = CONVOLUTIONS | {
+    aten._upsample_bicubic2d_aa.vec,
+    aten._upsample_bilinear2d_aa.vec,
+    aten._upsample_nearest_exact2d.default,
+    aten._upsample_nearest_exact2d.vec,
+    aten.adaptive_avg_pool2d.default,
+    aten.adaptive_max_pool2d.default,
     aten.avg_pool2d.default,
-    aten.upsample_nearest2d.vec,
-    aten.upsample_nearest2d.default,
-    aten.upsample_bilinear2d.vec,
-    aten.upsample_bilinear2d.default,
+    aten.constant_pad_nd.default,
+    aten.fractional_max_pool2d.default,
+    aten.max_pool2d.default,
+    aten.max_pool2d_with_indices.default,
+    aten.pad.default,
     aten.pixel_shuffle.default,
     aten.pixel_unshuffle.default,
-    aten.constant_pad_nd.default,
-    aten.pad.default,
+    aten.reflection_pad2d.default,
+    aten.replication_pad2d.default,
+    aten.upsample_bicubic2d.vec,
+    aten.upsample_bicubic2d.default,
+    aten.upsample_bilinear2d.default,
+    aten.upsample_bilinear2d.vec,
+    aten.upsample_nearest2d.default,
+    aten.upsample_nearest2d.vec,
 }
+
+#: Behind one of these, a rank-4 input is a picture-like map and not, say, an attention bias.
+ANCHORS = RESOLUTION_CHANGES | {aten.group_norm.default, aten.batch_norm.default, aten.instance_norm.default}
 
 
 def is_elementwise(target: Any) -> bool:

@@ -9,11 +9,11 @@ Conditions:
 
 from __future__ import annotations
 
-from fisedit_compile.passes.ir import MARKERS
-from fisedit_compile.passes.program import Program
 from torch import fx
 
 from fisedit_compile.errors import GraphError
+from fisedit_compile.passes.ir import MARKERS
+from fisedit_compile.passes.program import Program
 
 
 def _check(condition: bool, text: str) -> None:

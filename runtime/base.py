@@ -21,10 +21,6 @@ STORAGE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 OUTPUT_PREFIX = "output:"
 """The sites that hold a graph's outputs are named by it and the output's number."""
 
-STATISTICS_MARK = ":norm_"
-"""Sites with it in their names are statistics of norms. Edits subtract recorded sums from recorded totals, and sums of
-squares leave the range of float16: they are never narrowed."""
-
 _UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
 _UNITS |= {f"{unit}I": 1024**power for power, unit in enumerate(("", "K", "M", "G", "T")) if unit}
 
@@ -160,9 +156,8 @@ def check_storage(storage: torch.dtype | None) -> torch.dtype | None:
 
 def stored_dtype(site: Site, dtype: torch.dtype, storage: torch.dtype | None) -> torch.dtype:
     """The type a site computed as ``dtype`` is stored as: a spatial site of a wider floating type is narrowed to
-    ``storage``; an output, a value or a statistic never is."""
-    exact = site.kind != "spatial" or site.name.startswith(OUTPUT_PREFIX) or STATISTICS_MARK in site.name
-    if storage is None or exact:
+    ``storage``; a value or a lossless site never is."""
+    if storage is None or site.kind != "spatial" or site.lossless:
         return dtype
     return storage if dtype.is_floating_point and dtype.itemsize > storage.itemsize else dtype
 

@@ -81,7 +81,9 @@ class Site:
         domain: resolution of a spatial site.
         order: permutation of a spatial site's dimensions to (batch, space..., channels...).
         space_rank: how many dimensions its space takes: 2 for height and width, 1 when flattened.
-        shape, dtype: of the stored tensor as computed (a runtime may store another dtype).
+        shape, dtype: of the stored tensor as computed.
+        lossless: never stored as a narrower type: outputs must be bit-identical, and edits subtract recorded sums from
+            recorded totals.
     """
 
     name: str
@@ -91,6 +93,7 @@ class Site:
     space_rank: int
     shape: tuple[int, ...]
     dtype: torch.dtype
+    lossless: bool = False
 
     @property
     def bytes(self) -> int:

@@ -99,16 +99,15 @@ def _bilinear(stencil: Stencil, axis: str, source: int, target: int) -> AxisTaps
     numbers = torch.arange(target, dtype=torch.float32)
     if source == target:
         # An equal size is a copy, whatever the scale factor says.
-        return AxisTaps(
-            numbers.long()[:, None].expand(-1, 2).contiguous(), torch.tensor([[1.0, 0.0]]).repeat(target, 1)
-        )
+        places = torch.arange(target)[:, None].repeat(1, 2)
+        return AxisTaps(places, torch.tensor([[1.0, 0.0]]).repeat(target, 1))
     factor = float(stencil[f"scale_{axis}"])
     if stencil["align_corners"]:
         scale = torch.tensor(source - 1, dtype=torch.float32) / (target - 1) if target > 1 else torch.tensor(0.0)
         places = numbers * scale
     else:
         scale = torch.tensor(1.0 / factor if factor > 0 else source / target, dtype=torch.float32)
-        places = ((numbers + 0.5) * scale - 0.5).clamp(min=0.0)
+        places = (numbers + 0.5) * scale - 0.5  # from -0.5; the clamps below bring it into the map
     first = places.to(torch.int64).clamp(max=source - 1)
     second = (first + 1).clamp(max=source - 1)
     share = (places - first).clamp(0.0, 1.0)

@@ -44,7 +44,7 @@ class FakeNetwork:
         self.sites = (
             Site("h", "spatial", DOMAIN, MAP_ORDER, 2, shape, torch.float32),
             Site("mean", "value", None, (), 0, (batch,), torch.float32),
-            Site("output:0", "spatial", DOMAIN, MAP_ORDER, 2, shape, torch.float32),
+            Site("output:0", "spatial", DOMAIN, MAP_ORDER, 2, shape, torch.float32, lossless=True),
         )
         self.fails = False
         self.last: RecordedCall | None = None

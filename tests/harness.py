@@ -82,7 +82,7 @@ def dense_outputs(network: Network, seed: int, dtype: torch.dtype = torch.float3
         return flatten(network.module(dtype)(*network.inputs(seed, dtype)))
 
 
-@dataclass
+@dataclass(repr=False)
 class Case:
     """A compiled network with a recorded base, and the reference's recording of the same call."""
 

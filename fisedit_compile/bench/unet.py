@@ -6,7 +6,7 @@ import copy
 import os
 import platform
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -99,6 +99,7 @@ class SparseRow:
         context: seconds of entering and leaving an edit once: checksums of the weights, index plans.
         speed_up: over the fastest dense variant.
         arithmetic: multiply-accumulates of a dense call over those of a sparse call.
+        bytes_loaded: recorded bytes that a sparse call reads, at the computed dtypes.
         deviation: largest difference from the recorded output when nothing has changed, as a share of the largest
             output.
     """
@@ -110,6 +111,7 @@ class SparseRow:
     context: float
     speed_up: float
     arithmetic: float
+    bytes_loaded: int
     deviation: float
 
     @property
@@ -189,7 +191,7 @@ def _make_calls(settings: Settings) -> list[_Call]:
 def _channels_last(model: nn.Module) -> nn.Module:
     """A copy with weights in channels-last order; all other parameters are shared."""
     shared: dict[int, object] = {id(value): value for value in model.parameters() if value.dim() != 4}
-    return copy.deepcopy(model, shared).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    return copy.deepcopy(model, shared).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def _output(result: Any) -> Tensor:
@@ -207,7 +209,11 @@ class _Bench:
         self.model = build_unet(settings.model, DTYPES[settings.dtype], settings.device, settings.seed)
         self.calls = _make_calls(settings)
         self.runtime = Runtime(storage=DTYPES[settings.storage] if settings.storage else None)
-        options = {"runtime": self.runtime, "norm": settings.norm, "lowering": settings.lowering}
+        options: dict[str, Any] = {
+            "runtime": self.runtime,
+            "norm": settings.norm,
+            "lowering": settings.lowering,
+        }
         self.compiled = torch.compile(self.model, backend="fisedit", options=options)
         self.result = Result(settings, describe_machine(self.device))
         self.recorded: list[Tensor] = []
@@ -242,12 +248,13 @@ class _Bench:
         Raises:
             BenchmarkError: that is too much, or a position outside the mask changed, or nothing inside did.
         """
-        deviation, limit = 0.0, AGREEMENT[self.settings.dtype]
+        deviations: list[Tensor] = []
         with self.runtime.edit("base", mask=mask):
             for number, recorded in enumerate(self.recorded):
                 unchanged = self.run(self.compiled, number, edited=False)
-                difference = (unchanged - recorded).abs().max() / recorded.abs().max()
-                deviation = max(deviation, float(difference))
+                deviations.append((unchanged - recorded).abs().max() / recorded.abs().max())
+        # The maximum of tensors keeps a NaN; that of numbers does not.
+        deviation, limit = float(torch.stack(deviations).max()), AGREEMENT[self.settings.dtype]
         if not deviation <= limit:
             raise BenchmarkError(f"calls whose inputs did not change are off by {deviation:.2g}, expected {limit:.2g}")
         with self.runtime.edit("base", mask=mask):
@@ -270,11 +277,11 @@ class _Bench:
 
         variants = [
             Variant("eager", lambda number: self.run(self.model, number)),
-            Variant("eager, channels last", run_last),
+            Variant("channels last", run_last),
         ]
         if self.settings.inductor:
             inductor = torch.compile(self.model)
-            variants.append(Variant("torch.compile (inductor)", lambda number: self.run(inductor, number)))
+            variants.append(Variant("inductor", lambda number: self.run(inductor, number)))
         return variants
 
     @staticmethod
@@ -326,20 +333,22 @@ def run_unet(settings: Settings, progress: Callable[[str], object] = lambda step
         result.dense.append(_dense_row(variant.name, timings[variant.name]))
     result.macs, result.sparse_mac_fraction = report.total_macs, report.sparse_mac_fraction
     for variant, density, mask, deviation in zip(sparse, settings.densities, masks, deviations, strict=True):
-        arithmetic = report.total_macs / max(report.macs_at(_densities(report.mac_counts, mask)), 1.0)
-        result.sparse.append(_sparse_row(density, timings[variant.name], result.best_dense, arithmetic, deviation))
+        timing, cost = timings[variant.name], report.cost(mask)
+        result.sparse.append(
+            SparseRow(
+                density=density,
+                seconds=timing.median,
+                fastest=timing.spread[0],
+                slowest=timing.spread[1],
+                context=timing.context,
+                speed_up=result.best_dense.seconds / timing.median,
+                arithmetic=report.total_macs / max(cost.macs, 1.0),
+                bytes_loaded=cost.bytes_loaded,
+                deviation=deviation,
+            )
+        )
     return result
-
-
-def _densities(counts: Sequence[Any], mask: Tensor) -> dict[Domain, float]:
-    domains = {count.domain for count in counts if count.domain is not None}
-    return {domain: float(reduce_mask(mask[None], domain).float().mean()) for domain in domains}
 
 
 def _dense_row(name: str, timing: Timing) -> DenseRow:
     return DenseRow(name, timing.median, *timing.spread)
-
-
-def _sparse_row(density: float, timing: Timing, best: DenseRow, arithmetic: float, deviation: float) -> SparseRow:
-    speed_up = best.seconds / timing.median
-    return SparseRow(density, timing.median, *timing.spread, timing.context, speed_up, arithmetic, deviation)

@@ -158,31 +158,31 @@ def summary(result: Result) -> list[str]:
         f"first call after torch.compile {_seconds(result.first_call)}; recorded calls {_seconds(result.first_record)} "
         f"(first), {_seconds(result.record)} (later); {result.bytes_recorded / 2**20:.0f} MiB for "
         f"{settings.calls} calls",
+        f"set-up of an edit {_seconds(max(row.context for row in result.sparse))}",
         f"medians of {settings.calls} calls x {settings.repeats} interleaved rounds",
     ]
 
 
 def table(result: Result) -> Table:
     """One row for each variant; speed-ups are over the fastest dense one."""
+    from rich import box
     from rich.table import Table
 
-    found = Table()
-    found.add_column("variant")
-    for heading in ("call", "fastest", "slowest", "speed-up", "arithmetic", "achieved", "set-up", "deviation"):
-        found.add_column(heading, justify="right")
+    found = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
+    found.add_column("variant", no_wrap=True)
+    for heading in ("call", "speed-up", "arithmetic", "achieved", "loaded", "error"):
+        found.add_column(heading, justify="right", no_wrap=True)
     best = result.best_dense.seconds
     for dense in result.dense:
-        times = (_seconds(dense.seconds), _seconds(dense.fastest), _seconds(dense.slowest))
-        found.add_row(f"dense {dense.name}", *times, f"{best / dense.seconds:.2f}x", "1.0x", "", "", "")
+        found.add_row(f"dense, {dense.name}", _seconds(dense.seconds), f"{best / dense.seconds:.2f}x", "1.0x")
     for sparse in result.sparse:
-        times = (_seconds(sparse.seconds), _seconds(sparse.fastest), _seconds(sparse.slowest))
         found.add_row(
-            f"fisedit {100 * sparse.density:g} %",
-            *times,
+            f"fisedit, {100 * sparse.density:g} %",
+            _seconds(sparse.seconds),
             f"{sparse.speed_up:.2f}x",
             f"{sparse.arithmetic:.1f}x",
             f"{100 * sparse.achieved:.0f} %",
-            _seconds(sparse.context),
-            f"{sparse.deviation:.1e}",
+            f"{sparse.bytes_loaded / 2**20:.0f} MiB",
+            f"{sparse.deviation:.0e}",
         )
     return found

@@ -129,10 +129,10 @@ def _show(output: Path, base: Picture, edits: list[DemoEdit]) -> None:
         plain.append(f"{edit.dense_seconds:.3f} s")
         faster.append(f"{edit.dense_seconds / edit.picture.report.seconds['total']:.2f}x")
     further = [
-        ("plain pipeline, same edit", "", *plain),
-        ("speed-up over the plain pipeline", "", *faster),
-        ("PSNR to the dense edit, inside", "", *ratios),
-        ("greatest difference to the base, outside", "", *outside),
+        ("plain pipeline, total", "", *plain),
+        ("speed-up over plain", "", *faster),
+        ("PSNR inside, to dense", "", *ratios),
+        ("difference outside", "", *outside),
     ]
     console = Console()
     typer.echo(f"base: {BASE_PROMPT}")

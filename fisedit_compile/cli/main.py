@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fisedit_compile.cli.bench import app as bench
 from fisedit_compile.cli.demo import demo
 from fisedit_compile.cli.edit import edit
 from fisedit_compile.cli.explain import explain
@@ -27,6 +28,7 @@ app.command()(demo)
 app.command()(generate)
 app.command()(edit)
 app.command()(explain)
+app.add_typer(bench, name="bench")
 
 
 def _show_version(wanted: bool) -> None:

@@ -169,6 +169,12 @@ def pipeline_complaints() -> Iterator[None]:
 
 
 def quiet() -> None:
-    """Keep the libraries from talking about what the user did not ask for; before they are imported."""
+    """Keep the libraries from talking about what the user did not ask for."""
     for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
         os.environ.setdefault(name, "error")
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    # Bars of loading; those of running stay.
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()

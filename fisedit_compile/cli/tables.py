@@ -23,7 +23,7 @@ def report_table(title: str, columns: Mapping[str, Report], further: Sequence[Se
     from rich.table import Table
 
     table = Table(title=escape(title))
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for heading in columns:
         table.add_column(heading, justify="right")
     rows = [dict(report.rows()) for report in columns.values()]

@@ -15,7 +15,7 @@ from fisedit_compile.ops.rows import select_rows
 
 # Taps of a convolution beyond this many bytes are gathered and multiplied in chunks that stay in the cache; memory
 # that is allocated, filled once and freed costs more than reading the weights several times.
-CHUNK_BYTES = 16 << 20
+CHUNK_BYTES = 24 << 20
 
 
 def _tap_source(rows: Tensor, recorded: Tensor, halo: Tensor, fill: float) -> Tensor:

@@ -128,6 +128,12 @@ class CallArguments:
                 f"{self.value(merged, 'guidance_scale')}: guidance is on above 1 only, and crossing 1 changes the "
                 "batch of every U-Net call; stay on the same side of 1, or call generate with the new value first"
             )
+        counts = [_prompt_count(given) for given in (recorded, merged)]
+        if counts[0] != counts[1]:
+            raise PipelineError(
+                f"the picture was generated from {counts[0]} prompts and the edit has {counts[1]}; the number of "
+                "prompts must be the same, or call generate with the new ones first"
+            )
         was_latent, is_latent = (self.value(given, "output_type") == "latent" for given in (recorded, merged))
         if was_latent != is_latent:
             raise PipelineError(
@@ -143,6 +149,14 @@ class CallArguments:
         if names is None:
             names = self.value(given, "callback_on_step_end_tensor_inputs")
         return callback, list(names if names is not None else ["latents"])
+
+
+def _prompt_count(given: Mapping[str, Any]) -> int:
+    """How many prompts a call has, also when they are given as embeddings."""
+    prompt, embeddings = given.get("prompt"), given.get("prompt_embeds")
+    if isinstance(prompt, (list, tuple)):
+        return len(prompt)
+    return 1 if prompt is not None or embeddings is None else int(embeddings.shape[0])
 
 
 def same_value(left: Any, right: Any) -> bool:

@@ -49,8 +49,17 @@ class PipelineBinding:
 
     @contextmanager
     def installed(self, clock: StageClock) -> Iterator[None]:
-        """Put the compiled U-Net and a timed text encoding into the pipeline, and take them out again."""
+        """Put the compiled U-Net and a timed text encoding into the pipeline, and take them out again.
+
+        Raises:
+            PipelineError: the U-Net is offloaded to the host between calls.
+        """
         pipe, original = self._pipe, self._pipe.unet
+        if getattr(self.module, "_hf_hook", None) is not None:
+            raise PipelineError(
+                "the pipeline's U-Net is offloaded (its hooks would be tied to the compiled module, and stay so); call "
+                "pipe.remove_all_hooks() and pipe.to(device), or use the session's storage and budget to save memory"
+            )
         if self._compiled is None or self._compiled._orig_mod is not self.module:
             self._compiled = torch.compile(self.module, backend="fisedit", options=self._options)
             # A hook of the compiled module itself runs outside of the graph, and not in the user's module.

@@ -9,7 +9,7 @@ from typing import Any
 _TITLES = {
     "text": "text encoding",
     "prepare": "preparation",
-    "setup": "set-up of first calls",
+    "setup": "first-call set-up",
     "dense": "dense steps",
     "mask": "finding the mask",
     "sparse": "sparse steps",
@@ -39,7 +39,7 @@ class Report:
             ``total``.
         scheduler_steps: number of scheduler steps.
         dense_calls, sparse_calls: number of U-Net calls in each phase.
-        density: active share of each resolution, such as ``{"64x64": 0.1}``; empty for a generation.
+        density: active share of each resolution, such as ``{"64x64": 0.1}``, finest first; empty for a generation.
         dense_seconds: of an edit: total of the recorded dense run its history began with, without that run's set-up;
             ``speed_up`` compares with it.  None for a generation.
         cache_bytes: bytes that all recorded runs of the session hold, this one included.
@@ -78,14 +78,16 @@ class Report:
             if value or stage in ("setup", "total")
         ]
         rows.append(("scheduler steps", str(self.scheduler_steps)))
-        rows.append(("U-Net calls", f"{self.dense_calls} dense, {self.sparse_calls} sparse"))
+        rows.append(("dense U-Net calls", str(self.dense_calls)))
+        rows.append(("sparse U-Net calls", str(self.sparse_calls)))
         rows.extend((f"active at {resolution}", f"{share:.1%}") for resolution, share in self.density.items())
         if self.dense_seconds is not None:
-            rows.append(("speed-up over the dense run", f"{self.speed_up:.2f}x"))
-            rows.append(("the same without set-up", f"{self.speed_up_without_setup:.2f}x"))
+            rows.append(("speed-up", f"{self.speed_up:.2f}x"))
+            rows.append(("speed-up without set-up", f"{self.speed_up_without_setup:.2f}x"))
         rows.append(("cache", f"{self.cache_bytes / 2**20:.1f} MiB"))
         if self.seam is not None:
-            rows.append(("seam error", f"{self.seam.greatest:.4f} greatest, {self.seam.mean:.5f} mean"))
+            rows.append(("seam error, greatest", f"{self.seam.greatest:.4f}"))
+            rows.append(("seam error, mean", f"{self.seam.mean:.4f}"))
         return rows
 
     def to_dict(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisedit_compile.config import parse_options
 from fisedit_compile.errors import MaskError, PipelineError
 from fisedit_compile.pipelines.arguments import CallArguments, keep_value
 from fisedit_compile.pipelines.binding import PipelineBinding
@@ -75,8 +77,11 @@ class EditSession:
         self.pipe = pipe
         self.runtime = Runtime(storage=storage, budget=budget)
         self.automatic_mask = automatic_mask or AutomaticMask()
+        options = {"runtime": self.runtime, "norm": norm, "lowering": lowering}
+        # Wrong options are told now, not in the middle of the first U-Net call.
+        parse_options(None, options)
+        self._binding = PipelineBinding(pipe, options)
         self._arguments = CallArguments(pipe)
-        self._binding = PipelineBinding(pipe, {"runtime": self.runtime, "norm": norm, "lowering": lowering})
         self._entries: list[_Entry] = []
         self._named = 0
 
@@ -288,7 +293,7 @@ class EditSession:
                 pixels, (greatest, mean) = paste_outside(pixels, base, pixel_mask)
                 seam = SeamError(greatest, mean)
         clock.lap("decode")
-        density = self.runtime.stats.density if clock.calls("sparse") else {}
+        density = _finest_first(self.runtime.stats.density) if clock.calls("sparse") else {}
         return Picture(
             name=name,
             prompt=given.get("prompt"),
@@ -322,6 +327,11 @@ class EditSession:
             seam=seam,
             notes=notes,
         )
+
+
+def _finest_first(density: Mapping[str, float]) -> dict[str, float]:
+    """Densities by resolution (``"64x48"``), the resolution of most positions first."""
+    return dict(sorted(density.items(), key=lambda item: -math.prod(map(int, item[0].split("x")))))
 
 
 def _notes(mask: Tensor, clock: StageClock) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""A small world of scenes: its renderer, its checker and a diffusion model of it that comes with the package."""
+"""A small world of scenes: its renderer, its checker and the diffusion model that comes with the package."""
 
 from .checker import ATTRIBUTES, Reading, check, read_scene
 from .edits import EditPair, edit_pairs

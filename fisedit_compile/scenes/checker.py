@@ -1,13 +1,12 @@
 """The checker: it reads from a picture alone which scene the picture shows.
 
-It knows the renderer's colours and silhouettes and nothing of the model.  Sky and ground are compared with what the
-renderer paints for each time of day and each ground; the object is found by its colour and told apart by laying the
-renderer's own silhouettes over it.
+It knows the renderer's colours and silhouettes and nothing of the model.  Sky and ground are compared with
+what the renderer paints for each time of day and each ground; the object is found by its colour and told
+apart by laying the renderer's own silhouettes over it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -21,6 +20,7 @@ from .render import (
     DARK_VALUE,
     FIREWORKS_VALUES,
     LIGHT_VALUES,
+    PLACE_COLUMNS,
     ROOF_SHADE,
     SIZE,
     darker,
@@ -55,8 +55,7 @@ _SMALLEST_OBJECT = 220
 _SMALLEST_FIREWORKS = 220
 """Pixels of the fireworks' colours from which on there are fireworks; the renderer paints about 700."""
 _WORST_FIT = 0.6
-"""Overlap with the silhouette (intersection over union) below which a shape is none of the world's objects."""
-_PLACE_COLUMNS: Mapping[Place, float] = {"left": 27.0, "middle": 64.0, "right": 101.0}
+"""Overlap with the silhouette (intersection over union) below which a shape is no object of the world."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,8 @@ class Reading:
     """What the checker sees in a picture.
 
     ``object_kind`` is ``None`` if something stands there that is none of the world's objects; ``colour`` and
-    ``place`` are ``None`` if nothing stands there.  ``fit`` is the overlap of the object with its silhouette, from 0
-    to 1, and 1 if there is no object.
+    ``place`` are ``None`` if nothing stands there.  ``fit`` is the overlap of the object with its silhouette,
+    from 0 to 1, and 1 if there is no object.
     """
 
     object_kind: ObjectKind | None
@@ -96,13 +95,15 @@ def _read_time(pixels: NDArray[np.float32]) -> TimeOfDay:
 def _read_ground(pixels: NDArray[np.float32], time: TimeOfDay) -> Ground:
     """The ground whose colour, at this time of day, is nearest to the bottom of the picture."""
     colour = np.median(pixels[_GROUND_ROWS].reshape(-1, 3), axis=0)
-    return min(GROUNDS, key=lambda ground: float(np.abs(colour - np.array(ground_value(ground, time))).mean()))
+    return min(
+        GROUNDS, key=lambda ground: float(np.abs(colour - np.array(ground_value(ground, time))).mean())
+    )
 
 
 def _nearest(
     pixels: NDArray[np.float32], colours: list[tuple[int, int, int]], sky: NDArray[np.float32]
 ) -> NDArray[np.intp]:
-    """For each pixel the number of the nearest colour; the sky, which differs by row, counts as the last one."""
+    """For each pixel the number of the nearest colour; the sky, different in each row, is the last one."""
     palette = np.array(colours, dtype=np.float32)
     distances = np.square(pixels[:, :, None, :] - palette).sum(axis=3)
     to_sky = np.square(pixels - sky[:, None, :]).sum(axis=2)
@@ -131,7 +132,7 @@ def _silhouettes() -> dict[ObjectKind, NDArray[np.bool_]]:
 
 
 def _centre(mask: NDArray[np.bool_]) -> tuple[int, int]:
-    """The median row and column of a mask."""
+    """The mean row and column of a mask, rounded."""
     rows, columns = np.nonzero(mask)
     return round(float(rows.mean())), round(float(columns.mean()))
 
@@ -152,12 +153,16 @@ def _fit(mask: NDArray[np.bool_], kind: ObjectKind) -> float:
     best = 0.0
     for down in range(-3, 4):
         for right in range(-3, 4):
-            silhouette = _shifted(
-                _silhouettes()[kind], row + down - SIZE // 2, column + right - SIZE // 2
-            )
+            silhouette = _shifted(_silhouettes()[kind], row + down - SIZE // 2, column + right - SIZE // 2)
             overlap = np.count_nonzero(mask & silhouette) / np.count_nonzero(mask | silhouette)
             best = max(best, overlap)
     return best
+
+
+def _nearest_place(column: int) -> Place:
+    """The place whose centre is nearest to a column."""
+    distances = {place: abs(PLACE_COLUMNS[place] - column) for place in PLACES}
+    return min(PLACES, key=distances.__getitem__)
 
 
 def read_scene(picture: Image.Image | NDArray[np.uint8]) -> Reading:
@@ -190,7 +195,7 @@ def read_scene(picture: Image.Image | NDArray[np.uint8]) -> Reading:
     return Reading(
         object_kind=kind if fits[kind] >= _WORST_FIT else None,
         colour=COLOURS[number],
-        place=min(PLACES, key=lambda place: abs(_PLACE_COLUMNS[place] - column)),
+        place=_nearest_place(column),
         ground=ground,
         time=time,
         fireworks=bool(fireworks),
@@ -206,8 +211,8 @@ def check(picture: Image.Image | NDArray[np.uint8], wanted: Scene | str) -> dict
         wanted: the scene the picture should show, or its caption.
 
     Returns:
-        For each of :data:`ATTRIBUTES` whether the picture shows it.  An empty scene has no colour and no place, so
-        those two are right as soon as the picture is empty.
+        For each of :data:`ATTRIBUTES` whether the picture shows it.  An empty scene has no colour and no
+        place, so those two are right as soon as the picture is empty.
 
     Raises:
         ValueError: the picture has another size or type, or the caption is not one of the world's.

@@ -46,7 +46,7 @@ def edited(scene: Scene, kind: EditKind, generator: random.Random) -> Scene:
 
 
 def true_mask(before: Scene, after: Scene, seed: int) -> NDArray[np.bool_]:
-    """The pixels in which two scenes' pictures with the same seed differ, ``bool`` of shape ``[128, 128]``."""
+    """The pixels in which two scenes' pictures of one seed differ, ``bool`` of shape ``[128, 128]``."""
     difference = np.abs(render(before, seed).astype(np.int16) - render(after, seed).astype(np.int16))
     mask: NDArray[np.bool_] = difference.max(axis=2) > MASK_THRESHOLD
     return mask

@@ -1,14 +1,13 @@
-"""The components of the scenes model, freshly initialised: what training starts from."""
+"""The components of the scenes model, freshly initialised: what training starts from.
+
+Their types are ``Any``: the libraries' own annotations do not allow what their classes do.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from .world import vocabulary
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-    from transformers import CLIPTextModel, PreTrainedTokenizerFast
 
 LATENT_CHANNELS = 4
 LATENT_SIZE = 32
@@ -21,9 +20,9 @@ CAPTION_TOKENS = 24
 PADDING, START, END, UNKNOWN = "<pad>", "<start>", "<end>", "<unknown>"
 
 
-def new_autoencoder() -> AutoencoderKL:
-    """An autoencoder from ``[N, 3, 128, 128]`` pictures to ``[N, 4, 32, 32]`` latents and back."""
-    from diffusers import AutoencoderKL
+def new_autoencoder() -> Any:
+    """An ``AutoencoderKL`` from ``[N, 3, 128, 128]`` pictures to ``[N, 4, 32, 32]`` latents and back."""
+    from diffusers.models import AutoencoderKL
 
     return AutoencoderKL(
         in_channels=3,
@@ -41,9 +40,9 @@ def new_autoencoder() -> AutoencoderKL:
     )
 
 
-def new_unet() -> UNet2DConditionModel:
-    """A denoiser of ``[N, 4, 32, 32]`` latents with cross-attention at 16 by 16 and 8 by 8."""
-    from diffusers import UNet2DConditionModel
+def new_unet() -> Any:
+    """A ``UNet2DConditionModel`` for ``[N, 4, 32, 32]`` latents, with cross-attention at 16 and 8."""
+    from diffusers.models import UNet2DConditionModel
 
     return UNet2DConditionModel(
         sample_size=LATENT_SIZE,
@@ -60,8 +59,8 @@ def new_unet() -> UNet2DConditionModel:
     )
 
 
-def new_text_encoder() -> CLIPTextModel:
-    """A text encoder from ``[N, 24]`` token numbers to ``[N, 24, 192]`` states."""
+def new_text_encoder() -> Any:
+    """A ``CLIPTextModel`` from ``[N, 24]`` token numbers to ``[N, 24, 192]`` states."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     words = _token_numbers()
@@ -85,8 +84,8 @@ def _token_numbers() -> dict[str, int]:
     return {word: number for number, word in enumerate((PADDING, START, END, UNKNOWN, *vocabulary()))}
 
 
-def new_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer with one token a word; it lowers capitals and splits off commas."""
+def new_tokenizer() -> Any:
+    """A ``PreTrainedTokenizerFast`` with one token a word; it lowers capitals and splits off commas."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -109,9 +108,9 @@ def new_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def new_scheduler() -> DDIMScheduler:
-    """The noise schedule: v-prediction, no signal left at the last of 1000 steps, trailing sampling steps."""
-    from diffusers import DDIMScheduler
+def new_scheduler() -> Any:
+    """A ``DDIMScheduler``: v-prediction, no signal left at the last of 1000 steps, trailing sampling."""
+    from diffusers.schedulers import DDIMScheduler
 
     return DDIMScheduler(
         num_train_timesteps=1000,
@@ -123,5 +122,5 @@ def new_scheduler() -> DDIMScheduler:
         timestep_spacing="trailing",
         clip_sample=False,
         set_alpha_to_one=True,
-        steps_offset=0,
+        steps_offset=1,
     )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import StableDiffusionPipeline
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
 WEIGHTS = Path(__file__).parent / "weights"
 """Folder of the packaged weights, in the ordinary layout of a diffusers pipeline."""
@@ -27,14 +27,15 @@ def load_pipeline(dtype: torch.dtype | None = None, weights: Path | None = None)
         FileNotFoundError: the folder holds no pipeline.
     """
     import torch
-    from diffusers import StableDiffusionPipeline
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
     folder = WEIGHTS if weights is None else weights
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(f"{folder} holds no pipeline: model_index.json is missing")
     pipeline = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
-    # The argument that sets the type has changed its name between releases of diffusers, so cast afterwards; and by
-    # the plain method, since diffusers' own one warns of layers that need float32, which these models do not have.
+    # The argument that sets the type has changed its name between releases of diffusers, so cast afterwards;
+    # and by the plain method, since diffusers' own one warns of layers that need float32, which these models
+    # do not have.
     for component in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         torch.nn.Module.to(component, torch.float32 if dtype is None else dtype)
     pipeline.set_progress_bar_config(disable=True)

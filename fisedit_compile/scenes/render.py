@@ -1,8 +1,9 @@
 """The renderer: it draws a scene as a picture of 128 by 128 pixels.
 
-The picture is painted in layers (sky, sun or moon, cloud or stars, ground, object, fireworks).  Each layer takes
-its random choices from a generator of its own, seeded with the picture's seed and the layer's fixed number, so an
-edit of one attribute repaints the pixels of its own layer and leaves every other pixel as it was.
+The picture is painted in layers (sky, sun or moon, cloud or stars, ground, object, fireworks).  Each layer
+takes its random choices from a generator of its own, seeded with the picture's seed and the layer's fixed
+number, so an edit of one attribute repaints the pixels of its own layer and leaves every other pixel as it
+was.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ _GROUND_TINTS: dict[TimeOfDay, tuple[float, float, float]] = {
     "sunset": (0.88, 0.74, 0.68),
     "night": (0.42, 0.44, 0.56),
 }
-_PLACE_CENTRES: dict[Place, float] = {"left": 27.0, "middle": 64.0, "right": 101.0}
+PLACE_COLUMNS: dict[Place, float] = {"left": 27.0, "middle": 64.0, "right": 101.0}
+"""The column around which an object at a place stands."""
+
 FIREWORKS_VALUES: tuple[RGB, ...] = ((255, 50, 150), (60, 255, 120), (255, 240, 60))
 _FIREWORKS_CENTRES = ((24.0, 26.0), (64.0, 20.0), (104.0, 27.0))
 LIGHT_VALUES: dict[TimeOfDay, tuple[RGB, RGB]] = {
@@ -73,7 +76,7 @@ def _generator(seed: int, layer: int) -> random.Random:
 
 
 def sky_column(time: TimeOfDay) -> NDArray[np.float32]:
-    """The sky's colour in every row of a picture, ``float32`` of shape ``[128, 3]`` with values from 0 to 255."""
+    """The sky's colour in each row, ``float32`` of shape ``[128, 3]`` with values from 0 to 255."""
     return _sky_gradient(time, SIZE).astype(np.float32)
 
 
@@ -181,7 +184,7 @@ def _paint_object(canvas: _Canvas, scene: Scene, seed: int) -> None:
     if scene.is_empty:
         return
     generator = _generator(seed, _OBJECT_LAYER)
-    x = _PLACE_CENTRES[scene.place] + generator.uniform(-4.0, 4.0)
+    x = PLACE_COLUMNS[scene.place] + generator.uniform(-4.0, 4.0)
     base = 108.0 + generator.uniform(-3.0, 3.0)
     colour = COLOUR_VALUES[scene.colour]
     if scene.object_kind == "ball":
@@ -192,7 +195,9 @@ def _paint_object(canvas: _Canvas, scene: Scene, seed: int) -> None:
         canvas.box(x - 4, base - 13, x + 4, base, DARK_VALUE)
     else:
         canvas.box(x - 22, base - 18, x + 22, base - 5, colour)
-        canvas.polygon([(x - 14, base - 17), (x - 9, base - 29), (x + 9, base - 29), (x + 14, base - 17)], colour)
+        canvas.polygon(
+            [(x - 14, base - 17), (x - 9, base - 29), (x + 9, base - 29), (x + 14, base - 17)], colour
+        )
         for wheel in (-12.5, 12.5):
             canvas.ellipse(x + wheel, base - 5, 6, 6, DARK_VALUE)
 
@@ -216,8 +221,8 @@ def render(scene: Scene, seed: int) -> NDArray[np.uint8]:
 
     Args:
         scene: what to draw.
-        seed: chooses the picture among those of the scene (where exactly the object stands, where the sun is, how
-            high the horizon lies).  The same scene and seed always give the same picture.
+        seed: chooses the picture among those of the scene (where exactly the object stands, where the sun
+            is, how high the horizon lies).  The same scene and seed always give the same picture.
 
     Returns:
         The picture, ``uint8`` of shape ``[128, 128, 3]`` (row, column, red-green-blue).

@@ -1,4 +1,4 @@
-"""What the training of the scenes model is made of: checkpoints, pictures drawn on the fly, and training steps."""
+"""What the scenes model's training is made of: checkpoints, pictures drawn on the fly, and steps."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from diffusers.models.attention_processor import AttnProcessor
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast
 
 from .models import (
     CAPTION_TOKENS,
@@ -148,9 +147,10 @@ def crops(batch: int, side: int, step: int) -> tuple[Tensor, Tensor]:
 class AutoencoderTraining:
     """The autoencoder and one step of its training.
 
-    The loss is the mean absolute and squared error, counted several times on the pixels of the object and of the
-    fireworks: they are few, and their colour is what the captions are about.  The noise on the latents and the pull
-    towards a normal distribution come in over the first 1000 steps; from the start, they would win.
+    The loss is the mean absolute and squared error, counted several times on the pixels of the object and of
+    the fireworks: they are few, and their colour is what the captions are about.  The noise on the latents
+    and the pull towards a normal distribution come in over the first 1000 steps; from the start, they would
+    win.
     """
 
     device: str
@@ -185,14 +185,14 @@ class AutoencoderTraining:
         error = (weight * (difference.abs() * 0.5 + difference.square())).mean()
         spread = (posterior.mean.square() + posterior.var - 1.0 - posterior.logvar).float().mean() * 0.5
         loss = error + _SPREAD_WEIGHT * ramp * spread
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         return -10.0 * math.log10(difference.square().mean().item() / 4.0)
 
 
-def normalise_latents(vae: AutoencoderKL, device: str) -> None:
+def normalise_latents(vae: Any, device: str) -> None:
     """Give each latent channel mean 0 and spread 1 over 256 pictures.
 
     The shift and the scale go into the 1 by 1 convolutions on both sides of the latents, so the autoencoder's
@@ -212,7 +212,7 @@ def normalise_latents(vae: AutoencoderKL, device: str) -> None:
         after.weight *= spread[None, :, None, None]
 
 
-def finished_autoencoder(folder: Path, device: str) -> AutoencoderKL:
+def finished_autoencoder(folder: Path, device: str) -> Any:
     """The trained autoencoder of a folder of checkpoints, with normalised latents.
 
     Raises:
@@ -228,7 +228,7 @@ def finished_autoencoder(folder: Path, device: str) -> AutoencoderKL:
     return vae
 
 
-def tokens_of(tokenizer: PreTrainedTokenizerFast, captions: list[str]) -> Tensor:
+def tokens_of(tokenizer: Any, captions: list[str]) -> Tensor:
     """The captions' token numbers ``[N, 24]``."""
     tokens: Tensor = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
     return tokens
@@ -237,15 +237,14 @@ def tokens_of(tokenizer: PreTrainedTokenizerFast, captions: list[str]) -> Tensor
 def region_weight(scene: Scene) -> Tensor:
     """How much each latent counts in the loss, ``[1, 32, 32]``.
 
-    It counts more where the caption says that something stands.  The weight depends on the caption alone, not on
-    the picture, so it does not bias what the denoiser learns to expect.
+    It counts more in the band where objects stand, wherever the scene's own one is: an object in the wrong
+    place is as wrong as a missing one.  The weight depends on the caption alone, not on the picture, so it
+    does not bias what the denoiser learns to expect.
     """
     weight = torch.ones(1, LATENT_SIZE, LATENT_SIZE)
+    weight[:, 15:28] = 3.0
     if scene.fireworks:
         weight[:, 1:12] = 1.5
-    if not scene.is_empty:
-        left = {"left": 0, "middle": 9, "right": 18}[scene.place]
-        weight[:, 15:28, left : left + 14] = 3.0
     return weight
 
 
@@ -253,12 +252,12 @@ def region_weight(scene: Scene) -> Tensor:
 class LatentBank:
     """A window over an endless, fixed sequence of pictures, kept as latents and token numbers.
 
-    Encoding a picture costs a good share of a training step, so every picture is used several times: each step
-    drops the oldest few and adds as many new ones.
+    Encoding a picture costs a good share of a training step, so every picture is used several times: each
+    step drops the oldest few and adds as many new ones.
     """
 
-    vae: AutoencoderKL
-    tokenizer: PreTrainedTokenizerFast
+    vae: Any
+    tokenizer: Any
     device: str
     size: int
     fresh: int
@@ -294,12 +293,18 @@ class LatentBank:
 
 @dataclass
 class DenoiserTraining:
-    """The denoiser and the text encoder, their running averages, and one step of their training."""
+    """The denoiser and the text encoder, their running averages, and one step of their training.
 
-    vae: AutoencoderKL
+    What is hardest to learn is which word puts the object where, and only the noisiest inputs teach it: in
+    all others the object can be seen already.  The layout steps train on those alone, with more weight on the
+    band where objects stand.
+    """
+
+    vae: Any
     device: str
     workers: int
     peak_rate: float
+    layout_steps: range
 
     def __post_init__(self) -> None:
         torch.manual_seed(2)
@@ -325,6 +330,22 @@ class DenoiserTraining:
         # One thread for each share of the batch: they meet once a step, not at the end of every operation.
         self.pool = ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(1,))
 
+    def timesteps(self, batch: int, generator: torch.Generator, layout: bool) -> Tensor:
+        """Draw the noise levels of a batch, ``int64`` of shape ``[N]``, from 0 to 999.
+
+        They are spread evenly over the batch, and denser towards the noisy end, where it is decided what
+        stands where: one in four comes from the last 120 levels, and in the layout steps all of them from the
+        last 100.
+        """
+        if layout:
+            return (900 + 100 * (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch).long()
+        noisy = batch // 4
+        late = (torch.arange(noisy) + torch.rand(noisy, generator=generator)) / max(1, noisy)
+        rest = batch - noisy
+        position = (torch.arange(rest) + torch.rand(rest, generator=generator)) / rest
+        timesteps = torch.cat([880 + 120 * late, 1000 * position**0.6]).long().clamp(max=999)
+        return timesteps[torch.randperm(batch, generator=generator)]
+
     def step(self, bank: LatentBank, step: int, batch: int, rate: float) -> float:
         """Take one optimiser step and return the unweighted mean squared error of the velocity."""
         generator = torch.Generator().manual_seed(2_000_000 + step)
@@ -333,9 +354,10 @@ class DenoiserTraining:
         dropped = torch.rand(batch, generator=generator) < _CAPTION_DROPOUT
         tokens = torch.where(dropped[:, None], self.no_caption, tokens)
         weight = torch.where(dropped[:, None, None, None], torch.tensor(1.5), weight)
-        # Stratified over the batch, and denser towards the noisy steps, where it is decided what stands where.
-        position = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
-        timesteps = (1000 * position**0.6).long().clamp(max=999)
+        layout = step in self.layout_steps
+        if layout:
+            weight = weight.square() * 0.4
+        timesteps = self.timesteps(batch, generator, layout)
         noise = torch.randn(latents.shape, generator=generator)
         signal = self.signal_share[timesteps].sqrt()[:, None, None, None]
         noise_level = (1.0 - self.signal_share[timesteps]).sqrt()[:, None, None, None]

@@ -39,8 +39,8 @@ _TIME_PHRASES: dict[TimeOfDay, str] = {"day": "by day", "sunset": "at sunset", "
 class Scene:
     """One combination of attributes.
 
-    ``object_kind`` may be ``"nothing"``: the scene is then empty, and ``colour`` and ``place`` hold the first of
-    their values so that equal pictures are equal scenes.
+    ``object_kind`` may be ``"nothing"``: the scene is then empty, and ``colour`` and ``place`` hold the first
+    of their values so that equal pictures are equal scenes.
 
     Raises:
         ValueError: an attribute is not one of the values the world knows.

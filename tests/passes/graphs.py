@@ -64,9 +64,17 @@ class GraphBuilder:
         self.infos.append(InputInfo(kind, name))
         with self.mode:
             value = torch.empty(shape, dtype=dtype)
+        return self._annotate(self._placeholder(name), value, spatial)
+
+    def number(self, value: float, name: str = "number") -> fx.Node:
+        """A graph input that is a Python number."""
+        self.infos.append(InputInfo("scalar", name))
+        return self._annotate(self._placeholder(name), value, None)
+
+    def _placeholder(self, name: str) -> fx.Node:
         rest = [node for node in self.graph.nodes if node.op != "placeholder"]
         with self.graph.inserting_before(rest[0]) if rest else nullcontext():
-            return self._annotate(self.graph.placeholder(name), value, spatial)
+            return self.graph.placeholder(name)
 
     def picture(self, *shape: int, name: str = "x", spatial: str | None = "bchw") -> fx.Node:
         """A graph input ``[B, C, H, W]`` annotated as such; by default of the sizes above."""

@@ -51,7 +51,7 @@ def test_condition_1_every_output_is_a_site() -> None:
     pooled = builder.call(aten.mean.dim, relu, [2, 3])
     sites, stored, loads = run(builder.module(relu, pooled))
     assert sites == (
-        Site("output:0", "spatial", DOMAIN, (0, 2, 3, 1), 2, (2, 6, 5, 4), torch.float32),
+        Site("output:0", "spatial", DOMAIN, (0, 2, 3, 1), 2, (2, 6, 5, 4), torch.float32, lossless=True),
         Site("output:1", "value", None, (), 0, (2, 6), torch.float32),
     )
     assert stored == {"output:0": ("aten.relu", "x"), "output:1": spell(pooled)} and loads == []
@@ -99,7 +99,7 @@ def test_condition_2_statistics_of_one_norm_share_their_computation() -> None:
     assert len([node for node in calls(record) if node.target is torch.ops.fisedit.norm_record.default]) == 1
     assert sites[1:] == (
         Site("x:norm_totals:3", "value", None, (), 0, (2, 2, 3), torch.float32),
-        Site("x:norm_partials:3", "spatial", DOMAIN, (0, 1, 2, 3), 1, (2, 20, 2, 3), torch.float32),
+        Site("x:norm_partials:3", "spatial", DOMAIN, (0, 1, 2, 3), 1, (2, 20, 2, 3), torch.float32, lossless=True),
         Site("x:norm_center:3", "value", None, (), 0, (2, 3), torch.float32),
     )
 

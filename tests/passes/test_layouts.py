@@ -78,7 +78,7 @@ def rows_of(value: Tensor, spatial: Spatial, index: Tensor) -> Tensor:
     return (moved.flatten(1, 2) if spatial.space_rank == 2 else moved)[:, index]
 
 
-@settings(max_examples=400)
+@settings(max_examples=250)
 @given(reshapes(), st.randoms(use_true_random=False))
 def test_rows_of_a_reshaped_value_are_its_rows_reshaped(case, random) -> None:
     spatial, before, after = case
@@ -176,7 +176,7 @@ def test_orders_and_row_dimensions() -> None:
     assert layout("bcwh").order == (0, 3, 2, 1)
 
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(spatial_values(), st.data())
 def test_permutations_as_the_operators_define_them(case, data) -> None:
     """``permutation`` names the input dimension of each output dimension, negative numbers included."""

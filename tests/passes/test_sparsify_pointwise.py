@@ -123,6 +123,13 @@ def test_operands_that_are_not_spatial_are_brought_to_rows(dims, shape, other, e
     assert spell(outputs(module)[0]) == ("to_map", ("aten.add.Tensor", ROWS, expected))
 
 
+def test_a_number_that_is_a_graph_input_stays_as_it_is() -> None:
+    builder = GraphBuilder()
+    x, number = builder.picture(), builder.number(3)
+    module, _ = run(builder, builder.call(aten.clamp.default, builder.call(MUL, x, number), 0, number))
+    assert spell(outputs(module)[0]) == ("to_map", ("aten.clamp", ("aten.mul.Tensor", ROWS, "number"), 0, "number"))
+
+
 @pytest.mark.parametrize(
     ("target", "arguments", "rows", "after"),
     [
@@ -246,7 +253,7 @@ def anchored(builder: GraphBuilder):
     return builder.call(aten.constant_pad_nd.default, builder.picture(), [0, 0])
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(st.permutations(range(4)), st.lists(st.booleans(), max_size=4))
 def test_any_operand_that_broadcasts_gives_the_masked_dense_result(order, full) -> None:
     builder = GraphBuilder()

@@ -77,6 +77,13 @@ def test_a_new_prompt_replaces_recorded_embeddings(arguments: CallArguments) -> 
     assert arguments.merge(recorded, {"prompt": "b"}).keys() == {"prompt", "negative_prompt_embeds"}
 
 
+@pytest.mark.parametrize("changes", [{"prompt": ["a", "b"]}, {"prompt": None, "prompt_embeds": torch.zeros(3, 2, 2)}])
+def test_the_number_of_prompts_must_stay(arguments: CallArguments, changes: dict[str, Any]) -> None:
+    with pytest.raises(PipelineError, match=r"from 1 prompts and the edit has [23]"):
+        arguments.merge({"prompt": "a"}, changes)
+    assert arguments.merge({"prompt": ["a"]}, {"prompt": "b"}) == {"prompt": "b"}
+
+
 def test_no_guidance_on_both_sides_is_fine(arguments: CallArguments) -> None:
     assert not arguments.guided({"guidance_scale": 1.0})
     assert arguments.merge({"guidance_scale": 1.0}, {"guidance_scale": 0.0})["guidance_scale"] == 0.0

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 
 from fisedit_compile import EditSession
 from fisedit_compile.errors import BudgetError, OptionError, PipelineError
@@ -90,3 +91,13 @@ def test_pipelines_without_a_unet() -> None:
 
     with pytest.raises(PipelineError, match="with a unet, and Transformer has none"):
         EditSession(Transformer())
+
+
+def test_an_offloaded_unet_is_refused() -> None:
+    pipe = tiny_pipeline()
+    add_hook_to_module(pipe.unet, ModelHook())
+    session = EditSession(pipe)
+    with pytest.raises(PipelineError, match="offloaded"):
+        generate(session)
+    pipe.remove_all_hooks()
+    assert pipe.unet is not None and session.history == ()

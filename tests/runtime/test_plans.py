@@ -268,3 +268,18 @@ def test_unknown_requests_are_errors() -> None:
     wrong = Stencil.of("pad", domain, domain, left=1, right=1, top=1, bottom=1, mode="constant")
     with pytest.raises(GraphError, match="5 positions"):
         build_plan(torch.ones(1, 3, 3, dtype=torch.bool), [], [wrong], "cpu")
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+@pytest.mark.parametrize(("size", "factor"), [(3, 1.3), (7, 2.4), (5, 0.5), (9, 1.9)])
+def test_resizing_uses_the_factor_that_was_given(mode: str, size: int, factor: float) -> None:
+    """A factor and the sizes it leads to do not agree; PyTorch uses the factor, unless the size stays the same."""
+    map = torch.arange(float(size * size)).view(1, 1, size, size)
+    dense = functional.interpolate(map, scale_factor=factor, mode=mode)
+    scales = {"scale_y": factor, "scale_x": factor} | ({"align_corners": False} if mode == "bilinear" else {})
+    stencil = Stencil.of(mode, Domain(size, size), Domain(*dense.shape[2:]), **scales)
+    plan = build_plan(torch.ones(1, size, size, dtype=torch.bool), [], [stencil], "cpu")
+    values = map.flatten()[plan.tensor(PlanInput("table", stencil))]  # everything is active: row number is position
+    if mode == "bilinear":
+        values = values * plan.tensor(PlanInput("weights", stencil))
+    torch.testing.assert_close(values.sum(2), dense.flatten(1))

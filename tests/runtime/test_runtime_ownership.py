@@ -16,8 +16,8 @@ from fake_network import DOMAIN, MAP_ORDER, FakeNetwork, inputs, left_half, reco
 
 SPATIAL = Site("site", "spatial", DOMAIN, MAP_ORDER, 2, (2, 3, 4, 6), torch.float32)
 VALUE = Site("value", "value", None, (), 0, (2, 3, 4, 6), torch.float32)
-STATISTIC = Site("x:norm_partials:32", "spatial", DOMAIN, MAP_ORDER, 2, (2, 3, 4, 6), torch.float32)
-OUTPUT = Site("output:0", "spatial", DOMAIN, MAP_ORDER, 2, (2, 3, 4, 6), torch.float32)
+STATISTIC = Site("x:norm_partials:32", "spatial", DOMAIN, MAP_ORDER, 2, (2, 3, 4, 6), torch.float32, lossless=True)
+OUTPUT = Site("output:0", "spatial", DOMAIN, MAP_ORDER, 2, (2, 3, 4, 6), torch.float32, lossless=True)
 NOBODY: frozenset[int] = frozenset()
 
 

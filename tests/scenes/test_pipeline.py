@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from transformers import PreTrainedTokenizerFast
 
 from fisedit_compile.scenes import all_scenes, caption, check, held_back_scenes, load_pipeline, render

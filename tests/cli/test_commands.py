@@ -1,0 +1,124 @@
+"""The commands, run in this process with a tiny pipeline saved to a folder."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fisedit_compile.cli.main import main
+from fisedit_compile.cli.options import SchedulerName, parse_size
+from fisedit_compile.pipelines.schedulers import SCHEDULER_NAMES
+
+from tiny_pipelines import HEIGHT, WIDTH, tiny_pipeline
+
+SIZE = f"{HEIGHT}x{WIDTH}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("pipeline")
+    tiny_pipeline().save_pretrained(path, safe_serialization=True)
+    return str(path)
+
+
+def run(*words: str) -> int:
+    with pytest.raises(SystemExit) as raised:
+        main(words)
+    code = raised.value.code
+    assert isinstance(code, int)
+    return code
+
+
+@pytest.mark.parametrize("command", ["", "demo", "generate", "edit", "explain"])
+def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*filter(None, [command]), "--help") == 0
+    assert "Usage" in capsys.readouterr().out
+
+
+def test_without_a_command_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run() == 0
+    assert "explain" in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version") == 0
+    assert capsys.readouterr().out.startswith("fisedit 0.")
+
+
+def test_help_does_not_import_torch() -> None:
+    program = "import sys; from fisedit_compile.cli import main; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["nothing"], 2, "No such command"),
+        (["edit", "--prompt", "a"], 2, "--base-prompt"),
+        (["generate", "--prompt", "a", "--model", "/not/there"], 2, "neither"),
+        (["generate", "--prompt", "a", "--steps", "0"], 2, "--steps"),
+        (["generate", "--prompt", "a", "--size", "large"], 2, "--size"),
+        (["generate", "--prompt", "a", "--scheduler", "ddpm"], 2, "--scheduler"),
+        (["edit", "--base-prompt", "a", "--prompt", "b", "--mask", "/not/there.png"], 2, "--mask"),
+        (["explain", "--model", "sd99"], 1, "sd15, sd21, sdxl, scenes"),
+        (["explain", "--model", "scenes", "--size", "30x30"], 1, "multiple of 4"),
+    ],
+)
+def test_errors_are_one_line(words: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*words) == code
+    told = capsys.readouterr().err
+    assert message in told and told.count("\n") == 1 and told.startswith("fisedit: error: ")
+
+
+def test_a_folder_without_a_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("generate", "--prompt", "a", "--model", str(tmp_path), "--device", "cpu") == 1
+    assert "does not hold a pipeline" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_command_line_offers_the_sessions_schedulers() -> None:
+    assert tuple(name.value for name in SchedulerName) == SCHEDULER_NAMES
+
+
+def test_sizes() -> None:
+    assert parse_size("512x768") == (512, 768) and parse_size(None) is None
+
+
+def test_generate(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "new" / "picture.png"
+    words = ["generate", "--prompt", "a red ball", "--model", folder, "--device", "cpu", "--steps", "2", "--size", SIZE]
+    assert run(*words, "--output", str(path), "--scheduler", "heun") == 0
+    assert Image.open(path).size == (WIDTH, HEIGHT)
+    assert f"{WIDTH}x{HEIGHT} pixels" in capsys.readouterr().out
+
+
+def test_what_the_pipeline_refuses_is_one_line(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["generate", "--prompt", "a", "--model", folder, "--device", "cpu", "--steps", "2", "--size", "17x16"]
+    assert run(*words) == 1
+    assert "the pipeline refused to run" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_edit(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    painted = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
+    painted[4:10, 6:16] = 255
+    Image.fromarray(painted).save(tmp_path / "painted.png")
+    output = tmp_path / "edit"
+    words = ["edit", "--base-prompt", "a red ball", "--prompt", "a blue box", "--mask", str(tmp_path / "painted.png")]
+    words += ["--model", folder, "--device", "cpu", "--steps", "3", "--size", SIZE, "--output", str(output)]
+    assert run(*words) == 0
+    assert {path.name for path in output.iterdir()} == {"base.png", "mask.png", "edited.png", "report.json"}
+    base, edited = (np.asarray(Image.open(output / name)) for name in ("base.png", "edited.png"))
+    assert np.array_equal(base[painted == 0], edited[painted == 0]) and not np.array_equal(base, edited)
+    report = json.loads((output / "report.json").read_text())
+    assert report["edit"]["sparse_calls"] == 3 and report["base"]["dense_calls"] == 3
+    assert "sparse steps" in capsys.readouterr().out
+
+
+def test_explain_reads_a_folders_configuration(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("explain", "--model", folder, "--size", "64x96") == 0
+    assert "conv" in capsys.readouterr().out
