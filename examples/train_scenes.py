@@ -52,8 +52,8 @@ Device = Annotated[str, typer.Option(help="Device to train on: cpu or cuda.")]
 Weights = Annotated[Path, typer.Option(help="Folder of the exported pipeline.")]
 
 AUTOENCODER_STEPS = 2000
-DENOISER_STEPS = 4750
-COOLDOWN_STEPS = 1500
+DENOISER_STEPS = 5400
+COOLDOWN_STEPS = 1900
 LAYOUT_STEPS = range(1750, 2350)
 
 

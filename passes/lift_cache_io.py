@@ -82,13 +82,14 @@ def lift_edit(
         if node.target is update:
             source, fresh = node.args
             changed[str(source.args[0])] = fresh
-    rows_of = {originals[int(name[7:])]: rows for name, rows in changed.items() if name.startswith("output:")}
+    outputs = {f"output:{number}": value for number, value in enumerate(originals)}
+    rows_of = {value: changed[name] for name, value in outputs.items() if name in changed}
     updates: list[Any] = []
     for site in sites:
         fresh = changed.get(site.name)
-        if fresh is None and site.name.startswith("output:"):
+        if fresh is None and site.name in outputs:
             # An output that is not spatial is replaced as a whole; one equal to an earlier one shares its rows.
-            value = originals[int(site.name[7:])]
+            value = outputs[site.name]
             fresh = value if site.kind == "value" else rows_of.get(value)
         updates.append(fresh)
     results = [value for value in (*originals, *updates) if isinstance(value, fx.Node)]

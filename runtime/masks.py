@@ -102,7 +102,7 @@ def tile_mask(mask: Tensor, batch: int) -> Tensor:
 
 def _from_image(image: Image.Image) -> Tensor:
     """The brightness of an image, zero where it is fully transparent."""
-    if image.mode == "P" or "transparency" in image.info:
+    if "transparency" in image.info:
         image = image.convert("RGBA")
     if image.mode in ("LA", "La", "RGBA", "RGBa", "PA"):
         pixels = np.asarray(image.convert("RGBA"))

@@ -20,6 +20,11 @@ from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerFast
 
+# PyTorch remembers, at the first use of a device context, which functions make tensors: here, before any test replaces
+# some of them, so that networks can be built on the meta device in tests.
+with torch.device("meta"):
+    torch.ones(1)
+
 WORDS = (
     "<pad>",
     "<start>",

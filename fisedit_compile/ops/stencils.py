@@ -71,8 +71,12 @@ def conv_rows(
         groups: as of the convolution.
 
     Returns:
-        ``[B, N, Cout]``, contiguous.
+        ``[B, N, Cout]``, contiguous; dtype of ``rows``, or under autocast the dtype it computes in.
     """
+    if torch.is_autocast_enabled(rows.device.type):
+        # Autocast reaches neither products written to a given output nor batched ones of mixed types.
+        dtype = torch.get_autocast_dtype(rows.device.type)
+        rows, weight, bias = rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     source = _tap_source(rows, recorded, halo, 0.0)
     batch, count, taps = source.shape[0], table.shape[1], table.shape[2]
     channels = source.shape[2]

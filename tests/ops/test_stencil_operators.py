@@ -135,3 +135,19 @@ def test_weights_that_require_grad_are_accepted() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stencils, "CHUNK_BYTES", 300)
         assert_near(conv_rows(*arguments), whole)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_conv_rows_follows_autocast(groups: int) -> None:
+    """Beyond one chunk the products are written to given outputs, which autocast does not reach by itself."""
+    generator = torch.Generator().manual_seed(0)
+    source = torch.randn(1, 900, 64, generator=generator)
+    table = torch.randint(0, 900, (1, 12000, 9), generator=generator)
+    weight = torch.randn(8, 9 * 64 // groups, generator=generator)
+    halo = torch.zeros(1, 2, dtype=torch.int64)
+    arguments = (source, source, halo, table, weight, None, groups)
+    exact = conv_rows(*arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        computed = conv_rows(*arguments)
+    assert computed.dtype == torch.bfloat16
+    assert (computed.float() - exact).norm() < 0.02 * exact.norm()

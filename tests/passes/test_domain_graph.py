@@ -9,13 +9,14 @@ from fisedit_compile.passes.domain_graph import (
     connection_kind,
     data_flow,
     domain_graph,
+    is_attention_bias,
     reaches_anchor,
 )
 from fisedit_compile.runtime.spec import Domain
 
 from graphs import DOMAIN, GraphBuilder, aten, layout
 
-HALF = Domain(3, 2)
+SDPA = aten.scaled_dot_product_attention.default
 
 
 def test_data_flow_has_an_edge_for_each_use_lists_included() -> None:
@@ -66,6 +67,24 @@ def test_anchors(anchor) -> None:
     builder = GraphBuilder()
     node = anchor(builder, builder.picture(spatial=None))
     assert reaches_anchor(data_flow(builder.module(node).graph), "x")
+
+
+@pytest.mark.parametrize(
+    ("path", "is_bias"),
+    [
+        (lambda b, x, q: b.call(SDPA, q, q, q, x), True),
+        (lambda b, x, q: b.call(SDPA, q, q, q, attn_mask=b.call(aten.mul.Tensor, x, -1.0)), True),
+        (lambda b, x, q: b.call(SDPA, q, q, q, b.call(aten.expand.default, x, [2, 6, 5, 5])), True),
+        (lambda b, x, q: b.call(SDPA, x, x, x), False),
+        (lambda b, x, q: b.call(SDPA, q, q, q, b.call(aten.softmax.int, x, -1)), False),
+        (lambda b, x, q: b.call(aten.relu.default, x), False),
+    ],
+)
+def test_masks_of_attentions(path, is_bias) -> None:
+    builder = GraphBuilder()
+    x, query = builder.input(2, 6, 5, 5), builder.input(2, 6, 5, 3, name="query")
+    node = path(builder, x, query)
+    assert is_attention_bias(data_flow(builder.module(node).graph), "x") is is_bias
 
 
 def test_an_operator_without_anchors_behind_it_is_none() -> None:

@@ -127,6 +127,15 @@ def test_nothing_is_stored_twice() -> None:
     assert [site.name for site in sites[1:]] == ["x:rows", "x:norm_center:3", "x:norm_center:6"]
 
 
+def test_sites_are_named_after_the_module_of_their_value() -> None:
+    builder, relu = dense()
+    relu.meta["module_path"] = "down.0.norm"
+    name, record = relu.name, builder.module(relu)
+    sites, stored, loads = run(record, (name, "rows"), ("x", "rows"), (name, "norm_center", 2))
+    assert loads == [f"down.0.norm:{name}:rows", "x:rows", f"down.0.norm:{name}:norm_center:2"]
+    assert [site.name for site in sites[1:]] == loads
+
+
 def test_updates_follow_their_recorded_values() -> None:
     builder = GraphBuilder()
     x = builder.picture()

@@ -142,6 +142,13 @@ def test_an_output_returned_twice_updates_both_sites() -> None:
     assert [spell(value) for value in outputs(save)[2:]] == [("aten.neg", "argument_x")] * 2
 
 
+def test_a_site_of_a_module_called_output_is_no_output() -> None:
+    builder = GraphBuilder()
+    relu = builder.call(RELU, builder.tokens())
+    _, save, _ = lift_edit(builder.module(relu), [spatial_site("output:relu:rows")], Report())
+    assert outputs(save)[1:] == (None,)
+
+
 def test_outputs_that_are_no_tensors_pass() -> None:
     builder = GraphBuilder()
     edit, save, inputs = lift_edit(builder.module(builder.call(RELU, builder.tokens()), None, 3), [], Report())

@@ -8,7 +8,7 @@ import torch
 from fisedit_compile.config import Options
 from fisedit_compile.passes.family import Family
 from fisedit_compile.passes.manager import families
-from fisedit_compile.passes.propagate_domains import UNKNOWN, find_spatial_inputs, propagate_domains
+from fisedit_compile.passes.propagate_domains import BEHIND, UNKNOWN, find_spatial_inputs, propagate_domains
 from fisedit_compile.passes.report import Report
 from fisedit_compile.runtime.spec import Domain
 
@@ -44,16 +44,18 @@ def test_a_picture_that_reaches_a_convolution_is_spatial() -> None:
     assert report.connections == {("5x4", "5x4", "rows"): 1, ("5x4", "5x4", "stencil"): 1}
 
 
+POSITIONS = "it is not a floating tensor with more than one position"
+
+
 @pytest.mark.parametrize(
     ("shape", "dtype", "reason"),
     [
-        ((2, 6, 5, 4), torch.int64, "it is not a floating tensor with more than one row and column"),
-        ((2, 6, 1, 4), torch.float32, "it is not a floating tensor with more than one row and column"),
-        ((2, 6, 5, 1), torch.float32, "it is not a floating tensor with more than one row and column"),
+        ((2, 6, 5, 4), torch.int64, POSITIONS),
+        ((2, 6, 1, 1), torch.float32, POSITIONS),
         ((3, 6, 5, 4), torch.float32, "its batch is 3, not 2"),
     ],
 )
-def test_inputs_of_rank_four_that_are_not_spatial_say_why(shape, dtype, reason) -> None:
+def test_conditions_1_and_3_inputs_of_rank_four_that_are_not_spatial_say_why(shape, dtype, reason) -> None:
     builder = GraphBuilder()
     x, other = builder.input(2, 6, 5, 4), builder.input(*shape, name="other", dtype=dtype)
     cast = builder.call(aten.to.dtype, other, torch.float32)
@@ -63,13 +65,48 @@ def test_inputs_of_rank_four_that_are_not_spatial_say_why(shape, dtype, reason) 
     assert report.misses[0].node == "other"
 
 
-def test_an_attention_bias_is_not_spatial() -> None:
+@pytest.mark.parametrize("shape", [(2, 6, 1, 4), (2, 6, 5, 1)])
+@pytest.mark.parametrize("anchored", [True, False])
+def test_condition_2_a_single_row_or_column_needs_an_anchor(shape, anchored) -> None:
+    builder = GraphBuilder()
+    x = builder.input(*shape)
+    y = convolved(builder, x) if anchored else builder.call(aten.relu.default, x)
+    report = run(builder, y)
+    assert ("spatial" in x.meta) is ("spatial" in y.meta) is anchored
+    expected = "it is a single row or column and reaches no convolution, norm or resampling"
+    assert reasons(report) == ([] if anchored else [expected])
+
+
+def test_condition_2_other_pictures_need_none() -> None:
+    builder = GraphBuilder()
+    x = builder.input(2, 6, 5, 4)
+    y = builder.call(aten.relu.default, x)
+    assert run(builder, y).misses == [] and y.meta["spatial"] == layout("bchw")
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_condition_2_the_mask_of_an_attention_is_not_spatial(named) -> None:
     builder = GraphBuilder()
     x, bias = builder.input(2, 6, 5, 4), builder.input(2, 3, 7, 7, name="bias")
-    scores = builder.call(aten.softmax.int, builder.call(aten.mul.Tensor, bias, 2.0), -1)
-    report = run(builder, convolved(builder, x), scores)
-    assert "spatial" not in bias.meta
-    assert reasons(report) == ["it reaches no convolution, norm or resampling as a map"]
+    scaled = builder.call(aten.mul.Tensor, bias, 2.0)
+    query = builder.input(2, 3, 7, 4, name="query")
+    key = builder.input(2, 3, 7, 4, name="key", kind="parameter")
+    target = aten.scaled_dot_product_attention.default
+    if named:
+        attention = builder.call(target, query, key, key, attn_mask=scaled)
+    else:
+        attention = builder.call(target, query, key, key, scaled)
+    report = run(builder, convolved(builder, x), attention)
+    assert "spatial" not in bias.meta and "spatial" not in scaled.meta and "spatial" in query.meta
+    assert [(miss.node, miss.reason) for miss in report.misses] == [("bias", "it is the mask of an attention")]
+
+
+def test_condition_2_a_picture_that_is_also_a_mask_is_a_picture() -> None:
+    builder = GraphBuilder()
+    x = builder.input(2, 3, 7, 7)
+    query = builder.input(2, 3, 7, 4, name="query", kind="parameter")
+    attention = builder.call(aten.scaled_dot_product_attention.default, query, query, query, x)
+    assert run(builder, convolved(builder, x), attention).misses == [] and "spatial" in x.meta
 
 
 @pytest.mark.parametrize("kind", ["parameter", "scalar"])
@@ -124,6 +161,45 @@ def test_an_unknown_operator_says_so_and_its_output_is_recognised_by_shape() -> 
     assert flat.meta["spatial"] == layout("bhwc") and "dense_reason" not in flat.meta
     assert "spatial" not in lost.meta
     assert report.connections["5x4", "not spatial", "ends locality"] == 1
+
+
+def test_what_was_made_from_a_map_may_become_one_again() -> None:
+    """Behind a value that is not spatial, a value that depends on a map and has the shape of one."""
+    builder = GraphBuilder()
+    y = convolved(builder, builder.input(2, 6, 5, 4))
+    table = builder.input(2, 6, 5, 4, name="table", kind="parameter")
+    pooled = builder.call(aten.mean.dim, y, [2, 3])
+    gate = builder.call(aten.reshape.default, builder.call(aten.sigmoid.default, pooled), [2, 6, 1, 1])
+    again = builder.call(aten.mul.Tensor, gate, table)
+    other = builder.call(aten.mul.Tensor, table, table)
+    behind = builder.call(aten.relu.default, again)
+    run(builder, behind, other)
+    assert "spatial" not in gate.meta and gate.meta["dense_reason"] == BEHIND
+    assert again.meta["spatial"] == layout("bchw") and again.meta["dense_reason"] == BEHIND
+    assert behind.meta["spatial"] == layout("bchw") and "dense_reason" not in behind.meta
+    assert "spatial" not in other.meta and "dense_reason" not in other.meta
+
+
+@pytest.mark.parametrize(
+    ("make", "domain"),
+    [
+        (lambda b, x: b.call(aten.adaptive_avg_pool2d.default, x, [3, 3]), Domain(3, 3)),
+        (lambda b, x: b.call(aten.upsample_bicubic2d.vec, x, [7, 9], False, None), Domain(7, 9)),
+        (lambda b, x: b.call(aten.constant_pad_nd.default, x, [-1, 0]), Domain(5, 3)),
+        (lambda b, x: b.piece(b.call(aten.max_pool2d_with_indices.default, x, [2, 1]), 0), None),
+        (lambda b, x: b.call(aten.adaptive_avg_pool2d.default, x, [1, 1]), None),
+    ],
+)
+def test_a_resized_map_is_a_map_without_a_rule(make, domain) -> None:
+    builder = GraphBuilder()
+    y = convolved(builder, builder.input(2, 6, 5, 4))
+    squeezed = builder.call(aten.softmax.int, y, 3)  # a reason, and a map
+    resized = make(builder, squeezed)
+    run(builder, resized)
+    expected = None if domain is None else layout("bchw", domain)
+    if resized.target is aten.adaptive_avg_pool2d.default and domain is None:
+        expected = layout("bchw", Domain(1, 1))  # a window of 20 positions has a rule
+    assert resized.meta.get("spatial") == expected
 
 
 def test_a_rule_that_gives_a_reason_leaves_it_on_the_node() -> None:

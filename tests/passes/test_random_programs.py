@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from execution import Edit, random_inputs, record
-from graphs import aten
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_unet import Network
-from tolerances import assert_near
 from torch import Tensor, fx
 
 from fisedit_compile.config import Options
 from fisedit_compile.passes import Program, build_program
 from fisedit_compile.passes.layouts import Spatial
 from fisedit_compile.runtime.masks import reduce_mask
+
+from execution import Edit, random_inputs, record
+from graphs import aten
 
 Step = Callable[[st.DrawFn, Network, fx.Node], fx.Node]
 
@@ -106,9 +106,19 @@ def project(draw: st.DrawFn, network: Network, x: fx.Node) -> fx.Node:
 
 
 def attend(draw: st.DrawFn, network: Network, x: fx.Node) -> fx.Node:
-    key = x if draw(st.booleans()) else network.linear(x, shape_of(x)[-1])
-    value = draw(st.sampled_from([x, key]))
-    return network.call(aten.scaled_dot_product_attention.default, x, key, value)
+    """Attention of a value to itself, as tokens and perhaps back."""
+    shape = shape_of(x)
+    tokens = x
+    if len(shape) == 4:
+        moved = network.call(aten.permute.default, x, [0, 2, 3, 1])
+        tokens = network.call(aten.reshape.default, moved, [shape[0], -1, shape[1]])
+    key = tokens if draw(st.booleans()) else network.linear(tokens, shape_of(tokens)[-1])
+    value = draw(st.sampled_from([tokens, key]))
+    attended = network.call(aten.scaled_dot_product_attention.default, tokens, key, value)
+    if len(shape) == 3 or draw(st.booleans()):
+        return attended
+    back = network.call(aten.reshape.default, attended, [shape[0], *shape[2:], shape[1]])
+    return network.call(aten.permute.default, back, [0, 3, 1, 2])
 
 
 def disturb(draw: st.DrawFn, network: Network, x: fx.Node) -> fx.Node:
@@ -134,8 +144,8 @@ def networks(draw: st.DrawFn) -> tuple[Network, fx.Node]:
         if len(shape) == 4 and shape[0] == sizes[0] and shape[1] % 2 == 0 and min(shape[2:]) > 1:
             steps += PICTURES
         if len(shape) in (3, 4):
-            steps.append(attend)
-        if len(shape) > 5 or x.meta["val"].numel() > 20000:
+            steps += [attend, attend]
+        if not 3 <= len(shape) <= 5 or x.meta["val"].numel() > 4000:
             break
         x = draw(st.sampled_from(steps))(draw, network, x)
     return network, x
@@ -167,6 +177,11 @@ def interpret(graph: fx.Graph, inputs: Sequence[Tensor], mask: Tensor | None, re
             value = mixed(value, recorded[node.name], spatial, mask)
         values[node.name] = value
     raise AssertionError("a graph ends with its output")
+
+
+def assert_near(actual: Tensor, expected: object, what: str) -> None:
+    """Norms of nearly constant maps magnify rounding, so the tolerance does not shrink with the result."""
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=2e-3, msg=lambda text: f"{what}: {text}")
 
 
 def check_program(program: Program, dense: fx.Graph, output: str, inputs: list[list[Tensor]], mask: Tensor) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -139,3 +141,13 @@ def test_tile() -> None:
         tile_mask(mask, 5)
     with pytest.raises(MaskError):
         tile_mask(mask, 1)
+
+
+def test_a_transparent_colour_is_black(tmp_path: Path) -> None:
+    """A PNG may declare one palette entry transparent, without an alpha channel."""
+    image = Image.frombytes("P", (3, 2), PATTERN.astype(np.uint8).tobytes())
+    image.putpalette([255, 255, 255, 255, 0, 0])
+    image.save(tmp_path / "mask.png", transparency=0)
+    with Image.open(tmp_path / "mask.png") as opened:
+        assert opened.mode == "P"
+        assert torch.equal(prepare_mask(opened), EXPECTED)

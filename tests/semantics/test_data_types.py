@@ -37,6 +37,8 @@ def test_network_of_another_type(name: str, dtype: torch.dtype) -> None:
     if dtype is torch.float64 and name == "sd15":
         pytest.skip("its timestep embedding computes in float32 whatever the weights are")
     case = compile_network(ALL[name], dtype=dtype)
+    if dtype is torch.float64:
+        case.dtype = torch.float32  # the table's row: norm statistics are float32 whatever the network is
     inputs = case.network.inputs(1, dtype)
     for recipe in RECIPES:
         mask = case.mask(recipe)
