@@ -126,7 +126,7 @@ class InductorGraph:
             if variant is None:
                 variant = self._compile(inputs, sizes)
                 variants.append(variant)
-        return variant.run(*inputs)
+        return variant.run(sizes, *inputs)
 
     def _compile(self, inputs: Sequence[Any], sizes: Mapping[Hashable, int]) -> _Variant:
         started = time.perf_counter()

@@ -80,6 +80,7 @@ __all__ = [
     "is_size",
     "is_symbolic",
     "is_wrapped_number",
+    "rename_placeholder",
     "size_symbols",
     "strict_recompiles",
     "trace_functional",
@@ -193,6 +194,12 @@ def is_module_state(placeholder: fx.Node) -> bool:
     return bool(where.is_unspecialized_nn_module() or where.is_specialized_nn_module() or where.is_fsdp_module())
 
 
+def rename_placeholder(placeholder: fx.Node, name: str) -> None:
+    """Give a placeholder a name, or one made from it when the graph has that name already."""
+    placeholder._rename(name)
+    placeholder.target = placeholder.name
+
+
 def is_wrapped_number(placeholder: fx.Node) -> bool:
     """Whether a graph input is a Python float that Dynamo passes as a tensor of rank 0."""
     return bool(getattr(placeholder.meta.get("grapharg"), "pass_arg_as_tensor", False))
@@ -273,14 +280,18 @@ def compile_with_inductor(
 ) -> tuple[Callable[..., Any], Callable[[Mapping[Hashable, int]], bool]]:
     """Compile a functional graph for inference.
 
+    The symbols become inputs of the graph, as in Dynamo's graphs: inductor's caches keep no guards on sizes that only
+    occur in shapes, and would then hand out code made for other sizes.
+
     Args:
-        graph_module: takes tensors or None.
+        graph_module: takes tensors or None; changed.
         examples: its inputs; shapes, strides and dtypes are those of all later calls, but for dynamic sizes.
         dynamic: input position -> dimension -> name of the symbol its size is; equal names are equal sizes. Inputs
             with dynamic sizes are contiguous, and their sizes are at least 2.
 
     Returns:
-        The compiled function, and a function that tells whether it holds for given sizes of the symbols.
+        The compiled function, whose first argument are the sizes of the symbols by name, and a function that tells
+        whether it holds for given sizes.
     """
     from torch._inductor.compile_fx import compile_fx  # takes seconds to import
 
@@ -311,7 +322,14 @@ def compile_with_inductor(
                     strides.insert(0, strides[0] * size)
             with fake_mode:
                 fakes.append(torch.empty_strided(shape, strides, dtype=example.dtype, device=example.device))
-        compiled: Any = compile_fx(graph_module, fakes)
+        graph = graph_module.graph
+        first = next(iter(graph.nodes))
+        for number in range(len(symbols)):
+            with graph.inserting_before(first):
+                graph.placeholder(f"size_{number}")
+        graph_module.recompile()
+        compiled: Any = compile_fx(graph_module, [*symbols.values(), *fakes])
+    names = tuple(symbols)
     expressions = {name: symbol.node.expr for name, symbol in symbols.items()}
     guards = [guard.expr for guard in shape_env.guards]
     fixed = {symbol: value for symbol, value in shape_env.replacements.items() if symbol in expressions.values()}
@@ -324,7 +342,10 @@ def compile_with_inductor(
             return False
         return all(bool(guard.xreplace(values)) for guard in guards)
 
-    return compiled, holds
+    def run(sizes: Mapping[Hashable, int], *inputs: Any) -> Any:
+        return compiled(*[sizes[name] for name in names], *inputs)
+
+    return run, holds
 
 
 def compile_forward(function: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:

@@ -225,8 +225,14 @@ def trace(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> TracedGraph:
         names = ", ".join(infos[position].name for position in traced.mutated)
         raise UntraceableGraph(f"it changes its inputs in place: {names}")
     dynamic = (private.StaticTensor, private.DynamicNumber)
+    number = 0
     for node, value in zip(_placeholders(graph), values, strict=True):
-        if not isinstance(value, dynamic):
+        # Names, from which those of cache sites are made, must not depend on whether Dynamo passes sizes as well.
+        if isinstance(value, dynamic):
+            private.rename_placeholder(node, f"input_{number}")
+            number += 1
+        else:
+            private.rename_placeholder(node, "constant")
             node.meta["val"] = value
     for node in list(graph.nodes):
         if node.target in STATIC_CHECKS:

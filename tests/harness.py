@@ -72,7 +72,9 @@ def recipes() -> strategies.SearchStrategy[MaskRecipe]:
 @functools.cache
 def reference_of(network: Network, dtype: torch.dtype = torch.float32) -> Reference:
     """The reference of a network; tracing is slow, so tests share it."""
-    return Reference(network.module(dtype), network.inputs(0, dtype), network.spatial)
+    return Reference(
+        network.module(dtype), network.inputs(0, dtype), network.spatial, channels_last=network.channels_last
+    )
 
 
 @functools.cache

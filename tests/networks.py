@@ -22,18 +22,14 @@ from blocks import (
     Attention,
     Chain,
     ChannelNorm,
-    ConvNext,
-    ConvolvedPosition,
     GatedFeedForward,
     Map,
     OnChannelsLast,
     OnTokens,
     PackedAttention,
-    Positional,
     Residual,
     ResnetBlock,
     SingleHeadAttention,
-    SqueezeExcite,
     activation,
     convolution,
     transposed,
@@ -53,6 +49,7 @@ class Network:
         shapes: of the inputs, in order.
         spatial: positions of the inputs that are maps ``[B, C, H, W]``.
         fixed: positions of the inputs that an edit must not change (timesteps).
+        channels_last: whether the maps come as ``[B, H, W, C]``.
         radius: how far an output position looks in one axis, for networks of convolutions and pointwise operators that
             keep the resolution; None for all others.
     """
@@ -62,6 +59,7 @@ class Network:
     shapes: tuple[tuple[int, ...], ...]
     spatial: tuple[int, ...] = (0,)
     fixed: tuple[int, ...] = ()
+    channels_last: bool = False
     radius: int | None = None
 
     def module(self, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -90,7 +88,8 @@ class Network:
     @property
     def resolution(self) -> tuple[int, int]:
         """Height and width of the finest spatial input."""
-        sizes = [self.shapes[position][2:] for position in self.spatial]
+        first = 1 if self.channels_last else 2
+        sizes = [self.shapes[position][first : first + 2] for position in self.spatial]
         height, width = max(sizes, key=lambda size: size[0] * size[1])
         return height, width
 
@@ -230,102 +229,3 @@ def biased_attention(x: Tensor) -> Tensor:
     bias = -(distance[:, None] - distance[None]).abs() * 0.1
     attended = functional.scaled_dot_product_attention(tokens, tokens, tokens, attn_mask=bias)
     return attended.squeeze(1).transpose(1, 2).reshape(x.shape)
-
-
-def qkv_chunks(x: Tensor) -> Tensor:
-    """Takes the channels apart in three ways and puts them together in another order."""
-    first, second = x.chunk(2, dim=1)
-    third, fourth, fifth = torch.split(x, [1, 3, 4], dim=1)
-    planes = x.unbind(1)
-    return torch.cat([second * first.sigmoid(), torch.stack([planes[3], planes[0]], 1), fifth[:, 1:3]], 1) + torch.cat(
-        [fourth, third, fifth], 1
-    )
-
-
-def windows(x: Tensor) -> Tensor:
-    """Attention within rows: the rows are folded into the batch."""
-    batch, channels, height, width = x.shape
-    rows = x.permute(0, 2, 3, 1).reshape(batch * height, width, channels)
-    attended = functional.scaled_dot_product_attention(rows, rows, rows)
-    return attended.reshape(batch, height, width, channels).permute(0, 3, 1, 2)
-
-
-def masked_in_place(x: Tensor) -> Tensor:
-    """In-place arithmetic on a value of the network's own."""
-    x = x * 2
-    x.add_(1).clamp_(max=3.0)
-    functional.relu(x, inplace=True)
-    return x
-
-
-def twice_the_batch(x: Tensor) -> Tensor:
-    """Stacks a second copy into the batch, computes, and takes the batch apart again."""
-    both = functional.softplus(torch.cat([x, 1 - x], dim=0))
-    first, second = both.chunk(2, dim=0)
-    return first - 0.5 * second
-
-
-SHAPES = [
-    mapped("pool average", lambda x: functional.avg_pool2d(x, 2)),
-    mapped("pool average padded", lambda x: functional.avg_pool2d(x, 3, stride=2, padding=1)),
-    mapped("pool average padding not counted", lambda x: functional.avg_pool2d(x, 3, 2, 1, count_include_pad=False)),
-    mapped("pool average rounded up", lambda x: functional.avg_pool2d(x, 2, ceil_mode=True)),
-    mapped("pool maximum", lambda x: functional.max_pool2d(x, 2)),
-    mapped("pool maximum overlapping", lambda x: functional.max_pool2d(x, 3, stride=1, padding=1)),
-    mapped("pool adaptive", lambda x: functional.adaptive_avg_pool2d(x, (5, 4))),
-    mapped("pool global", lambda x: x * functional.adaptive_avg_pool2d(x, 1)),
-    mapped("nearest by factor", lambda x: functional.interpolate(x, scale_factor=2.0, mode="nearest")),
-    mapped("nearest to size", lambda x: functional.interpolate(x, size=(20, 11), mode="nearest")),
-    mapped("nearest down", lambda x: functional.interpolate(x, size=(6, 5), mode="nearest")),
-    mapped("nearest exact", lambda x: functional.interpolate(x, size=(20, 11), mode="nearest-exact")),
-    mapped("bilinear by factor", lambda x: functional.interpolate(x, scale_factor=2.0, mode="bilinear")),
-    mapped("bilinear aligned", lambda x: functional.interpolate(x, size=(20, 11), mode="bilinear", align_corners=True)),
-    mapped("bilinear down", lambda x: functional.interpolate(x, size=(6, 5), mode="bilinear")),
-    mapped("bicubic", lambda x: functional.interpolate(x, size=(20, 11), mode="bicubic")),
-    mapped("bilinear antialiased", lambda x: functional.interpolate(x, size=(6, 5), mode="bilinear", antialias=True)),
-    plain(
-        "pixel shuffle", lambda: convolution(channels_out=12), lambda: Map(nn.PixelShuffle(2)), lambda: convolution(3)
-    ),
-    plain(
-        "pixel unshuffle",
-        convolution,
-        lambda: Map(nn.PixelUnshuffle(2)),
-        lambda: convolution(4 * CHANNELS),
-        size=(14, 10),
-    ),
-    mapped("chunk split unbind", qkv_chunks, radius=2),
-    mapped("squeeze", lambda x: x * torch.sigmoid(x.mean(dim=(2, 3), keepdim=True))),
-    mapped("flip", lambda x: torch.flip(x, [3])),
-    mapped("roll", lambda x: torch.roll(x, shifts=(2, -1), dims=(2, 3))),
-    mapped("cumulative sum", lambda x: torch.cumsum(x, dim=2) * 0.1),
-    mapped("fourier", lambda x: torch.fft.irfft2(torch.fft.rfft2(x) * 0.5, s=x.shape[2:])),
-    mapped(
-        "einsum of channels", lambda x: torch.einsum("bchw,cd->bdhw", x, torch.linspace(-1, 1, 64).to(x).view(8, 8))
-    ),
-    mapped("einsum of space", lambda x: torch.einsum("bchw,bdhw,bdij->bcij", x, x, x) * 1e-2),
-    mapped("softmax of channels", lambda x: torch.softmax(x, dim=1), radius=2),
-    mapped("softmax of space", lambda x: torch.softmax(x.flatten(2), dim=-1).view(x.shape) * 50),
-    mapped("normalised channels", lambda x: functional.normalize(x, dim=1), radius=2),
-    mapped("maximum of space", lambda x: x - x.amax(dim=(2, 3), keepdim=True)),
-    mapped("where", lambda x: torch.where(x > 0, x, 0.2 * x.exp()), radius=2),
-    mapped("double precision inside", lambda x: (x.double().tanh() * 2).to(x.dtype), radius=2),
-    mapped("swapped axes", lambda x: x.transpose(2, 3).tanh().transpose(2, 3).contiguous(), radius=2),
-    mapped("windows", windows),
-    mapped("in place", masked_in_place, radius=2),
-    mapped("twice the batch", twice_the_batch),
-    plain("squeeze-excite", convolution, SqueezeExcite, convolution),
-    plain("convnext", ConvNext, ConvNext),
-    plain(
-        "channels last",
-        convolution,
-        lambda: OnChannelsLast(nn.Sequential(nn.Linear(8, 24), nn.GELU(), nn.Linear(24, 8))),
-    ),
-    plain("positions", convolution, lambda: Positional(HEIGHT, WIDTH), convolution),
-    plain("convolved position", convolution, lambda: ConvolvedPosition(HEIGHT, WIDTH), convolution),
-    plain("batch of one", convolution, lambda: Attention(), lambda: Map(nn.GroupNorm(2, CHANNELS)), batch=1),
-    plain("one row", convolution, lambda: Map(nn.GroupNorm(2, CHANNELS)), size=(1, 19)),
-    plain("square", convolution, Attention, convolution, size=(6, 6)),
-    plain("nothing to compute", lambda: Map(lambda x: x + 0)),
-]
-
-BLOCKS = [*CONVOLUTIONS, *NORMS, *ATTENTION, *SHAPES]

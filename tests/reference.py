@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 
 aten = torch.ops.aten
 
-# Operators whose result may have a resolution that no input had; their results are always [B, C, H, W].
+# Operators whose result may have a resolution that no input had, next to slices of maps; it is always [B, C, H, W].
 RESAMPLING = (
     "conv2d",
     "conv_transpose2d",
@@ -168,12 +168,18 @@ class Reference:
     Args:
         model: takes tensors by position and returns tensors, in any nesting.
         inputs: example inputs; their sizes are fixed.
-        spatial: positions of the inputs ``[B, C, H, W]`` that are maps.
+        spatial: positions of the inputs that are maps.
+        channels_last: whether those are ``[B, H, W, C]`` instead of ``[B, C, H, W]``.
         norm: ``"exact"``, or ``"cached"`` for group norms that keep the recorded statistics.
     """
 
     def __init__(
-        self, model: nn.Module, inputs: Sequence[Tensor], spatial: Sequence[int] = (0,), norm: str = "exact"
+        self,
+        model: nn.Module,
+        inputs: Sequence[Tensor],
+        spatial: Sequence[int] = (0,),
+        norm: str = "exact",
+        channels_last: bool = False,
     ) -> None:
         with torch.no_grad():
             program = torch.export.export(model, tuple(inputs), strict=False).run_decompositions({})
@@ -184,23 +190,27 @@ class Reference:
         placeholders = [node for node in self.nodes if node.op == "placeholder"]
         assert len(placeholders) == len(inputs), "networks under test take tensors by position only"
         self.batch = inputs[spatial[0]].shape[0]
-        sizes = [height_and_width(inputs[position]) for position in spatial]
+        maps = [inputs[position].movedim(-1, 1) if channels_last else inputs[position] for position in spatial]
+        sizes = [height_and_width(value) for value in maps]
         self.finest = max(sizes, key=lambda size: size[0] * size[1])
-        self.places = self._find_places({placeholders[position] for position in spatial}, inputs, spatial)
+        self.places = self._find_places({placeholders[position] for position in spatial}, set(sizes))
         results = flatten_nodes(self.module.graph.output_node().args[0])
         self.outputs = [(self.places.get(node.name, (None,))[0], node.meta["val"].dim()) for node in results]
 
     def _find_places(
-        self, sources: set[fx.Node], inputs: Sequence[Tensor], spatial: Sequence[int]
+        self, sources: set[fx.Node], resolutions: set[tuple[int, int]]
     ) -> dict[str, tuple[Place | None, ...]]:
         derived = set(sources)
         for node in self.nodes:
             if any(source in derived for source in node.all_input_nodes):
                 derived.add(node)
-        resolutions = {height_and_width(inputs[position]) for position in spatial}
-        for node in derived:
-            if node.op == "call_function" and any(name in str(node.target) for name in RESAMPLING):
-                resolutions |= {height_and_width(value) for value in flatten(node.meta.get("val")) if value.dim() == 4}
+        for node in self.nodes:
+            if node not in derived or node.op != "call_function":
+                continue
+            results = [value for value in flatten(node.meta.get("val")) if value.dim() == 4]
+            cuts = node.target is aten.slice.Tensor and tuple(node.args[0].meta["val"].shape[2:]) in resolutions
+            if cuts or any(name in str(node.target) for name in RESAMPLING):
+                resolutions |= {height_and_width(value) for value in results}
         self.resolutions = sorted(resolutions)
         return {
             node.name: tuple(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given, settings, strategies
+from shape_networks import BLOCKS
 from torch import Tensor, nn
 from torch.nn import functional
 
 from composite_networks import COMPOSITES
 from harness import MaskRecipe, dense_outputs, recipes, reference_of
-from networks import BLOCKS, Network
+from networks import Network
 from reference import AmbiguousShapeError, Place, Reference, locate, reduce_mask
 from tolerances import assert_identical, assert_near
 

@@ -76,17 +76,19 @@ def test_stride_padding_and_dilation_go_into_the_stencil(arguments, weight, expe
 
 
 @pytest.mark.parametrize(
-    ("padding", "kernel", "expected"),
+    ("padding", "kernel", "dilation", "expected"),
     [
-        ("same", (3, 5), stencil(kernel=(3, 5), padding=(1, 2))),
-        ("same", (4, 2), stencil(kernel=(4, 2), padding=(1, 0))),
-        ("valid", (3, 2), stencil(Domain(3, 3), (3, 2), padding=(0, 0))),
+        ("same", (3, 5), [1, 1], stencil(kernel=(3, 5), padding=(1, 2))),
+        ("same", (4, 2), [1, 1], stencil(kernel=(4, 2), padding=(1, 0))),
+        ("same", (4, 3), [3, 2], stencil(kernel=(4, 3), padding=(4, 2), dilation=(3, 2))),
+        ("valid", (3, 2), [1, 1], stencil(Domain(3, 3), (3, 2), padding=(0, 0))),
     ],
 )
-def test_padding_by_name(padding, kernel, expected) -> None:
+def test_padding_by_name(padding, kernel, dilation, expected) -> None:
     builder = GraphBuilder()
     weight = builder.parameter(8, 6, *kernel)
-    module, _ = run(builder, builder.call(aten.conv2d.padding, builder.picture(), weight, None, [1, 1], padding))
+    conv = builder.call(aten.conv2d.padding, builder.picture(), weight, None, [1, 1], padding, dilation)
+    module, _ = run(builder, conv)
     assert spell(outputs(module)[0]) == rows_convolution(expected)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from shape_networks import BLOCKS
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -15,7 +16,6 @@ from fisedit_compile.errors import ScalarMismatchError
 from composite_networks import COMPOSITES
 from diffusers_networks import DIFFUSERS
 from harness import Case, MaskRecipe, compile_network, compiled, outputs_of, reference_of
-from networks import BLOCKS
 from tolerances import assert_near
 
 ALL = {network.name: network for network in (*BLOCKS, *COMPOSITES, *DIFFUSERS)}

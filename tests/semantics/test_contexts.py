@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from shape_networks import BLOCKS
 from torch import Tensor, nn
 
 import fisedit_compile as fisedit
@@ -11,7 +12,7 @@ import fisedit_compile as fisedit
 from composite_networks import COMPOSITES
 from diffusers_networks import DIFFUSERS
 from harness import MaskRecipe, compile_network, compiled, dense_outputs, outputs_of, reference_of
-from networks import BLOCKS, Network
+from networks import Network
 from tolerances import assert_identical, assert_near
 
 ALL = {network.name: network for network in (*BLOCKS, *COMPOSITES, *DIFFUSERS)}

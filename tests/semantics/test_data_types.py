@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from shape_networks import BLOCKS
 
 from composite_networks import COMPOSITES
 from diffusers_networks import DIFFUSERS
 from harness import MaskRecipe, compile_network
-from networks import BLOCKS
 from tolerances import assert_identical
 
 ALL = {network.name: network for network in (*BLOCKS, *COMPOSITES, *DIFFUSERS)}

@@ -7,13 +7,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 from hypothesis import example, given, settings
+from shape_networks import BLOCKS
 from torch import nn
 from torch.nn import functional
 
 from composite_networks import COMPOSITES
 from diffusers_networks import DIFFUSERS
 from harness import Case, MaskRecipe, compile_network, dense_outputs, recipes
-from networks import BLOCKS, Network
+from networks import Network
 from tolerances import assert_identical
 
 KEEPS_DYNAMO = True  # the tests of a network share one compilation
@@ -68,7 +69,7 @@ def test_empty_mask_is_the_recording(case: Case) -> None:
 @given(recipe=recipes())
 @example(MaskRecipe("ragged", 3))
 @example(MaskRecipe("per-sample", 5))
-@settings(max_examples=4)
+@settings(max_examples=settings.default.max_examples - 1)
 def test_any_mask_is_the_masked_reference(case: Case, recipe: MaskRecipe) -> None:
     mask, inputs = case.mask(recipe), case.network.inputs(2 + recipe.seed % 3)
     outputs = case.edit(inputs, mask)
@@ -78,7 +79,7 @@ def test_any_mask_is_the_masked_reference(case: Case, recipe: MaskRecipe) -> Non
 
 @given(recipe=recipes())
 @example(MaskRecipe("ragged", 3))
-@settings(max_examples=2)
+@settings(max_examples=settings.default.max_examples // 2)
 def test_unchanged_inputs_are_the_recording(case: Case, recipe: MaskRecipe) -> None:
     outputs = case.edit(case.network.inputs(0), case.mask(recipe))
     case.assert_all_near(outputs, case.recorded, f"with unchanged inputs, {recipe}")

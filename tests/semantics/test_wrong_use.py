@@ -7,6 +7,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from shape_networks import BLOCKS
 from torch import Tensor
 
 import fisedit_compile as fisedit
@@ -23,7 +24,7 @@ from fisedit_compile.errors import (
 
 from composite_networks import COMPOSITES
 from harness import Case, MaskRecipe, compile_network, compiled
-from networks import BLOCKS, Network
+from networks import Network
 from tolerances import assert_identical
 
 ALL = {network.name: network for network in (*BLOCKS, *COMPOSITES)}

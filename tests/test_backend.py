@@ -1,0 +1,286 @@
+"""The backend: registration, options, what identifies a graph, graphs that stay dense, strictness of Dynamo."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from shape_networks import BLOCKS
+from torch import Tensor, fx, nn
+from torch.nn import functional
+
+import fisedit_compile as fisedit
+from fisedit_compile import backend
+from fisedit_compile.errors import CallMismatchError, OptionError
+from fisedit_compile.executable import Executable
+from fisedit_compile.tracing import trace
+
+from tolerances import assert_identical
+
+NETWORKS = {network.name: network for network in BLOCKS}
+MASK = torch.zeros(13, 9)
+MASK[3:6, 2:5] = 1
+
+
+class Small(nn.Module):
+    """A convolution, and whatever a test wants behind it."""
+
+    def __init__(self, function: Callable[..., Any] = torch.relu) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 4, 3, padding=1)
+        self.function = function
+
+    def forward(self, x: Tensor, *arguments: Any) -> Any:
+        return self.function(self.convolution(x), *arguments)
+
+
+class Keeping:
+    """The backend, keeping what it returns."""
+
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+        self.found: list[Executable] = []
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Executable:
+        self.found.append(backend.fisedit(gm, example_inputs, options=self.options))
+        return self.found[-1]
+
+
+def executable_of(module: nn.Module, *inputs: Any, **options: Any) -> Executable:
+    """What one call of the module is compiled to."""
+    keeping = Keeping(**options)
+    torch.compiler.reset()
+    with torch.no_grad():
+        torch.compile(module, backend=keeping)(*inputs)
+    (found,) = keeping.found
+    return found
+
+
+def hash_of(module: nn.Module, *inputs: Any, **options: Any) -> str:
+    return executable_of(module, *inputs, **options).identity.graph_hash
+
+
+def picture(width: int = 9) -> Tensor:
+    return torch.randn(2, 3, 13, width, generator=torch.Generator().manual_seed(0))
+
+
+def test_pytorch_finds_the_backend() -> None:
+    assert "fisedit" in torch.compiler.list_backends()
+
+
+def test_outside_of_contexts_outputs_and_gradients_are_those_of_eager() -> None:
+    network = NETWORKS["transformer block"]
+    eager, compiled = network.module().requires_grad_(True), network.module().requires_grad_(True)
+    inputs = network.inputs(0)
+    expected = eager(*inputs)
+    output = torch.compile(compiled, backend="fisedit")(*inputs)
+    assert_identical(output, expected, "dense")
+    expected.square().sum().backward()
+    output.square().sum().backward()
+    for wanted, got in zip(eager.parameters(), compiled.parameters(), strict=True):
+        assert wanted.grad is not None and got.grad is not None
+        assert_identical(got.grad, wanted.grad, "gradient")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"options": {"speed": 11}}, "unknown option 'speed'; valid options are runtime, norm, lowering"),
+        ({"options": {"lowering": "fast"}}, "lowering must be one of plain, inductor"),
+        ({"options": {"runtime": "mine"}}, "runtime must be a fisedit_compile.Runtime, got a str"),
+        ({"options": {"disable_passes": "verify"}}, "cannot disable verify"),
+        ({"mode": "fastest"}, "unknown mode 'fastest'; valid modes are default"),
+    ],
+)
+def test_wrong_options(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        backend.fisedit(fx.symbolic_trace(lambda x: (x + 1,)), [picture()], **settings)
+
+
+def test_wrong_options_leave_a_context_as_themselves() -> None:
+    runtime = fisedit.Runtime()
+    module = torch.compile(Small(), backend="fisedit", options={"runtime": runtime, "norm": "wrong"})
+    with pytest.raises(OptionError, match="exact, cached"), runtime.record("base"), torch.no_grad():
+        module(picture())
+
+
+@pytest.mark.parametrize(
+    ("mode", "lowering"), [(None, "plain"), ("reduce-overhead", "plain"), ("max-autotune", "inductor")]
+)
+def test_modes(mode: str | None, lowering: str) -> None:
+    seen: list[Executable] = []
+
+    def keeping(gm: fx.GraphModule, example_inputs: Sequence[Any], **settings: Any) -> Executable:
+        seen.append(backend.fisedit(gm, example_inputs, **settings))
+        return seen[-1]
+
+    with torch.no_grad():
+        torch.compile(Small(), backend=keeping, mode=mode)(picture())
+    assert seen[0]._lowering == lowering
+
+
+def test_without_a_runtime_it_is_the_default_one() -> None:
+    assert executable_of(Small(), picture())._runtime is fisedit.default_runtime()
+
+
+def test_the_hash_is_the_same_for_the_same_structure() -> None:
+    first = hash_of(Small(), picture())
+    assert hash_of(Small(), picture()) == first, "another instance"
+    with torch.inference_mode():
+        assert hash_of(Small(), picture()) == first
+    assert hash_of(Small(), picture(), runtime=fisedit.Runtime(), lowering="inductor") == first
+
+
+def test_the_hash_is_the_same_when_dynamo_made_the_size_dynamic() -> None:
+    first = hash_of(Small(), picture(7))
+    keeping = Keeping()
+    torch.compiler.reset()
+    compiled = torch.compile(Small(), backend=keeping)
+    with torch.no_grad():
+        compiled(picture(9))
+        compiled(picture(7))
+    assert len(keeping.found[1].identity.constants) > 0, "the size came as an input"
+    assert [found.identity.graph_hash == first for found in keeping.found] == [False, True]
+    assert keeping.found[1].program is not None
+    names = [site.name for site in keeping.found[1].program.sites]
+    assert names == [site.name for site in executable_of(Small(), picture(7)).program.sites]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: hash_of(Small(), picture(8)),
+        lambda: hash_of(Small(functional.gelu), picture()),
+        lambda: hash_of(Small(lambda x: x + torch.tensor(2.0)), picture()),
+        lambda: hash_of(Small().double(), picture().double()),
+        lambda: hash_of(Small(lambda x: x + torch.tensor(1.0)), picture(), norm="cached"),
+        lambda: hash_of(Small(lambda x: x + torch.tensor(1.0)), picture(), disable_passes="sparsify_pointwise"),
+    ],
+)
+def test_the_hash_tells_graphs_apart(other: Callable[[], str]) -> None:
+    assert other() != hash_of(Small(lambda x: x + torch.tensor(1.0)), picture())
+
+
+def test_the_hash_tells_autocast_apart() -> None:
+    plain = executable_of(Small(), picture())
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = executable_of(Small(), picture())
+    assert cast.identity.graph_hash != plain.identity.graph_hash
+    assert "autocast cpu bfloat16" in cast.identity.label and "autocast" not in plain.identity.label
+
+
+def test_the_hash_does_not_depend_on_memory_addresses() -> None:
+    """Functions print with their address; those of an untraced graph are Python functions."""
+    gm = fx.symbolic_trace(lambda x: functional.dropout(x, 0.5))
+    text = backend._target_name(functional.dropout)
+    assert text == "torch.nn.functional.dropout"
+    assert any(node.target is functional.dropout for node in gm.graph.nodes)
+
+
+def test_autocast_around_record_and_edit() -> None:
+    runtime = fisedit.Runtime()
+    module = Small()
+    compiled = torch.compile(module, backend="fisedit", options={"runtime": runtime})
+    x, changed = picture(), picture() + 1
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with runtime.record("base"):
+            recorded = compiled(x)
+        with runtime.edit("base", mask=torch.ones(13, 9)):
+            edited = compiled(changed)
+        assert recorded.dtype == edited.dtype == torch.bfloat16
+        torch.testing.assert_close(edited.float(), module(changed).float(), atol=0.05, rtol=0.02)
+    with pytest.raises(CallMismatchError, match="autocast"), runtime.edit("base", mask=MASK), torch.no_grad():
+        compiled(x)
+
+
+def test_a_graph_that_stays_dense_is_recorded_edited_and_named(caplog: pytest.LogCaptureFixture) -> None:
+    runtime = fisedit.Runtime()
+    module = Small(lambda x: functional.dropout(x, 0.5, training=True))
+    compiled = torch.compile(module, backend="fisedit", options={"runtime": runtime})
+    with caplog.at_level(logging.WARNING, "fisedit_compile"), torch.no_grad():
+        with runtime.record("base"):
+            compiled(picture())
+        with runtime.edit("base", mask=MASK):
+            compiled(picture())
+    (record,) = caplog.records
+    assert "runs densely: aten.dropout.default is random" in record.getMessage()
+    assert runtime.stats.calls == {"record": 1, "edit": 0, "dense": 1}
+
+
+def test_training_is_left_alone() -> None:
+    """Batch statistics are updated by the dense graph, outside and inside of contexts."""
+    runtime = fisedit.Runtime()
+    module, plain = (nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).train() for _ in range(2))
+    plain.load_state_dict(module.state_dict())
+    compiled = torch.compile(module, backend="fisedit", options={"runtime": runtime})
+    with torch.no_grad(), runtime.record("base"):
+        output = compiled(picture())
+        assert_identical(output, plain(picture()))
+    assert_identical(module.get_buffer("1.running_mean"), plain.get_buffer("1.running_mean"))
+
+
+def test_two_instances_of_one_class() -> None:
+    runtime = fisedit.Runtime()
+    modules = [Small(), Small()]
+    compiled = [torch.compile(module, backend="fisedit", options={"runtime": runtime}) for module in modules]
+    x = picture()
+    with torch.no_grad():
+        with runtime.record("base"):
+            recorded = [call(x) for call in compiled]
+        with runtime.edit("base", mask=torch.zeros(4, 4)):
+            assert_identical(compiled[1](x + 1), recorded[1])
+            assert_identical(compiled[0](x + 1), recorded[0])
+    assert not torch.equal(recorded[0], recorded[1])
+
+
+def test_python_numbers() -> None:
+    """Changing ones are refused with advice; constant ones work."""
+    runtime = fisedit.Runtime()
+    module = Small(lambda x, number: x * number)
+    compiled = torch.compile(module, backend="fisedit", options={"runtime": runtime})
+    with torch.no_grad():
+        with pytest.raises(CallMismatchError, match="pass it as a tensor"), runtime.record("base"):
+            for number in (981, 961, 941):
+                compiled(picture(), number)
+        with runtime.record("base"):
+            for _ in range(3):
+                compiled(picture(), 921)
+        with runtime.edit("base", mask=torch.ones(13, 9)):
+            for _ in range(3):
+                torch.testing.assert_close(compiled(picture() + 1, 921), module(picture() + 1, 921))
+
+
+def test_an_unchanged_graph_is_not_compiled_again() -> None:
+    """What was traced keeps working for other weights, masks and contexts."""
+    keeping = Keeping(runtime=fisedit.Runtime())
+    compiled = torch.compile(Small(), backend=keeping)
+    runtime = keeping.options["runtime"]
+    with torch.no_grad():
+        for _ in range(3):
+            with runtime.record("base"):
+                compiled(picture())
+            with runtime.edit("base", mask=MASK):
+                compiled(picture())
+    assert len(keeping.found) == 1
+
+
+def test_constants_count_in_the_hash() -> None:
+    graphs = []
+    for value in (1.0, 2.0):
+        torch.compiler.reset()
+
+        def keep(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
+            graphs.append(trace(gm, example_inputs))
+            return gm
+
+        torch.compile(lambda x, value=value: x + torch.tensor([value, 0.0]), backend=keep)(torch.randn(3, 2))
+    first, second = graphs
+    assert backend.structural_hash(first.gm, first.input_infos) != backend.structural_hash(
+        second.gm, second.input_infos
+    )
+    assert backend.structural_hash(first.gm, first.input_infos, "a") != backend.structural_hash(
+        first.gm, first.input_infos, "b"
+    )
