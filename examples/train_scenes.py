@@ -87,9 +87,7 @@ def unet(
     batch: Annotated[int, typer.Option(help="Pictures in a step.")] = 16,
     peak_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 7e-4,
     bank_size: Annotated[int, typer.Option(help="Pictures kept as latents; a multiple of 32.")] = 1024,
-    layout_from: Annotated[
-        int, typer.Option(help="First step that trains the layout alone.")
-    ] = LAYOUT_STEPS.start,
+    layout_from: Annotated[int, typer.Option(help="First step that trains the layout alone.")] = LAYOUT_STEPS.start,
     layout_to: Annotated[int, typer.Option(help="First step after those.")] = LAYOUT_STEPS.stop,
     workers: Annotated[int, typer.Option(help="Threads that share a batch; 1 on a GPU.")] = 2,
     device: Device = "cpu",
@@ -214,9 +212,7 @@ def evaluate(
 def score(pictures: list[np.ndarray], scenes: list[Scene]) -> dict[str, float]:
     """The share of pictures that show their scene: in every attribute together, and in each one."""
     verdicts = [check(picture, scene) for picture, scene in zip(pictures, scenes, strict=True)]
-    shares: dict[str, float] = {
-        name: sum(verdict[name] for verdict in verdicts) / len(verdicts) for name in ATTRIBUTES
-    }
+    shares: dict[str, float] = {name: sum(verdict[name] for verdict in verdicts) / len(verdicts) for name in ATTRIBUTES}
     every = sum(all(verdict.values()) for verdict in verdicts) / len(verdicts)
     return {"pictures": len(verdicts), "all_attributes": every, **shares}
 

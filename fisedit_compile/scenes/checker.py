@@ -80,9 +80,7 @@ def _as_pixels(picture: Image.Image | NDArray[np.uint8]) -> NDArray[np.float32]:
     """The picture as ``float32`` of shape ``[128, 128, 3]`` with values from 0 to 255."""
     pixels = np.asarray(picture.convert("RGB") if isinstance(picture, Image.Image) else picture)
     if pixels.shape != (SIZE, SIZE, 3) or pixels.dtype != np.uint8:
-        raise ValueError(
-            f"the picture is {pixels.dtype} {list(pixels.shape)}, and has to be uint8 [{SIZE}, {SIZE}, 3]"
-        )
+        raise ValueError(f"the picture is {pixels.dtype} {list(pixels.shape)}, and has to be uint8 [{SIZE}, {SIZE}, 3]")
     return pixels.astype(np.float32)
 
 
@@ -95,9 +93,7 @@ def _read_time(pixels: NDArray[np.float32]) -> TimeOfDay:
 def _read_ground(pixels: NDArray[np.float32], time: TimeOfDay) -> Ground:
     """The ground whose colour, at this time of day, is nearest to the bottom of the picture."""
     colour = np.median(pixels[_GROUND_ROWS].reshape(-1, 3), axis=0)
-    return min(
-        GROUNDS, key=lambda ground: float(np.abs(colour - np.array(ground_value(ground, time))).mean())
-    )
+    return min(GROUNDS, key=lambda ground: float(np.abs(colour - np.array(ground_value(ground, time))).mean()))
 
 
 def _nearest(

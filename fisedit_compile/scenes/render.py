@@ -195,9 +195,7 @@ def _paint_object(canvas: _Canvas, scene: Scene, seed: int) -> None:
         canvas.box(x - 4, base - 13, x + 4, base, DARK_VALUE)
     else:
         canvas.box(x - 22, base - 18, x + 22, base - 5, colour)
-        canvas.polygon(
-            [(x - 14, base - 17), (x - 9, base - 29), (x + 9, base - 29), (x + 14, base - 17)], colour
-        )
+        canvas.polygon([(x - 14, base - 17), (x - 9, base - 29), (x + 9, base - 29), (x + 14, base - 17)], colour)
         for wheel in (-12.5, 12.5):
             canvas.ellipse(x + wheel, base - 5, 6, 6, DARK_VALUE)
 

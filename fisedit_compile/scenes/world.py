@@ -93,9 +93,7 @@ def all_scenes() -> list[Scene]:
     subjects.append(("nothing", COLOURS[0], PLACES[0]))
     return [
         Scene(object_kind, colour, place, ground, time, fireworks)
-        for (object_kind, colour, place), ground, time, fireworks in product(
-            subjects, GROUNDS, TIMES, (False, True)
-        )
+        for (object_kind, colour, place), ground, time, fireworks in product(subjects, GROUNDS, TIMES, (False, True))
     ]
 
 

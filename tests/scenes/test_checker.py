@@ -12,9 +12,7 @@ from fisedit_compile.scenes import ATTRIBUTES, Scene, all_scenes, caption, check
 
 def test_checker_agrees_with_the_renderer() -> None:
     scenes = random.Random(1).sample(all_scenes(), 120)
-    wrong = [
-        scene for number, scene in enumerate(scenes) if not all(check(render(scene, number), scene).values())
-    ]
+    wrong = [scene for number, scene in enumerate(scenes) if not all(check(render(scene, number), scene).values())]
     assert not wrong
 
 

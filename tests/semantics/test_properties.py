@@ -69,7 +69,7 @@ def test_empty_mask_is_the_recording(case: Case) -> None:
 @given(recipe=recipes())
 @example(MaskRecipe("ragged", 3))
 @example(MaskRecipe("per-sample", 5))
-@settings(max_examples=settings.default.max_examples - 1)
+@settings(max_examples=settings().max_examples - 1)
 def test_any_mask_is_the_masked_reference(case: Case, recipe: MaskRecipe) -> None:
     mask, inputs = case.mask(recipe), case.network.inputs(2 + recipe.seed % 3)
     outputs = case.edit(inputs, mask)
@@ -79,7 +79,7 @@ def test_any_mask_is_the_masked_reference(case: Case, recipe: MaskRecipe) -> Non
 
 @given(recipe=recipes())
 @example(MaskRecipe("ragged", 3))
-@settings(max_examples=settings.default.max_examples // 2)
+@settings(max_examples=settings().max_examples // 2)
 def test_unchanged_inputs_are_the_recording(case: Case, recipe: MaskRecipe) -> None:
     outputs = case.edit(case.network.inputs(0), case.mask(recipe))
     case.assert_all_near(outputs, case.recorded, f"with unchanged inputs, {recipe}")

@@ -96,7 +96,7 @@ def random_networks() -> strategies.SearchStrategy[Network]:
 
 
 @given(network=random_networks(), drawn=strategies.lists(recipes(), min_size=2, max_size=2))
-@settings(max_examples=settings.default.max_examples + 7)
+@settings(max_examples=settings().max_examples + 7)
 def test_random_networks(network: Network, drawn: list[MaskRecipe]) -> None:
     torch.compiler.reset()
     try:
