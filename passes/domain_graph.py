@@ -13,6 +13,7 @@ from fisedit_compile.passes.resample import FAMILY as RESAMPLE
 from fisedit_compile.passes.sparsify_attention import FAMILY as ATTENTION
 from fisedit_compile.passes.sparsify_conv import FAMILY as CONVOLUTION
 from fisedit_compile.passes.sparsify_layout import FAMILY as LAYOUT
+from fisedit_compile.passes.sparsify_layout import PERMUTES, permutation
 from fisedit_compile.passes.sparsify_norm import TARGETS as NORMS
 from fisedit_compile.passes.targets import ANCHORS, is_elementwise
 from fisedit_compile.runtime.spec import Domain
@@ -55,6 +56,26 @@ def is_attention_bias(flow: networkx.DiGraph, name: str) -> bool:
         ATTENTION.matches(reader.target) and read_arguments(reader)["attn_mask"] is value
         for reader, value in _local_descendants(flow, name)
     )
+
+
+def reads_channels_last(flow: networkx.DiGraph, name: str) -> bool:
+    """Whether a rank-4 input is ``[B, H, W, C]``: it is permuted to ``[B, C, H, W]`` before it reaches an anchor."""
+    stack: list[tuple[str, tuple[int, ...]]] = [(name, (0, 1, 2, 3))]
+    seen: set[tuple[str, tuple[int, ...]]] = set()
+    while stack:
+        vertex, order = stack.pop()
+        if (vertex, order) in seen:
+            continue
+        seen.add((vertex, order))
+        for reader in (flow.nodes[successor]["node"] for successor in flow[vertex]):
+            if reader.target in ANCHORS:
+                return order == (0, 3, 1, 2)
+            if reader.target in PERMUTES:
+                moved = permutation(reader, 4)
+                stack.append((reader.name, tuple(order[dim] for dim in moved)))
+            elif is_elementwise(reader.target):
+                stack.append((reader.name, order))
+    return False
 
 
 def connection_kind(node: fx.Node) -> str:

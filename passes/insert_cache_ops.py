@@ -97,7 +97,7 @@ def insert_cache_ops(
     recorder = _Recorder(record.graph, {str(node.meta.get("origin", node.name)): node for node in record.graph.nodes})
     outputs: dict[str, str] = {}
     output = next(iter(reversed(record.graph.nodes)))
-    for number, value in enumerate(output.args[0]):  # type: ignore[arg-type]
+    for number, value in enumerate(output.args[0]):
         if not isinstance(value, fx.Node):
             continue
         name, spatial = f"output:{number}", spatial_of(value)

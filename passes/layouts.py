@@ -13,6 +13,7 @@ from fisedit_compile.runtime.spec import Domain
 
 BATCH, HEIGHT, WIDTH, SPACE, CHANNEL = "batch", "height", "width", "space", "channel"
 NCHW = (BATCH, CHANNEL, HEIGHT, WIDTH)
+NHWC = (BATCH, HEIGHT, WIDTH, CHANNEL)
 
 
 @dataclass(frozen=True)

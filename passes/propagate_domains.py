@@ -26,13 +26,19 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from fisedit_compile.passes.domain_graph import data_flow, domain_graph, is_attention_bias, reaches_anchor
+from fisedit_compile.passes.domain_graph import (
+    data_flow,
+    domain_graph,
+    is_attention_bias,
+    reaches_anchor,
+    reads_channels_last,
+)
 from fisedit_compile.passes.family import Family
 from fisedit_compile.passes.ir import reads_spatial, shape_of, spatial_of
-from fisedit_compile.passes.layouts import NCHW, Spatial, recognise_layout
+from fisedit_compile.passes.layouts import HEIGHT, NCHW, NHWC, WIDTH, Spatial, recognise_layout
 from fisedit_compile.passes.program import InputInfo
 from fisedit_compile.passes.report import Report
-from fisedit_compile.passes.targets import RESOLUTION_CHANGES
+from fisedit_compile.passes.targets import RESOLUTION_CHANGES, aten
 from fisedit_compile.runtime.spec import Domain
 
 NAME = "propagate_domains"
@@ -41,7 +47,7 @@ BEHIND = "it reads what a dense operator made of a spatial value"
 
 
 def find_spatial_inputs(graph: fx.Graph, infos: Sequence[InputInfo], report: Report) -> list[fx.Node]:
-    """The spatial inputs; a rank-4 input that is not spatial is reported with its reason."""
+    """Annotate the spatial inputs; a rank-4 input that is not spatial is reported with its reason."""
     flow = data_flow(graph)
     found: list[fx.Node] = []
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
@@ -59,8 +65,28 @@ def find_spatial_inputs(graph: fx.Graph, infos: Sequence[InputInfo], report: Rep
         elif found and shape_of(found[0])[0] != value.shape[0]:
             report.miss(NAME, node, f"its batch is {value.shape[0]}, not {shape_of(found[0])[0]}")
         else:
+            dims = NHWC if reads_channels_last(flow, node.name) else NCHW
+            size = (value.shape[dims.index(name)] for name in (HEIGHT, WIDTH))
+            node.meta["spatial"] = Spatial(Domain(*map(int, size)), dims)
             found.append(node)
     return found
+
+
+def find_resolutions(derived: Sequence[fx.Node], batch: int, domains: set[Domain]) -> None:
+    """Add the resolutions that padding, pooling, resizing and cropping lead to, so that shapes can be recognised."""
+    for node in derived:
+        value = node.meta.get("val")
+        if not isinstance(value, torch.Tensor) or value.dim() != 4 or value.shape[0] != batch:
+            continue
+        source = node.args[0] if node.args else None
+        cropped = (
+            node.target is aten.slice.Tensor
+            and isinstance(source, fx.Node)
+            and Domain(*shape_of(source)[2:]) in domains
+        )
+        domain = Domain(*shape_of(node)[2:])
+        if (cropped or node.target in RESOLUTION_CHANGES) and domain.size > 1:
+            domains.add(domain)
 
 
 def _recognise(node: fx.Node, batch: int, domains: set[Domain]) -> None:
@@ -101,19 +127,19 @@ def propagate_domains(
     """Run the pass in place and return the module."""
     graph = graph_module.graph
     inputs = find_spatial_inputs(graph, infos, report)
-    domains: set[Domain] = set()
-    for node in inputs:
-        domain = Domain(*shape_of(node)[2:])
-        domains.add(domain)
-        node.meta["spatial"] = Spatial(domain, NCHW)
-    derived = set(inputs)
+    domains = {spatial.domain for node in inputs if (spatial := spatial_of(node))}
+    derived = dict.fromkeys(inputs)
     for node in graph.nodes:
         node.meta["origin"] = node.name
-        if node.op != "call_function" or not any(value in derived for value in node.all_input_nodes):
+        if node.op == "call_function" and any(value in derived for value in node.all_input_nodes):
+            derived[node] = None
+    batch = shape_of(inputs[0])[0] if inputs else 0
+    find_resolutions(list(derived), batch, domains)
+    for node in derived:
+        if node in inputs:
             continue
-        derived.add(node)
-        batch = shape_of(inputs[0])[0]
-        outputs = node.args[0].meta.get("spatial_outputs") if node.target is operator.getitem else None
+        source = node.args[0] if node.target is operator.getitem else None
+        outputs = source.meta.get("spatial_outputs") if isinstance(source, fx.Node) else None
         if outputs is not None:
             node.meta["spatial"] = outputs[node.args[1]]
         elif node.target is not operator.getitem and reads_spatial(node):

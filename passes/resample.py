@@ -88,7 +88,7 @@ def read_stencil(node: fx.Node, source: Domain, target: Domain) -> Stencil | str
         factor = int(given.get("upscale_factor") or given["downscale_factor"])
         return Stencil.of(SHUFFLES[node.target], source, target, factor=factor)
     if node.target in PADS:
-        amounts = [int(amount) for amount in given.get("padding", given.get("pad"))]
+        amounts = [int(amount) for amount in given["padding" if "padding" in given else "pad"]]
         mode = PADS[node.target] or str(given["mode"])
         if any(amounts[4:]) or len(amounts) < 2 or min(amounts) < 0:
             return "it pads other dimensions than height and width, or removes positions"

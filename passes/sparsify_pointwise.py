@@ -33,7 +33,7 @@ from fisedit_compile.passes.targets import aten, is_elementwise
 NAME = "sparsify_pointwise"
 
 #: Reductions and scans over named dimensions: operator -> whether the dimensions vanish without ``keepdim``.
-REDUCTIONS = {
+REDUCTIONS: dict[Any, bool] = {
     aten.sum.dim_IntList: True,
     aten.mean.dim: True,
     aten.amax.default: True,

@@ -382,5 +382,6 @@ class DenoiserTraining:
         self.optimiser.zero_grad(set_to_none=True)
         decay = min(_AVERAGE_DECAY, (1 + step) / (10 + step))
         with torch.no_grad():
-            torch._foreach_lerp_(self.averages, self.parameters, 1.0 - decay)
+            for average, parameter in zip(self.averages, self.parameters, strict=True):
+                average.lerp_(parameter, 1.0 - decay)
         return error

@@ -260,7 +260,7 @@ def test_any_operand_that_broadcasts_gives_the_masked_dense_result(order, full) 
     moved = builder.call(aten.permute.default, anchored(builder), list(order))
     sizes = moved.meta["val"].shape
     shape = [size if whole else 1 for size, whole in zip(sizes[len(sizes) - len(full) :], full, strict=True)]
-    total = builder.call(ADD, moved, builder.input(*shape, name="t"))
+    total = builder.call(ADD, moved, builder.parameter(*shape, name="t"))
     back = builder.call(aten.permute.default, total, [order.index(dim) for dim in range(4)])
 
     def dense(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
