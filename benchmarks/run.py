@@ -16,8 +16,7 @@ from registry import CASES
 
 from fisedit_compile.bench.unet import Result, run_unet
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results"
+RESULTS = Path(__file__).parent / "results"
 HEADINGS = ("variant", "call", "speed-up", "arithmetic", "achieved", "loaded", "set-up", "error")
 
 
@@ -42,11 +41,12 @@ def _line(*cells: str) -> str:
 def render(name: str, numbers: dict[str, Any]) -> str:
     """One case as a section of RESULTS.md."""
     settings = numbers["settings"]
+    size = "own size" if settings["size"] is None else f"{settings['size']}x{settings['size']} pixels"
     best = min(row["seconds"] for row in numbers["dense"])
     lines = [
         f"## {name}",
         "",
-        f"{settings['model']} U-Net, {settings['size']}x{settings['size']} pixels, batch {settings['batch']}, "
+        f"{settings['model']} U-Net, {size}, batch {settings['batch']}, "
         f"{settings['dtype']}, {settings['shape']} masks (seed {settings['seed']}), norm {settings['norm']}, "
         f"lowering {settings['lowering']}; medians of {settings['calls']} calls x {settings['repeats']} rounds.",
         "",
@@ -79,31 +79,24 @@ def render(name: str, numbers: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
-def render_all() -> str:
-    """RESULTS.md from the numbers of all cases that were run."""
-    head = (
-        "# Results\n\nMade by `benchmarks/run.py`; [docs/benchmarks.md](../docs/benchmarks.md) explains the columns.\n"
-    )
-    found = [(name, RESULTS / f"{name}.json") for name in CASES]
-    sections = [render(name, json.loads(path.read_text(encoding="utf-8"))) for name, path in found if path.exists()]
-    return "\n".join([head, *(sections or ["Nothing was measured yet.\n"])])
-
-
 def main() -> int:
     """Run the cases named on the command line; 1 when one misses its gate."""
     parser = argparse.ArgumentParser(description="Run benchmark cases.")
-    parser.add_argument("case", nargs="*", choices=[[], *CASES], help="names of cases")
+    parser.add_argument("case", nargs="*", help="names of cases")
     parser.add_argument("--list", action="store_true", help="show all cases")
     arguments = parser.parse_args()
     if arguments.list or not arguments.case:
         print("\n".join(CASES))
         return 0
+    unknown = sorted(set(arguments.case) - set(CASES))
+    if unknown:
+        parser.error(f"unknown case {', '.join(unknown)}; expected some of {', '.join(CASES)}")
     failed = []
     for name in arguments.case:
         result = run_unet(CASES[name].settings, lambda step, name=name: print(f"{name}: {step}", file=sys.stderr))  # type: ignore[misc]
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"{name}.json").write_text(json.dumps(result.as_dict(), indent=2) + "\n", encoding="utf-8")
-        (HERE / "RESULTS.md").write_text(render_all(), encoding="utf-8")
+        print(render(name, result.as_dict()), flush=True)
         failed += failures(name, result)
     print("\n".join(failed) or "all gates passed", file=sys.stderr)
     return 1 if failed else 0

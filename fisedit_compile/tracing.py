@@ -169,6 +169,8 @@ def _check_after(graph: fx.Graph) -> None:
             raise UntraceableGraph(f"module {node.target} was not traced")
         if node.op != "call_function":
             continue
+        if isinstance(node.target, private.HigherOrderOperator):
+            raise UntraceableGraph(f"higher-order operator {node.target} has an effect on its inputs")
         if node.target is private.ENTER_AUTOCAST or node.target is private.EXIT_AUTOCAST:
             raise UntraceableGraph("it switches autocast inside the graph")
         if _is_random(node):

@@ -198,6 +198,17 @@ def checkpointed(self: Function, x: Tensor) -> Tensor:
     return result
 
 
+@torch.library.custom_op("fisedit_tests::double_", mutates_args=("x",))
+def double_(x: Tensor) -> None:
+    x.mul_(2)
+
+
+def custom_change(self: Function, x: Tensor) -> Tensor:
+    y = x + 1
+    double_(y)
+    return y
+
+
 REFUSED: list[tuple[Callable[..., Any], str]] = [
     (batch_statistics, "changes its inputs in place: .*norm.running_mean"),
     (changes_buffer, "changes its inputs in place: count"),
@@ -207,7 +218,8 @@ REFUSED: list[tuple[Callable[..., Any], str]] = [
     (lambda self, x: x + torch.rand_like(x), "rand_like.default is random"),
     (lambda self, x: functional.scaled_dot_product_attention(x, x, x, dropout_p=0.1), "attention.default is random"),
     (busy_autocast, "switches autocast"),
-    (checkpointed, "higher-order operator"),
+    (checkpointed, "higher-order operator tag_activation_checkpoint"),
+    (custom_change, "higher-order operator auto_functionalized"),
 ]
 
 

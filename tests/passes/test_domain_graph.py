@@ -11,6 +11,7 @@ from fisedit_compile.passes.domain_graph import (
     domain_graph,
     is_attention_bias,
     reaches_anchor,
+    reads_channels_last,
 )
 from fisedit_compile.runtime.spec import Domain
 
@@ -85,6 +86,23 @@ def test_masks_of_attentions(path, is_bias) -> None:
     x, query = builder.input(2, 6, 5, 5), builder.input(2, 6, 5, 3, name="query")
     node = path(builder, x, query)
     assert is_attention_bias(data_flow(builder.module(node).graph), "x") is is_bias
+
+
+@pytest.mark.parametrize(
+    ("path", "is_last"),
+    [
+        (lambda b, x: x, False),
+        (lambda b, x: b.call(aten.permute.default, x, [0, 3, 1, 2]), True),
+        (lambda b, x: b.call(aten.movedim.int, b.call(aten.relu.default, x), -1, 1), True),
+        (lambda b, x: b.call(aten.transpose.int, b.call(aten.transpose.int, x, 1, 3), 2, 3), True),
+        (lambda b, x: b.call(aten.transpose.int, x, 1, 3), False),  # height and width are swapped
+        (lambda b, x: b.call(aten.permute.default, x, [0, 2, 3, 1]), False),
+    ],
+)
+def test_channels_last_is_read_off_the_way_to_the_anchor(path, is_last) -> None:
+    builder = GraphBuilder()
+    node = builder.call(aten.max_pool2d.default, path(builder, builder.picture(spatial=None)), [2])
+    assert reads_channels_last(data_flow(builder.module(node).graph), "x") is is_last
 
 
 def test_an_operator_without_anchors_behind_it_is_none() -> None:

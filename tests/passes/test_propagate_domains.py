@@ -256,3 +256,37 @@ def test_the_first_spatial_input_gives_the_batch() -> None:
     report = run(builder, convolved(builder, x), convolved(builder, other))
     assert x.meta["spatial"].domain == DOMAIN and "spatial" not in other.meta
     assert reasons(report) == ["its batch is 2, not 3"]
+
+
+def test_an_input_with_channels_last_has_its_own_layout() -> None:
+    builder = GraphBuilder()
+    x = builder.input(2, 5, 4, 6)
+    moved = builder.call(aten.permute.default, x, [0, 3, 1, 2])
+    run(builder, convolved(builder, moved))
+    assert x.meta["spatial"] == layout("bhwc") and moved.meta["spatial"] == layout("bchw")
+
+
+def test_a_cropped_map_is_a_map_of_its_own_resolution() -> None:
+    builder = GraphBuilder()
+    y = convolved(builder, builder.input(2, 6, 5, 4), out=7)
+    rows = builder.call(aten.slice.Tensor, y, 2, 1, 4)
+    both = builder.call(aten.slice.Tensor, rows, 3, 0, 4, 2)
+    behind = convolved(builder, both)
+    run(builder, behind)
+    assert [node.meta["spatial"].domain for node in (rows, both, behind)] == [Domain(3, 4), Domain(3, 2), Domain(3, 2)]
+    assert rows.meta["dense_reason"] == both.meta["dense_reason"] == "it cuts along positions or samples"
+    assert "dense_reason" not in behind.meta
+
+
+def test_patches_become_a_map_where_a_convolution_reads_them() -> None:
+    """Space to depth by reshapes: the resolution is known from the convolution behind them."""
+    builder = GraphBuilder()
+    y = convolved(builder, builder.input(2, 3, 10, 14), out=3)
+    cut = builder.call(aten.reshape.default, y, [2, 3, 5, 2, 7, 2])
+    moved = builder.call(aten.permute.default, cut, [0, 1, 3, 5, 2, 4])
+    deep = builder.call(aten.reshape.default, moved, [2, 12, 5, 7])
+    behind = convolved(builder, deep)
+    run(builder, behind)
+    assert deep.meta["spatial"] == behind.meta["spatial"] == layout("bchw", Domain(5, 7))
+    assert "spatial" not in cut.meta and moved.meta["dense_reason"] == BEHIND
+    assert "dense_reason" not in deep.meta and "dense_reason" not in behind.meta
