@@ -111,7 +111,10 @@ def _autocast(example_inputs: Sequence[Any]) -> list[str]:
 
 def _surroundings(example_inputs: Sequence[Any], options: Options) -> str:
     """What a program depends on besides its graph."""
-    return f"norm={options.norm} disabled={sorted(options.disabled_passes)} autocast={_autocast(example_inputs)}"
+    return (
+        f"norm={options.norm} packing={options.packing} disabled={sorted(options.disabled_passes)} "
+        f"autocast={_autocast(example_inputs)}"
+    )
 
 
 def fisedit(
@@ -127,7 +130,8 @@ def fisedit(
         gm: the graph; outside record and edit it runs as it is.
         example_inputs: its flat inputs.
         mode: one of ``config.MODES``.
-        options: ``runtime`` (a ``Runtime``; None: ``default_runtime()``), ``norm``, ``lowering``, ``disable_passes``.
+        options: ``runtime`` (a ``Runtime``; None: ``default_runtime()``), ``norm``, ``lowering``, ``packing``,
+            ``disable_passes``.
 
     Returns:
         What Dynamo calls in place of the graph.

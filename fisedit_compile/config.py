@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,37 @@ MODES = {
     "max-autotune": "inductor",
     "max-autotune-no-cudagraphs": "inductor",
 }
-VALID_OPTIONS = ("runtime", "norm", "lowering", "disable_passes")
+VALID_OPTIONS = ("runtime", "norm", "lowering", "packing", "disable_passes")
+
+
+_UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
+_UNITS |= {f"{unit}I": 1024**power for power, unit in enumerate(("", "K", "M", "G", "T")) if unit}
+
+
+def parse_bytes(name: str, given: int | str | None) -> int | None:
+    """Bytes from a number or a text such as ``"8GB"`` (10^9) or ``"512 MiB"`` (2^20); None is no limit.
+
+    Args:
+        name: of the setting, for the message.
+        given: what the user gave.
+
+    Raises:
+        OptionError: it is neither, or not positive.
+    """
+    if given is None:
+        return None
+    count: float = -1
+    if isinstance(given, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", given, re.IGNORECASE)
+        if match and match[2].upper() in _UNITS:
+            count = float(match[1]) * _UNITS[match[2].upper()]
+    elif isinstance(given, int) and not isinstance(given, bool):
+        count = given
+    if count <= 0:
+        raise OptionError(
+            f"{name} must be a positive number of bytes or a text such as '8GB' or '512MiB', got {given!r}"
+        )
+    return int(count)
 
 
 @dataclass(frozen=True)
@@ -27,11 +58,13 @@ class Options:
         norm: ``"exact"`` updates the recorded statistics of group norms by the changed rows; ``"cached"`` reuses
             the recorded statistics (what FISEdit section 4 and SIGE section 3 do).
         lowering: ``"plain"`` runs the graphs as FX code over ATen; ``"inductor"`` compiles them.
+        packing: most bytes that weights packed for the processor may take; None: no limit, 0: none are packed.
         disabled_passes: names of optional passes to leave out. Their operators stay dense, results stay right.
     """
 
     norm: str = "exact"
     lowering: str = "plain"
+    packing: int | None = None
     disabled_passes: frozenset[str] = frozenset()
 
 
@@ -55,7 +88,9 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> tuple[
     lowering = given.get("lowering", MODES[mode or "default"])
     if lowering not in LOWERINGS:
         raise OptionError(f"option lowering must be one of {', '.join(LOWERINGS)}, got {lowering!r}")
+    packing = given.get("packing", True)
+    limit = (None if packing else 0) if isinstance(packing, bool) else parse_bytes("option packing", packing)
     disabled = given.get("disable_passes", ())
     if isinstance(disabled, str):
         disabled = tuple(name.strip() for name in disabled.split(",") if name.strip())
-    return given.get("runtime"), Options(norm=norm, lowering=lowering, disabled_passes=frozenset(disabled))
+    return given.get("runtime"), Options(norm, lowering, limit, frozenset(disabled))

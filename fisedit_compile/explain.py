@@ -180,6 +180,9 @@ class ExplainReport:
         summary.add_row("sparse share of the multiply-accumulates", f"{100 * self.sparse_mac_fraction:.2f} %")
         summary.add_row("multiply-accumulates of a dense call", f"{self.total_macs / 1e9:.3f} G")
         summary.add_row("stored by a recorded call", format_bytes(self.bytes_stored))
+        packed = sum(program.report.packed_bytes for program in self.programs)
+        if packed:
+            summary.add_row("packed copies of weights", format_bytes(packed))
         tables = [summary]
         if any(program.edit is not None for program in self.programs):
             costs = Table("density", "multiply-accumulates", "of dense", "loaded", title="An edit call, ragged mask")

@@ -27,11 +27,8 @@ from fisedit_compile.passes.targets import OVERLOAD
 NAME = "hoist_parameters"
 
 
-def hoist_parameters(
-    graph_module: fx.GraphModule, infos: Sequence[InputInfo], report: Report
-) -> tuple[fx.GraphModule, fx.GraphModule | None]:
-    """Mark hoisted nodes of the edit graph with ``meta["hoisted"]``, in place; returns it and the prologue, if any."""
-    graph = graph_module.graph
+def constant_nodes(graph: fx.Graph, infos: Sequence[InputInfo]) -> set[fx.Node]:
+    """Nodes whose value depends on parameters and constants only, these included."""
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     constant = {node for node, info in zip(placeholders, infos, strict=True) if info.kind == "parameter"}
     for node in graph.nodes:
@@ -41,6 +38,16 @@ def hoist_parameters(
             random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
             if node.all_input_nodes and not random and all(value in constant for value in node.all_input_nodes):
                 constant.add(node)
+    return constant
+
+
+def hoist_parameters(
+    graph_module: fx.GraphModule, infos: Sequence[InputInfo], report: Report
+) -> tuple[fx.GraphModule, fx.GraphModule | None]:
+    """Mark hoisted nodes of the edit graph with ``meta["hoisted"]``, in place; returns it and the prologue, if any."""
+    graph = graph_module.graph
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    constant = constant_nodes(graph, infos)
     computed = [node for node in graph.nodes if node in constant and node.op == "call_function"]
     results = [node for node in computed if any(user not in constant for user in node.users)]
     if not results:

@@ -24,6 +24,7 @@ from fisedit_compile.passes.ir import eliminate_dead_code, shape_of, spatial_of
 from fisedit_compile.passes.lift_cache_io import lift_edit, lift_stores
 from fisedit_compile.passes.lower_conversions import lower_conversions
 from fisedit_compile.passes.normalise_attention import normalise_attention
+from fisedit_compile.passes.pack_weights import pack_weights
 from fisedit_compile.passes.program import InputInfo, Program
 from fisedit_compile.passes.propagate_domains import propagate_domains
 from fisedit_compile.passes.report import Report
@@ -40,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 #: Passes that may be left out: what they would have rewritten stays dense.
 OPTIONAL = ("normalise_attention", "sparsify_conv", "sparsify_norm", "sparsify_attention", "sparsify_linear",
-            "sparsify_layout", "sparsify_pointwise", "resample")  # fmt: skip
+            "sparsify_layout", "sparsify_pointwise", "resample", "pack_weights")  # fmt: skip
 
 
 def families(options: Options) -> tuple[Family, ...]:
@@ -120,6 +121,8 @@ def build_program(graph_module: fx.GraphModule, inputs: Sequence[InputInfo], opt
     runner.run("lower_conversions", edit, lambda: lower_conversions(edit, report))
     eliminate_dead_code(edit.graph)
     runner.run("insert_cache_ops", edit, lambda: insert_cache_ops(edit, record, report))
+    if options.lowering == "plain" and options.packing != 0:
+        runner.run("pack_weights", edit, lambda: pack_weights(edit, inputs, report, options.packing))
     prologue: list[fx.GraphModule | None] = []
     runner.run("hoist_parameters", edit, lambda: prologue.append(hoist_parameters(edit, inputs, report)[1]))
     started = time.perf_counter()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,9 +19,6 @@ STORAGE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 OUTPUT_PREFIX = "output:"
 """The sites that hold a graph's outputs are named by it and the output's number."""
-
-_UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
-_UNITS |= {f"{unit}I": 1024**power for power, unit in enumerate(("", "K", "M", "G", "T")) if unit}
 
 Scalar = Tensor | int | float | bool
 
@@ -119,28 +115,6 @@ class Base:
 def storage_of(tensor: Tensor) -> int:
     """Address of the memory a tensor lies in; tensors with the same address share memory."""
     return tensor.untyped_storage().data_ptr()
-
-
-def parse_budget(budget: int | str | None) -> int | None:
-    """``budget`` in bytes: a number, or a text such as ``"8GB"`` (10^9) or ``"512 MiB"`` (2^20); None is no limit.
-
-    Raises:
-        OptionError: it is neither, or not positive.
-    """
-    if budget is None:
-        return None
-    count: float = -1
-    if isinstance(budget, str):
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", budget, re.IGNORECASE)
-        if match and match[2].upper() in _UNITS:
-            count = float(match[1]) * _UNITS[match[2].upper()]
-    elif isinstance(budget, int) and not isinstance(budget, bool):
-        count = budget
-    if count <= 0:
-        raise OptionError(
-            f"budget must be a positive number of bytes or a text such as '8GB' or '512MiB', got {budget!r}"
-        )
-    return int(count)
 
 
 def check_storage(storage: torch.dtype | None) -> torch.dtype | None:

@@ -10,8 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fisedit_compile.config import parse_bytes
 from fisedit_compile.errors import FisEditError, OptionError, UnknownBaseError
-from fisedit_compile.runtime.base import Base, check_storage, parse_budget, stored_bytes
+from fisedit_compile.runtime.base import Base, check_storage, stored_bytes
 from fisedit_compile.runtime.masks import MaskLike
 from fisedit_compile.runtime.phases import EditPhase, RecordPhase
 from fisedit_compile.runtime.spec import Site
@@ -101,7 +102,7 @@ class Runtime:
         Raises:
             OptionError: another type, or no positive number of bytes.
         """
-        self._store = Store(check_storage(storage), parse_budget(budget))
+        self._store = Store(check_storage(storage), parse_bytes("budget", budget))
         self._lock = threading.RLock()
         self._local = threading.local()
 

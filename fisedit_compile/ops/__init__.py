@@ -3,6 +3,7 @@
 from fisedit_compile.ops.attention import attention_rows
 from fisedit_compile.ops.library import IMPLEMENTATIONS
 from fisedit_compile.ops.norm import norm_apply, norm_partials, norm_record, norm_totals
+from fisedit_compile.ops.packed import linear_rows, pack_matrix
 from fisedit_compile.ops.rows import gather_rows, scatter_rows
 from fisedit_compile.ops.stencils import conv_rows, gather_taps, pack_conv_weight, pixel_select
 
@@ -12,11 +13,13 @@ __all__ = [
     "conv_rows",
     "gather_rows",
     "gather_taps",
+    "linear_rows",
     "norm_apply",
     "norm_partials",
     "norm_record",
     "norm_totals",
     "pack_conv_weight",
+    "pack_matrix",
     "pixel_select",
     "scatter_rows",
 ]

@@ -6,16 +6,30 @@ then in the halo (positions of the recorded source), and last the fill slot for 
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from fisedit_compile.ops.library import operator
+from fisedit_compile.ops.packed import linear_rows
 from fisedit_compile.ops.rows import select_rows
 
-# Taps of a convolution beyond this many bytes are gathered and multiplied in chunks that stay in the cache; memory
-# that is allocated, filled once and freed costs more than reading the weights several times.
-CHUNK_BYTES = 24 << 20
+# Taps of a convolution beyond this many bytes are gathered and multiplied in chunks, through one buffer that is used
+# again and again: memory that is allocated, filled once and freed costs more than reading the weights several times.
+CHUNK_BYTES = 8 << 20
+
+_local = threading.local()
+
+
+def _buffer(like: Tensor, elements: int) -> Tensor:
+    """A flat buffer of this thread with room for ``elements``, dtype of ``like``; whatever it held is lost."""
+    buffers: dict[torch.dtype, Tensor] = _local.__dict__.setdefault("buffers", {})
+    found = buffers.get(like.dtype)
+    if found is None or found.numel() < elements:
+        with torch.inference_mode(False):
+            found = buffers[like.dtype] = torch.empty(elements, dtype=like.dtype)
+    return found[:elements]
 
 
 def _tap_source(rows: Tensor, recorded: Tensor, halo: Tensor, fill: float) -> Tensor:
@@ -66,7 +80,8 @@ def conv_rows(
         recorded: recorded source map ``[B, S, Cin]``, any strides and floating dtype.
         halo: int64 ``[1 or B, M]``.
         table: int64 ``[1 or B, N, K]``.
-        weight: ``[Cout, K * Cin / groups]`` of :func:`pack_conv_weight`, dtype of ``rows``.
+        weight: ``[Cout, K * Cin / groups]`` of :func:`pack_conv_weight`, dtype of ``rows``; with one group it
+            may be packed by :func:`fisedit_compile.ops.packed.pack_matrix`.
         bias: ``[Cout]`` or None.
         groups: as of the convolution.
 
@@ -81,28 +96,22 @@ def conv_rows(
     batch, count, taps = source.shape[0], table.shape[1], table.shape[2]
     channels = source.shape[2]
     flat = table.flatten(1)
-    row_bytes = taps * channels * source.element_size()
     if groups > 1:
         gathered = select_rows(source, flat).view(batch, count, taps, channels)
         return _grouped(gathered, weight, bias, groups)
-    if batch * count * row_bytes <= CHUNK_BYTES or source.device.type != "cpu":
-        return functional.linear(select_rows(source, flat).view(batch, count, taps * channels), weight, bias)
-    step = max(1, CHUNK_BYTES // row_bytes)
-    result = source.new_empty((batch, count, weight.shape[0]))
-    buffer = source.new_empty((min(step, count) * taps, channels))
-    transposed = weight.detach().t()
+    if source.device.type != "cpu" or torch.compiler.is_compiling():
+        return linear_rows(select_rows(source, flat).view(batch, count, taps * channels), weight, bias)
+    step = max(1, CHUNK_BYTES // (taps * channels * source.element_size()))
+    parts = []
     for sample in range(batch):
         positions = flat[sample if flat.shape[0] > 1 else 0]
         for first in range(0, count, step):
             last = min(first + step, count)
-            chunk = buffer[: (last - first) * taps]
-            torch.index_select(source[sample], 0, positions[first * taps : last * taps], out=chunk)
-            target = result[sample, first:last]
-            if bias is None:
-                torch.mm(chunk.view(last - first, -1), transposed, out=target)
-            else:
-                torch.addmm(bias.detach(), chunk.view(last - first, -1), transposed, out=target)
-    return result
+            buffer = _buffer(source, (last - first) * taps * channels)
+            chosen = positions[first * taps : last * taps]
+            torch.index_select(source[sample], 0, chosen, out=buffer.view(-1, channels))
+            parts.append(linear_rows(buffer.view(last - first, -1), weight, bias))
+    return torch.cat(parts).view(batch, count, -1)
 
 
 def _grouped(taps: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:

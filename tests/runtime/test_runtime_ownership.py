@@ -8,9 +8,10 @@ import weakref
 import pytest
 import torch
 
+from fisedit_compile.config import parse_bytes
 from fisedit_compile.errors import BudgetError, CallMismatchError, GraphError, OptionError
 from fisedit_compile.runtime import Domain, ProgramKey, RecordedCall, Runtime, Site
-from fisedit_compile.runtime.base import Ledger, own_tensor, parse_budget, storage_of, stored_dtype, write_rows
+from fisedit_compile.runtime.base import Ledger, own_tensor, storage_of, stored_dtype, write_rows
 
 from fake_network import DOMAIN, MAP_ORDER, FakeNetwork, inputs, left_half, record_phase, run
 
@@ -211,13 +212,13 @@ def test_write_rows(dtype: torch.dtype, space_rank: int, batch_of_index: int) ->
     [(None, None), (5, 5), ("5", 5), ("8GB", 8 * 10**9), ("1.5 MiB", 1572864), ("2g", 2 * 10**9), ("3 KiB", 3072)],
 )
 def test_budgets(text: int | str | None, count: int | None) -> None:
-    assert parse_budget(text) == count
+    assert parse_bytes("budget", text) == count
 
 
 @pytest.mark.parametrize("budget", [0, -1, "0", "much", "5 XB", "-3GB", "5iB", True, 1.5])
 def test_wrong_budgets(budget: object) -> None:
     with pytest.raises(OptionError, match="budget must be"):
-        parse_budget(budget)  # type: ignore[arg-type]
+        parse_bytes("budget", budget)  # type: ignore[arg-type]
 
 
 def test_bytes_set_aside_count_until_given_back() -> None:

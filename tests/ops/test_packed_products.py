@@ -1,0 +1,65 @@
+"""pack_matrix and linear_rows, and convolutions with packed weights, against the plain operators."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from fisedit_compile.ops import conv_rows, linear_rows, pack_conv_weight, pack_matrix
+from fisedit_compile.ops.packed import packs
+
+from tolerances import assert_near
+
+DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16, torch.float16) if packs("cpu", dtype)]
+
+
+def test_what_can_be_packed() -> None:
+    assert not packs("cuda", torch.float32) and not packs("meta", torch.float32)
+    assert not packs("cpu", torch.float64) and not packs("cpu", torch.int8)
+    assert packs("cpu", torch.float32) == torch.backends.mkldnn.is_available()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(data=st.data())
+def test_a_packed_product_is_the_plain_one(data: st.DataObject, dtype: torch.dtype) -> None:
+    rows, inputs, outputs = (data.draw(st.integers(1, 70)) for _ in range(3))
+    given_rows = torch.randn(2, rows, inputs).to(dtype)
+    weight = torch.randn(outputs, inputs).to(dtype)
+    if data.draw(st.booleans()):
+        weight = weight.t().contiguous().t()
+    bias = data.draw(st.sampled_from([None, torch.randn(outputs).to(dtype)]))
+    packed = pack_matrix(weight)
+    assert packed.is_mkldnn and packed.shape == weight.shape and packed.dtype == dtype
+    result = linear_rows(given_rows, packed, bias)
+    assert result.is_contiguous() and result.dtype == dtype
+    assert_near(result, functional.linear(given_rows, weight, bias))
+    assert_near(linear_rows(given_rows, weight, bias), functional.linear(given_rows, weight, bias))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_any_strides(dtype: torch.dtype) -> None:
+    rows, weight = torch.randn(3, 20, 7).to(dtype), torch.randn(5, 20).to(dtype)
+    result = linear_rows(rows.transpose(1, 2), pack_matrix(weight), None)
+    assert_near(result, functional.linear(rows.transpose(1, 2), weight))
+
+
+def test_packing_copies() -> None:
+    weight = torch.randn(64, 64)
+    packed, rows = pack_matrix(weight), torch.randn(4, 64)
+    before = linear_rows(rows, packed, None)
+    weight.zero_()
+    assert torch.equal(linear_rows(rows, packed, None), before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("samples", [1, 2])
+def test_a_convolution_with_a_packed_weight(samples: int, dtype: torch.dtype) -> None:
+    rows, recorded = torch.randn(2, 3, 4).to(dtype), torch.randn(2, 6, 4).to(dtype)
+    halo, table = torch.tensor([[0, 3]] * samples), torch.randint(0, 6, (samples, 3, 4))
+    weight = pack_conv_weight(torch.randn(6, 4, 2, 2).to(dtype), False, 1)
+    bias = torch.randn(6).to(dtype)
+    plain = conv_rows(rows, recorded, halo, table, weight, bias, 1)
+    assert_near(conv_rows(rows, recorded, halo, table, pack_matrix(weight), bias, 1), plain)
