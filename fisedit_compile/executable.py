@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from fisedit_compile.errors import CallMismatchError, GradientError, GraphError, ScalarMismatchError
 from fisedit_compile.lowering import Lowered, lower, valid_rows
 from fisedit_compile.passes.program import InputInfo, Program
-from fisedit_compile.prologues import prologues
+from fisedit_compile.prologues import InvariantMemo, prologues
 from fisedit_compile.runtime import EditPhase, PlanSpec, ProgramKey, RecordedCall, RecordPhase, Runtime, Site
 from fisedit_compile.runtime.plans import IndexPlan
 from fisedit_compile.runtime.spec import PlanInput
@@ -74,6 +74,7 @@ class EditInputs:
         pools: dict[str, list[Any]] = {
             "argument": list(range(argument_count)),
             "hoisted": [],
+            "invariant": [],
             "plan": [],
             "recorded": [],
         }
@@ -90,19 +91,26 @@ class EditInputs:
                 offsets[kind, reference] = len(offsets)
         self._order = _picker([offsets[source.kind, source.reference] for source in program.edit_inputs])
         self._hoisted = _picker(pools["hoisted"])
+        self._invariant = _picker(pools["invariant"])
         self._plan_inputs = tuple(pools["plan"])
         self._sites = tuple(pools["recorded"])
         self._last_plan: tuple[weakref.ref[IndexPlan], tuple[Tensor | None, ...]] | None = None
 
     def assemble(
-        self, arguments: Sequence[Any], hoisted: Sequence[Tensor], plan: IndexPlan, call: RecordedCall
+        self,
+        arguments: Sequence[Any],
+        hoisted: Sequence[Tensor],
+        invariants: Sequence[Tensor],
+        plan: IndexPlan,
+        call: RecordedCall,
     ) -> tuple[Any, ...]:
         """The inputs of the edit graph for one call."""
         last = self._last_plan
         if last is None or last[0]() is not plan:
             last = (weakref.ref(plan), tuple(self._plan_tensor(plan, wanted) for wanted in self._plan_inputs))
             self._last_plan = last
-        return self._order((*arguments, *self._hoisted(hoisted), *last[1], *map(call.__getitem__, self._sites)))
+        fixed = (*self._hoisted(hoisted), *self._invariant(invariants), *last[1])
+        return self._order((*arguments, *fixed, *map(call.__getitem__, self._sites)))
 
     def _plan_tensor(self, plan: IndexPlan, wanted: PlanInput) -> Tensor | None:
         tensor = plan.tensor(wanted)
@@ -161,6 +169,8 @@ class Executable:
         self._numbers: weakref.WeakKeyDictionary[Any, tuple[Any, ...]] = weakref.WeakKeyDictionary()
         self._hoisted: weakref.WeakKeyDictionary[EditPhase, dict[ProgramKey, tuple[Tensor, ...]]]
         self._hoisted = weakref.WeakKeyDictionary()
+        self._invariants: weakref.WeakKeyDictionary[EditPhase, dict[ProgramKey, InvariantMemo]]
+        self._invariants = weakref.WeakKeyDictionary()
         self._key: ProgramKey | None = None
         self._warned = False
         if program is not None and self._sparse:
@@ -228,8 +238,9 @@ class Executable:
         if self.program is None:
             raise GraphError(f"{self.identity.label} has no graph to run as {name}")
         sources = self.program.edit_inputs if name in ("edit", "edit_save") else None
-        # The prologue runs once: compiling it costs more than it saves.
-        return lower(getattr(self.program, name), "plain" if name == "prologue" else self._lowering, sources)
+        # The prologue and the invariants run once: compiling them costs more than it saves.
+        lowering = "plain" if name in ("prologue", "invariants") else self._lowering
+        return lower(getattr(self.program, name), lowering, sources)
 
     def _dense_and_sites(self, arguments: Sequence[Any]) -> tuple[Sequence[Tensor], dict[str, Tensor]]:
         """Run densely; the outputs, and what a recorded call stores."""
@@ -287,7 +298,8 @@ class Executable:
                 phase.commit(key, dict(zip(call, call.stored(), strict=True)), self._sites)
             return tuple(call[name].clone() for name in self._output_names)
         hoisted = self._hoist(phase, key, arguments)
-        inputs = self._inputs.assemble(arguments, hoisted, plan, call)
+        invariants = self._compute_invariants(phase, key, arguments, hoisted)
+        inputs = self._inputs.assemble(arguments, hoisted, invariants, plan, call)
         results = self._graph("edit_save" if phase.saving else "edit")(*inputs)
         outputs = list(results[: program.output_count])
         for number in self._borrowed:
@@ -308,6 +320,25 @@ class Executable:
                 key, parameters, phase.fingerprint(key), lambda: self._graph("prologue")(*arguments)
             )
         return known[key]
+
+    def _compute_invariants(
+        self, phase: EditPhase, key: ProgramKey, arguments: Sequence[Any], hoisted: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        """What depends on parameters and inputs such as the prompt only; computed once for each prompt of an edit."""
+        program = self.program
+        if program is None or program.invariants is None:
+            return ()
+        memo = self._invariants.setdefault(phase, {}).setdefault(key, InvariantMemo())
+        positions = [int(source.reference) for source in program.invariant_inputs if source.kind == "argument"]  # type: ignore[arg-type]
+
+        def compute() -> Sequence[Tensor]:
+            inputs = [
+                (arguments if source.kind == "argument" else hoisted)[source.reference]  # type: ignore[index]
+                for source in program.invariant_inputs
+            ]
+            return self._graph("invariants")(*inputs)
+
+        return memo.get([arguments[position] for position in positions], compute)
 
 
 def _spatial_input(program: Program, users: Sequence[int]) -> int:

@@ -1,4 +1,8 @@
-"""Tensors computed from parameters only (packed weights), kept as long as the parameters live and stay unchanged."""
+"""Tensors that need not be computed at every call, kept for as long as what they were computed from stays the same.
+
+``PrologueCache`` keeps what depends on parameters only (packed weights) while the parameters live, ``InvariantMemo``
+what depends on inputs such as the prompt for the time of one edit.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,9 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from fisedit_compile.runtime import Fingerprint, ProgramKey
@@ -90,3 +96,55 @@ class PrologueCache:
 
 #: Shared by all compiled graphs: grad and no-grad versions of one graph use the same packed weights.
 prologues = PrologueCache()
+
+
+#: Sets of inputs whose results one edit keeps: the two branches of guidance may come in calls of their own.
+PROMPTS = 4
+
+
+@dataclass(frozen=True)
+class _Known:
+    """Results, the inputs they belong to (held, so that no other tensor takes their place) and copies of these."""
+
+    inputs: tuple[Any, ...]
+    copies: tuple[Any, ...]
+    results: tuple[Tensor, ...]
+
+
+class InvariantMemo:
+    """Results of a graph by the content of its inputs, for one edit of one thread."""
+
+    def __init__(self, kept: int = PROMPTS) -> None:
+        self._kept = kept
+        self._known: list[_Known] = []
+
+    def get(self, inputs: Sequence[Any], compute: Callable[[], Sequence[Tensor]]) -> tuple[Tensor, ...]:
+        """The results for these inputs: kept ones when the inputs are the same, else from ``compute``.
+
+        On the CPU inputs are the same when their content is. Elsewhere comparing content would wait for the device, so
+        they must be the very tensors, not changed in place since.
+        """
+        for known in self._known:
+            if all(map(_same, known.inputs, known.copies, inputs)):
+                return known.results
+        results = tuple(compute())
+        self._known.append(_Known(tuple(inputs), tuple(map(_copy, inputs)), results))
+        del self._known[: -self._kept]
+        return results
+
+
+def _copy(value: Any) -> Any:
+    """What tells later whether an input is still the same: its content on the CPU, elsewhere its version."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.device.type == "cpu":
+        return value.detach().clone()
+    return None if value.is_inference() else value._version
+
+
+def _same(held: Any, copy: Any, given: Any) -> bool:
+    if not isinstance(given, Tensor) or not isinstance(held, Tensor):
+        return type(held) is type(given) and bool(copy == given)
+    if isinstance(copy, Tensor):
+        return (copy.shape, copy.dtype) == (given.shape, given.dtype) and torch.equal(copy, given)
+    return held is given and copy is not None and copy == given._version

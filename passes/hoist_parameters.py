@@ -27,6 +27,14 @@ from fisedit_compile.passes.targets import OVERLOAD
 NAME = "hoist_parameters"
 
 
+def is_repeatable(node: fx.Node) -> bool:
+    """Whether the node is an operator with inputs that gives the same result for the same inputs."""
+    if node.op != "call_function" or not (isinstance(node.target, OVERLOAD) or node.target is operator.getitem):
+        return False
+    random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    return bool(node.all_input_nodes) and not random
+
+
 def constant_nodes(graph: fx.Graph, infos: Sequence[InputInfo]) -> set[fx.Node]:
     """Nodes whose value depends on parameters and constants only, these included."""
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
@@ -34,10 +42,8 @@ def constant_nodes(graph: fx.Graph, infos: Sequence[InputInfo]) -> set[fx.Node]:
     for node in graph.nodes:
         if node.op == "get_attr":
             constant.add(node)
-        elif node.op == "call_function" and (isinstance(node.target, OVERLOAD) or node.target is operator.getitem):
-            random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-            if node.all_input_nodes and not random and all(value in constant for value in node.all_input_nodes):
-                constant.add(node)
+        elif is_repeatable(node) and all(value in constant for value in node.all_input_nodes):
+            constant.add(node)
     return constant
 
 

@@ -34,6 +34,12 @@ NAME = "insert_cache_ops"
 NORM_OUTPUTS = ("norm_center", "norm_partials", "norm_totals")
 
 
+def add_store(graph: fx.Graph, value: fx.Node, name: str) -> None:
+    """Let a record graph store a value at the site ``name``."""
+    with graph.inserting_before(next(iter(reversed(graph.nodes)))):
+        graph.call_function(store, (value, name))
+
+
 @dataclass
 class _Recorder:
     """Adds stores to the record graph."""
@@ -44,9 +50,7 @@ class _Recorder:
     norms: dict[tuple[str, int], fx.Node] = field(default_factory=dict)
 
     def add(self, name: str, value: fx.Node, site: Site) -> None:
-        output = next(iter(reversed(self.graph.nodes)))
-        with self.graph.inserting_before(output):
-            self.graph.call_function(store, (value, name))
+        add_store(self.graph, value, name)
         self.sites[name] = site
 
     def site(self, origin: str, transform: str, parameters: tuple[int, ...]) -> str:

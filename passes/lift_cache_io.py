@@ -12,7 +12,7 @@ Conditions: none; every such node is lifted, equal ones into one input.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import fx
@@ -24,6 +24,7 @@ from fisedit_compile.passes.report import Report
 from fisedit_compile.runtime.spec import Site
 
 NAME = "lift_cache_io"
+Read = Callable[[fx.Node], GraphInput | None]
 
 
 def lift_stores(record: fx.GraphModule, sites: Sequence[Site], report: Report) -> fx.GraphModule:
@@ -49,6 +50,8 @@ def _input_of(node: fx.Node, arguments: dict[fx.Node, int]) -> GraphInput | None
         return GraphInput("argument", arguments[node])
     if "hoisted" in node.meta:
         return GraphInput("hoisted", node.meta["hoisted"])
+    if "invariant" in node.meta:
+        return GraphInput("invariant", node.meta["invariant"])
     if node.target is plan:
         return GraphInput("plan", node.meta["plan_input"])
     if node.target is load:
@@ -56,17 +59,61 @@ def _input_of(node: fx.Node, arguments: dict[fx.Node, int]) -> GraphInput | None
     return None
 
 
-def _needed(graph: fx.Graph, arguments: dict[fx.Node, int], wanted: Sequence[fx.Node]) -> set[fx.Node]:
-    """All nodes that the wanted ones depend on, not looking behind graph inputs."""
-    needed: set[fx.Node] = set()
-    stack = list(wanted)
-    while stack:
-        node = stack.pop()
-        if node not in needed:
-            needed.add(node)
-            if _input_of(node, arguments) is None:
-                stack.extend(node.all_input_nodes)
-    return needed
+class _Cut:
+    """The part of a graph between its inputs and some wanted nodes, as a graph of its own."""
+
+    def __init__(
+        self, graph: fx.Graph, wanted: Sequence[fx.Node], read: Callable[[fx.Node], GraphInput | None]
+    ) -> None:
+        """``read`` says what a node is read from when it is an input, and None when it is computed."""
+        self._graph = graph
+        self._needed: set[fx.Node] = set()
+        stack = list(wanted)
+        while stack:
+            node = stack.pop()
+            if node not in self._needed:
+                self._needed.add(node)
+                if read(node) is None:
+                    stack.extend(node.all_input_nodes)
+        self.inputs: dict[GraphInput, list[fx.Node]] = {}
+        for node in graph.nodes:
+            if node in self._needed and (source := read(node)) is not None:
+                self.inputs.setdefault(source, []).append(node)
+
+    def build(self, root: fx.GraphModule, outputs: Sequence[Any], name: str) -> fx.GraphModule:
+        """A module with one placeholder for each input that returns ``outputs``, nodes or constants."""
+        lifted = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
+        for source, nodes in self.inputs.items():
+            placeholder = lifted.placeholder(f"{source.kind}_{nodes[0].name}")
+            placeholder.meta.update({key: value for key, value in nodes[0].meta.items() if key in ("val", "origin")})
+            copies.update(dict.fromkeys(nodes, placeholder))
+        for node in self._graph.nodes:
+            if node in self._needed and node not in copies and node.op != "output":
+                copies[node] = lifted.node_copy(node, lambda value: copies[value])
+        lifted.output(tuple(copies[value] if isinstance(value, fx.Node) else value for value in outputs))
+        lifted.eliminate_dead_code()
+        lifted.lint()
+        return fx.GraphModule(root, lifted, name)
+
+
+def _arguments(graph: fx.Graph) -> dict[fx.Node, int]:
+    return {node: number for number, node in enumerate(n for n in graph.nodes if n.op == "placeholder")}
+
+
+def lift_invariants(edit: fx.GraphModule) -> tuple[fx.GraphModule | None, tuple[GraphInput, ...]]:
+    """The graph that computes the marked invariants in their order, and its inputs; None when nothing is marked."""
+    arguments = _arguments(edit.graph)
+    marked = sorted((node for node in edit.graph.nodes if "invariant" in node.meta), key=lambda n: n.meta["invariant"])
+    if not marked:
+        return None, ()
+
+    def read(node: fx.Node) -> GraphInput | None:
+        source = _input_of(node, arguments)
+        return None if source is not None and source.kind == "invariant" else source
+
+    cut = _Cut(edit.graph, marked, read)
+    return cut.build(edit, marked, "Invariants"), tuple(cut.inputs)
 
 
 def lift_edit(
@@ -74,7 +121,7 @@ def lift_edit(
 ) -> tuple[fx.GraphModule, fx.GraphModule, tuple[GraphInput, ...]]:
     """Returns the lifted edit graph, the one that also returns each site's update, and their common inputs."""
     graph = edit.graph
-    arguments = {node: number for number, node in enumerate(n for n in graph.nodes if n.op == "placeholder")}
+    arguments = _arguments(graph)
     output = next(iter(reversed(graph.nodes)))
     originals: tuple[Any, ...] = tuple(output.args[0])
     changed: dict[str, fx.Node] = {}
@@ -93,29 +140,10 @@ def lift_edit(
             fresh = value if site.kind == "value" else rows_of.get(value)
         updates.append(fresh)
     results = [value for value in (*originals, *updates) if isinstance(value, fx.Node)]
-    needed = _needed(graph, arguments, results)
-    inputs: dict[GraphInput, list[fx.Node]] = {}
-    for node in graph.nodes:
-        if node in needed and (source := _input_of(node, arguments)) is not None:
-            inputs.setdefault(source, []).append(node)
-            report.match(NAME)
-
-    def build(outputs: Sequence[Any], name: str) -> fx.GraphModule:
-        lifted = fx.Graph()
-        copies: dict[fx.Node, fx.Node] = {}
-        for source, nodes in inputs.items():
-            placeholder = lifted.placeholder(f"{source.kind}_{nodes[0].name}")
-            placeholder.meta.update({key: value for key, value in nodes[0].meta.items() if key in ("val", "origin")})
-            copies.update(dict.fromkeys(nodes, placeholder))
-        for node in graph.nodes:
-            if node in needed and node not in copies and node.op != "output":
-                copies[node] = lifted.node_copy(node, lambda value: copies[value])
-        lifted.output(tuple(copies[value] if isinstance(value, fx.Node) else value for value in outputs))
-        lifted.eliminate_dead_code()
-        lifted.lint()
-        return fx.GraphModule(edit, lifted, name)
-
+    cut = _Cut(graph, results, lambda node: _input_of(node, arguments))
+    report.matches[NAME] += sum(map(len, cut.inputs.values()))
     unknown = set(changed) - {site.name for site in sites}
     if unknown:
         raise GraphError(f"updates of unknown sites: {sorted(unknown)}")
-    return build(originals, "Edit"), build([*originals, *updates], "EditSave"), tuple(inputs)
+    saving = cut.build(edit, [*originals, *updates], "EditSave")
+    return cut.build(edit, originals, "Edit"), saving, tuple(cut.inputs)

@@ -18,10 +18,11 @@ from fisedit_compile.passes.canonicalize import canonicalize
 from fisedit_compile.passes.count_macs import count_macs
 from fisedit_compile.passes.densify import densify
 from fisedit_compile.passes.family import Family, rewrite_nodes
+from fisedit_compile.passes.hoist_invariants import hoist_invariants
 from fisedit_compile.passes.hoist_parameters import hoist_parameters
 from fisedit_compile.passes.insert_cache_ops import insert_cache_ops
 from fisedit_compile.passes.ir import eliminate_dead_code, shape_of, spatial_of
-from fisedit_compile.passes.lift_cache_io import lift_edit, lift_stores
+from fisedit_compile.passes.lift_cache_io import lift_edit, lift_invariants, lift_stores
 from fisedit_compile.passes.lower_conversions import lower_conversions
 from fisedit_compile.passes.normalise_attention import normalise_attention
 from fisedit_compile.passes.pack_weights import pack_weights
@@ -41,7 +42,8 @@ logger = logging.getLogger(__name__)
 
 #: Passes that may be left out: what they would have rewritten stays dense.
 OPTIONAL = ("normalise_attention", "sparsify_conv", "sparsify_norm", "sparsify_attention", "sparsify_linear",
-            "sparsify_layout", "sparsify_pointwise", "resample", "pack_weights")  # fmt: skip
+            "sparsify_layout", "sparsify_pointwise", "resample", "hoist_invariants",
+            "pack_weights")  # fmt: skip
 
 
 def families(options: Options) -> tuple[Family, ...]:
@@ -121,12 +123,14 @@ def build_program(graph_module: fx.GraphModule, inputs: Sequence[InputInfo], opt
     runner.run("lower_conversions", edit, lambda: lower_conversions(edit, report))
     eliminate_dead_code(edit.graph)
     runner.run("insert_cache_ops", edit, lambda: insert_cache_ops(edit, record, report))
+    runner.run("hoist_invariants", edit, lambda: hoist_invariants(edit, record, inputs, report))
     if options.lowering == "plain" and options.packing != 0:
         runner.run("pack_weights", edit, lambda: pack_weights(edit, inputs, report, options.packing))
     prologue: list[fx.GraphModule | None] = []
     runner.run("hoist_parameters", edit, lambda: prologue.append(hoist_parameters(edit, inputs, report)[1]))
     started = time.perf_counter()
     lifted, saving, edit_inputs = lift_edit(edit, report.sites, report)
+    invariants, invariant_inputs = lift_invariants(edit)
     lift_stores(record, report.sites, report)
     report.seconds["lift_cache_io"] = time.perf_counter() - started
     runner.dump("lift_cache_io_record", record)
@@ -138,6 +142,8 @@ def build_program(graph_module: fx.GraphModule, inputs: Sequence[InputInfo], opt
         edit=lifted if spatial else None,
         edit_save=saving if spatial else None,
         prologue=prologue[0],
+        invariants=invariants,
+        invariant_inputs=invariant_inputs,
         edit_inputs=edit_inputs,
         sites=report.sites,
         domains=tuple(sorted({item.of for item in needed if isinstance(item.of, Domain)})),  # type: ignore[union-attr]

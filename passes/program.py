@@ -24,7 +24,8 @@ class GraphInput:
     """Where an input of the edit graph comes from.
 
     ``argument``: the call's flat argument number ``reference``; ``hoisted``: output ``reference`` of the prologue;
-    ``plan``: a tensor made from the mask; ``recorded``: the site named ``reference`` of the recorded call.
+    ``invariant``: output ``reference`` of the invariants graph; ``plan``: a tensor made from the mask; ``recorded``:
+    the site named ``reference`` of the recorded call.
     """
 
     kind: str
@@ -40,6 +41,8 @@ class Program:
         edit: graph over rows; inputs as in ``edit_inputs``; outputs are the original outputs.
         edit_save: as ``edit``, followed by one update for each site (rows ``[B, N, *C]``, a value, or None: keep).
         prologue: computes what depends on parameters only (packed weights); inputs are the flat inputs.
+        invariants: computes what depends on parameters and on inputs such as the prompt only; None when nothing does.
+        invariant_inputs: its inputs, of the kinds ``argument`` and ``hoisted``.
         sites: what a recorded call stores, in order; outputs are sites named ``output:0`` and so on.
         mask_domain: finest resolution of the spatial inputs; None when nothing is spatial.
         batch: batch size of all spatial values; None when nothing is spatial.
@@ -49,6 +52,8 @@ class Program:
     edit: fx.GraphModule | None
     edit_save: fx.GraphModule | None
     prologue: fx.GraphModule | None
+    invariants: fx.GraphModule | None
+    invariant_inputs: tuple[GraphInput, ...]
     edit_inputs: tuple[GraphInput, ...]
     sites: tuple[Site, ...]
     domains: tuple[Domain, ...]

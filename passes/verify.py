@@ -35,7 +35,7 @@ def verify(program: Program) -> Program:
     names = [site.name for site in program.sites]
     _check(len(set(names)) == len(names), "two cache sites share a name")
     _check(_returned(program.record) == program.output_count + len(names), "the record graph misses a store")
-    for graph_module in (program.record, program.edit, program.edit_save, program.prologue):
+    for graph_module in (program.record, program.edit, program.edit_save, program.prologue, program.invariants):
         if graph_module is not None:
             left = [node.name for node in graph_module.graph.nodes if node.target in MARKERS]
             _check(not left, f"marker nodes are left: {', '.join(left)}")

@@ -119,7 +119,7 @@ def test_valid_can_be_supplied_where_no_row_is_padding(setting: Setting) -> None
     call = RecordedCall({"output:0": torch.zeros(PICTURE)}, ())
     for every_valid in (False, True):
         inputs = EditInputs(setting.program, 3, every_valid)
-        values = inputs.assemble((1, 2, 3), (torch.zeros(3),), plan, call)
+        values = inputs.assemble((1, 2, 3), (torch.zeros(3),), (), plan, call)
         assert (values[4] is None) is not every_valid
     assert values[4].all() and values[4].shape == values[1].shape
     assert (values[2], values[5]) == (3, 1)

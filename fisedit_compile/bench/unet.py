@@ -47,7 +47,7 @@ class Settings:
         batch: of one call; 2 is one picture with guidance.
         norm, lowering: options of the backend.
         storage: dtype in which feature maps are recorded; None: as computed.
-        inductor: also measure the dense network compiled by inductor.
+        inductor: also measure the dense network compiled by inductor, as it is and with frozen weights.
         calls: different recorded calls that edits go through.
         repeats: rounds over all variants.
         seed: of weights, inputs and masks.
@@ -170,22 +170,23 @@ class _Call:
 
 
 def _make_calls(settings: Settings) -> list[_Call]:
-    """Calls that differ in every input; an edit keeps the timestep and changes latents and text."""
+    """Calls as of one picture and its edit: each has its own timestep and latents; all recorded calls have one prompt,
+    and all edited calls another."""
+    prompts = [_example(settings, 0)[1], _example(settings, 1)[1]]
     calls = []
     for number in range(settings.calls):
         versions = []
         for version in range(2):
-            (latents, timestep), named = example_inputs(
-                settings.model,
-                settings.size,
-                settings.batch,
-                DTYPES[settings.dtype],
-                settings.device,
-                seed=settings.seed + 1 + 2 * number + version,
-            )
-            versions.append(((latents, timestep - 10 * number), named))
+            (latents, timestep), _ = _example(settings, 2 * number + version)
+            versions.append(((latents, timestep - 10 * number), prompts[version]))
         calls.append(_Call(*versions))
     return calls
+
+
+def _example(settings: Settings, number: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and named inputs of a call, drawn from the seed and a number."""
+    dtype, seed = DTYPES[settings.dtype], settings.seed + 1 + number
+    return example_inputs(settings.model, settings.size, settings.batch, dtype, settings.device, seed=seed)
 
 
 def _channels_last(model: nn.Module) -> nn.Module:
@@ -280,9 +281,14 @@ class _Bench:
             Variant("channels last", run_last),
         ]
         if self.settings.inductor:
-            inductor = torch.compile(self.model)
-            variants.append(Variant("inductor", lambda number: self.run(inductor, number)))
+            # Modules of their own: otherwise both would share their compiled code.
+            for name, settings in {"inductor": {}, "inductor, frozen": {"freezing": True}}.items():
+                variants.append(self._compiled_variant(name, settings))
         return variants
+
+    def _compiled_variant(self, name: str, settings: dict[str, Any]) -> Variant:
+        network = torch.compile(copy.copy(self.model), options=settings)
+        return Variant(name, lambda number: self.run(network, number))
 
     @staticmethod
     def _as_channels_last(call: _Call) -> _Call:

@@ -63,6 +63,9 @@ class Edit:
         if source.kind == "hoisted":
             assert self.program.prologue is not None
             return self.program.prologue(*self.inputs)[source.reference]
+        if source.kind == "invariant":
+            assert self.program.invariants is not None
+            return self.program.invariants(*map(self._read, self.program.invariant_inputs))[source.reference]
         if source.kind == "plan":
             assert isinstance(source.reference, PlanInput)
             return self.plan.tensor(source.reference)

@@ -7,7 +7,7 @@ import torch
 
 from fisedit_compile.errors import GraphError
 from fisedit_compile.passes.ir import load, plan, store, update
-from fisedit_compile.passes.lift_cache_io import lift_edit, lift_stores
+from fisedit_compile.passes.lift_cache_io import lift_edit, lift_invariants, lift_stores
 from fisedit_compile.passes.program import GraphInput
 from fisedit_compile.passes.report import Report
 from fisedit_compile.runtime.spec import PlanInput, Site
@@ -159,3 +159,28 @@ def test_an_update_of_an_unknown_site_is_an_error() -> None:
     builder, nodes = edited()
     with pytest.raises(GraphError, match=r"updates of unknown sites: \['a'\]"):
         lift_edit(builder.module(nodes["rows"]), [spatial_site("b")], Report())
+
+
+def test_invariants_are_a_graph_of_their_own() -> None:
+    builder = GraphBuilder()
+    x, text, weight = builder.tokens(), builder.input(2, 7, 6, name="text"), builder.parameter(6)
+    packed = builder.call(NEG, weight)
+    packed.meta["hoisted"] = 0
+    second = builder.call(ADD, text, packed)
+    first = builder.call(RELU, second)
+    second.meta["invariant"], first.meta["invariant"] = 1, 0
+    total = builder.marker(ADD, x, builder.marker(ADD, first, second))
+    module = builder.module(total)
+    invariants, sources = lift_invariants(module)
+    assert sources == (GraphInput("argument", 1), GraphInput("hoisted", 0))
+    added = ("aten.add.Tensor", "argument_text", f"hoisted_{packed.name}")
+    assert [spell(value) for value in outputs(invariants)] == [("aten.relu", added), added]
+    edit, _, inputs = lift_edit(module, [], Report())
+    assert inputs == (GraphInput("argument", 0), GraphInput("invariant", 1), GraphInput("invariant", 0))
+    names = (f"invariant_{first.name}", f"invariant_{second.name}")
+    assert spell(outputs(edit)[0]) == ("aten.add.Tensor", "argument_x", ("aten.add.Tensor", *names))
+
+
+def test_a_graph_without_invariants_has_none() -> None:
+    builder = GraphBuilder()
+    assert lift_invariants(builder.module(builder.call(RELU, builder.tokens()))) == (None, ())

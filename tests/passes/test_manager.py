@@ -31,6 +31,7 @@ ORDER = [
     "densify",
     "lower_conversions",
     "insert_cache_ops",
+    "hoist_invariants",
     "pack_weights",
     "hoist_parameters",
     "lift_cache_io",
@@ -80,7 +81,7 @@ def test_a_program_says_what_it_needs(program: Program) -> None:
     assert program.parameter_positions == tuple(range(3, len(placeholders))) and program.scalar_positions == ()
     assert program.sites == program.report.sites and program.report.bytes_stored == sum(s.bytes for s in program.sites)
     kinds = [source.kind for source in program.edit_inputs]
-    assert {"argument", "plan", "recorded", "hoisted"} == set(kinds)
+    assert {"argument", "plan", "recorded", "hoisted", "invariant"} == set(kinds)
     assert len(set(program.edit_inputs)) == len(kinds)
 
 
@@ -145,8 +146,8 @@ def test_a_disabled_pass_leaves_its_operators_dense_and_results_right(program: P
     assert name not in built.report.seconds and built.report.matches[name] == 0
     if name == "normalise_attention":
         return  # The small network has nothing for it to do.
-    if name == "pack_weights":
-        assert built.report.packed_bytes == 0 < program.report.packed_bytes
+    if name in ("pack_weights", "hoist_invariants"):
+        assert program.report.matches[name] > 0
         assert_near(small_edit(built, builder)[1], expected[1])
         return
     assert built.report.dense_nodes and {miss.reason for miss in built.report.dense_nodes} == {"its pass is disabled"}
