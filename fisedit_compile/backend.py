@@ -112,8 +112,8 @@ def _autocast(example_inputs: Sequence[Any]) -> list[str]:
 def _surroundings(example_inputs: Sequence[Any], options: Options) -> str:
     """What a program depends on besides its graph."""
     return (
-        f"norm={options.norm} packing={options.packing} disabled={sorted(options.disabled_passes)} "
-        f"autocast={_autocast(example_inputs)}"
+        f"norm={options.norm} packing={options.packing} convolution={options.convolution} "
+        f"disabled={sorted(options.disabled_passes)} autocast={_autocast(example_inputs)}"
     )
 
 
@@ -131,7 +131,7 @@ def fisedit(
         example_inputs: its flat inputs.
         mode: one of ``config.MODES``.
         options: ``runtime`` (a ``Runtime``; None: ``default_runtime()``), ``norm``, ``lowering``, ``packing``,
-            ``disable_passes``.
+            ``convolution``, ``disable_passes``.
 
     Returns:
         What Dynamo calls in place of the graph.

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from platformdirs import user_cache_path
 
 from fisedit_compile.errors import OptionError
 
@@ -17,7 +21,14 @@ MODES = {
     "max-autotune": "inductor",
     "max-autotune-no-cudagraphs": "inductor",
 }
-VALID_OPTIONS = ("runtime", "norm", "lowering", "packing", "disable_passes")
+CONVOLUTIONS = ("auto", "rows", "tiles", "dense")
+VALID_OPTIONS = ("runtime", "norm", "lowering", "packing", "convolution", "disable_passes")
+
+
+def cache_folder() -> Path:
+    """Where measured times and generated code are kept: ``$FISEDIT_CACHE_DIR``, or the user's cache folder."""
+    given = os.environ.get("FISEDIT_CACHE_DIR")
+    return Path(given) if given else user_cache_path("fisedit-compile")
 
 
 _UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
@@ -59,12 +70,15 @@ class Options:
             the recorded statistics (what FISEdit section 4 and SIGE section 3 do).
         lowering: ``"plain"`` runs the graphs as FX code over ATen; ``"inductor"`` compiles them.
         packing: most bytes that weights packed for the processor may take; None: no limit, 0: none are packed.
+        convolution: how 3x3 convolutions are computed on a processor: ``"auto"`` in the way that was measured to be the
+            fastest, or always by ``"rows"``, by ``"tiles"`` or ``"dense"`` where that is possible.
         disabled_passes: names of optional passes to leave out. Their operators stay dense, results stay right.
     """
 
     norm: str = "exact"
     lowering: str = "plain"
     packing: int | None = None
+    convolution: str = "auto"
     disabled_passes: frozenset[str] = frozenset()
 
 
@@ -90,7 +104,10 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> tuple[
         raise OptionError(f"option lowering must be one of {', '.join(LOWERINGS)}, got {lowering!r}")
     packing = given.get("packing", True)
     limit = (None if packing else 0) if isinstance(packing, bool) else parse_bytes("option packing", packing)
+    convolution = given.get("convolution", "auto")
+    if convolution not in CONVOLUTIONS:
+        raise OptionError(f"option convolution must be one of {', '.join(CONVOLUTIONS)}, got {convolution!r}")
     disabled = given.get("disable_passes", ())
     if isinstance(disabled, str):
         disabled = tuple(name.strip() for name in disabled.split(",") if name.strip())
-    return given.get("runtime"), Options(norm, lowering, limit, frozenset(disabled))
+    return given.get("runtime"), Options(norm, lowering, limit, convolution, frozenset(disabled))

@@ -14,6 +14,8 @@ from torch.nn import functional
 
 from fisedit_compile.config import Options, parse_options
 from fisedit_compile.errors import OptionError
+from fisedit_compile.ops.choices import Times, costs
+from fisedit_compile.ops.paths import describe_shape
 from fisedit_compile.passes import Miss, Program, build_program
 from fisedit_compile.passes.report import MacCount
 from fisedit_compile.runtime.masks import prepare_mask, reduce_mask, tile_mask
@@ -29,6 +31,8 @@ PARTIAL_READS: dict[Any, tuple[int, int]] = {
     torch.ops.fisedit.gather_rows.default: (0, 1),
     torch.ops.fisedit.gather_taps.default: (1, 2),
     torch.ops.fisedit.conv_rows.default: (1, 2),
+    torch.ops.fisedit.conv_choice.default: (1, 2),
+    torch.ops.fisedit.conv_tiles.default: (1, 2),
     torch.ops.fisedit.norm_totals.default: (1, 3),
 }
 
@@ -206,7 +210,28 @@ class ExplainReport:
                 for (target, reason), count in reasons.most_common():
                     table.add_row(*map(escape, (target, str(count), first[target, reason], reason)))
                 tables.append(table)
+        times = self.measured_convolutions()
+        if times:
+            table = Table("case", "fastest", "milliseconds", title="3x3 convolutions, as measured on this machine")
+            for case, seconds in times.items():
+                shown = ", ".join(f"{way} {1000 * spent:.2f}" for way, spent in seconds.items())
+                table.add_row(escape(case), min(seconds, key=seconds.__getitem__), shown)
+            tables.append(table)
         return tables
+
+    def measured_convolutions(self) -> dict[str, Times]:
+        """Seconds of each way to compute the network's 3x3 convolutions, by case, as far as edits measured them on this
+        machine. Edits take the fastest way."""
+        shapes = set()
+        for program in self.programs:
+            for node in program.edit.graph.nodes if program.edit is not None else ():
+                if node.target is torch.ops.fisedit.conv_choice.default:
+                    weight, height, width = node.args[-3:]
+                    outputs, inputs = weight.meta["val"].shape[:2]
+                    dtype = weight.meta["val"].dtype
+                    shapes.add(describe_shape(program.batch or 0, height, width, inputs, outputs, dtype))
+        known = {key.removeprefix("convolution "): times for key, times in costs.entries().items()}
+        return {case: times for case, times in known.items() if case.partition(",")[0] in shapes}
 
 
 def bytes_read(program: Program, plan: IndexPlan) -> int:

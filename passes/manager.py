@@ -15,6 +15,7 @@ from fisedit_compile.config import Options
 from fisedit_compile.errors import OptionError
 from fisedit_compile.passes import sparsify_norm as norms
 from fisedit_compile.passes.canonicalize import canonicalize
+from fisedit_compile.passes.choose_convolution import choose_convolution
 from fisedit_compile.passes.count_macs import count_macs
 from fisedit_compile.passes.densify import densify
 from fisedit_compile.passes.family import Family, rewrite_nodes
@@ -43,7 +44,7 @@ logger = logging.getLogger(__name__)
 #: Passes that may be left out: what they would have rewritten stays dense.
 OPTIONAL = ("normalise_attention", "sparsify_conv", "sparsify_norm", "sparsify_attention", "sparsify_linear",
             "sparsify_layout", "sparsify_pointwise", "resample", "hoist_invariants",
-            "pack_weights")  # fmt: skip
+            "choose_convolution", "pack_weights")  # fmt: skip
 
 
 def families(options: Options) -> tuple[Family, ...]:
@@ -124,6 +125,9 @@ def build_program(graph_module: fx.GraphModule, inputs: Sequence[InputInfo], opt
     eliminate_dead_code(edit.graph)
     runner.run("insert_cache_ops", edit, lambda: insert_cache_ops(edit, record, report))
     runner.run("hoist_invariants", edit, lambda: hoist_invariants(edit, record, inputs, report))
+    if options.lowering == "plain" and options.convolution != "rows":
+        way = options.convolution
+        runner.run("choose_convolution", edit, lambda: choose_convolution(edit, inputs, report, way))
     if options.lowering == "plain" and options.packing != 0:
         runner.run("pack_weights", edit, lambda: pack_weights(edit, inputs, report, options.packing))
     prologue: list[fx.GraphModule | None] = []

@@ -33,10 +33,11 @@ from fisedit_compile.passes.report import Report
 from fisedit_compile.passes.targets import aten
 
 NAME = "pack_weights"
-CONV_ROWS, LINEAR_ROWS = torch.ops.fisedit.conv_rows.default, torch.ops.fisedit.linear_rows.default
+CONV_ROWS, CONV_CHOICE = torch.ops.fisedit.conv_rows.default, torch.ops.fisedit.conv_choice.default
+LINEAR_ROWS = torch.ops.fisedit.linear_rows.default
 REORDERINGS = (torch.ops.fisedit.pack_conv_weight.default, aten.reshape.default)
 #: Which argument is the weight.
-PRODUCTS = {aten.linear.default: 1, CONV_ROWS: 4}
+PRODUCTS = {aten.linear.default: 1, CONV_ROWS: 4, CONV_CHOICE: 4}
 
 
 def _weight_value(weight: fx.Node) -> torch.Tensor | None:

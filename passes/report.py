@@ -45,6 +45,7 @@ class Report:
         mac_counts: one entry for each convolution, linear layer, matrix product and attention.
         sites: what one recorded call stores.
         seconds: time spent by pass name.
+        row_convolutions: how many convolutions are computed row by row only, by the reason.
         packed_bytes: what packed copies of weights take.
         connections: how many values flow between two resolutions, by kind of connection.
     """
@@ -55,6 +56,7 @@ class Report:
     mac_counts: list[MacCount] = field(default_factory=list)
     sites: tuple[Site, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
+    row_convolutions: Counter[str] = field(default_factory=Counter)
     packed_bytes: int = 0
     connections: Counter[tuple[str, str, str]] = field(default_factory=Counter)
 

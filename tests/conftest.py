@@ -52,6 +52,14 @@ def poisoned_memory() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing that was measured on this machine before has a part in the tests, and they leave nothing behind."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FISEDIT_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def fresh_dynamo(request: pytest.FixtureRequest) -> Iterator[None]:
     """Dynamo gives up on a function after a few graphs and then runs it eagerly: each test starts with none.

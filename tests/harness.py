@@ -148,10 +148,11 @@ def compile_network(
     dtype: torch.dtype = torch.float32,
     storage: torch.dtype | None = None,
     lowering: str = "plain",
+    **options: Any,
 ) -> Case:
     """Compile a network with a runtime of its own and record the base from the inputs of seed 0."""
     runtime = fisedit.Runtime(storage=storage)
-    module = compiled(network.module(dtype), runtime, norm=norm, lowering=lowering)
+    module = compiled(network.module(dtype), runtime, norm=norm, lowering=lowering, **options)
     reference = reference_of(network, dtype).with_norm(norm)
     base = network.inputs(0, dtype)
     case = Case(network, module, runtime, reference, dtype, reference.record(base))

@@ -4,13 +4,18 @@ from fisedit_compile.ops.attention import attention_rows
 from fisedit_compile.ops.library import IMPLEMENTATIONS
 from fisedit_compile.ops.norm import norm_apply, norm_partials, norm_record, norm_totals
 from fisedit_compile.ops.packed import linear_rows, pack_matrix
+from fisedit_compile.ops.paths import conv_choice, conv_dense
 from fisedit_compile.ops.rows import gather_rows, scatter_rows
 from fisedit_compile.ops.stencils import conv_rows, gather_taps, pack_conv_weight, pixel_select
+from fisedit_compile.ops.tiles import conv_tiles, pack_tile_weights
 
 __all__ = [
     "IMPLEMENTATIONS",
     "attention_rows",
+    "conv_choice",
+    "conv_dense",
     "conv_rows",
+    "conv_tiles",
     "gather_rows",
     "gather_taps",
     "linear_rows",
@@ -20,6 +25,7 @@ __all__ = [
     "norm_totals",
     "pack_conv_weight",
     "pack_matrix",
+    "pack_tile_weights",
     "pixel_select",
     "scatter_rows",
 ]

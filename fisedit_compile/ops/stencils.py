@@ -32,7 +32,7 @@ def _buffer(like: Tensor, elements: int) -> Tensor:
     return found[:elements]
 
 
-def _tap_source(rows: Tensor, recorded: Tensor, halo: Tensor, fill: float) -> Tensor:
+def tap_source(rows: Tensor, recorded: Tensor, halo: Tensor, fill: float) -> Tensor:
     """What a table points into: [B, N_source + M + 1, *C]."""
     outside = rows.new_full((), fill).expand(rows.shape[0], 1, *rows.shape[2:])
     return torch.cat((rows, select_rows(recorded, halo).to(rows.dtype), outside), 1)
@@ -56,7 +56,7 @@ def gather_taps(rows: Tensor, recorded: Tensor, halo: Tensor, table: Tensor, fil
     Returns:
         ``[B, N, K, *C]``, contiguous, dtype of ``rows``.
     """
-    taps = select_rows(_tap_source(rows, recorded, halo, fill), table.flatten(1))
+    taps = select_rows(tap_source(rows, recorded, halo, fill), table.flatten(1))
     return taps.view(taps.shape[0], *table.shape[1:], *rows.shape[2:])
 
 
@@ -92,7 +92,7 @@ def conv_rows(
         # Autocast reaches neither products written to a given output nor batched ones of mixed types.
         dtype = torch.get_autocast_dtype(rows.device.type)
         rows, weight, bias = rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    source = _tap_source(rows, recorded, halo, 0.0)
+    source = tap_source(rows, recorded, halo, 0.0)
     batch, count, taps = source.shape[0], table.shape[1], table.shape[2]
     channels = source.shape[2]
     flat = table.flatten(1)

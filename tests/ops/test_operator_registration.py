@@ -16,6 +16,11 @@ VALID = torch.tensor([[True, True, False], [True, True, True]])
 TABLE = torch.tensor([[[0, 3, 5, 2], [1, 4, 2, 0]]])
 TABLES = torch.cat([TABLE, TABLE.flip(2)])
 HALO = torch.tensor([[0, 3]])
+TABLE9 = torch.randint(0, 6, (1, 3, 9))
+PATCHES = torch.randint(0, 6, (1, 2, 16))
+PLACE = torch.tensor([[[0], [1], [1]]])
+KERNEL = torch.randn(6, 4, 3, 3)
+TILE_WEIGHTS = [torch.randn(6, 4) for _ in range(16)]
 
 
 def channels_first(*shape: int) -> torch.Tensor:
@@ -73,6 +78,21 @@ SAMPLES = {
         (channels_first(2, 3, 8), torch.randn(2, 1), torch.rand(2, 2, 1), None, None, 1e-5, 48),
     ],
     "pack_matrix": [(torch.randn(6, 16),), (torch.randn(16, 6).t(),)],
+    "pack_tile_weights": [(torch.randn(6, 4, 3, 3, dtype=torch.float64),), (torch.randn(6, 4, 3, 3),)],
+    "conv_tiles": [
+        (torch.randn(2, 3, 4), torch.randn(2, 16, 4), HALO, PATCHES, PLACE, INDEX % 4, TILE_WEIGHTS, torch.randn(6)),
+        (torch.randn(2, 3, 4), channels_first(2, 16, 4), HALO, PATCHES, PLACE, INDICES % 4, TILE_WEIGHTS, None),
+    ],
+    "conv_dense": [
+        (torch.randn(2, 3, 4), torch.randn(2, 16, 4), INDEX, None, KERNEL, torch.randn(6), 4, 4),
+        (torch.randn(2, 3, 4), channels_first(2, 16, 4), INDICES, VALID, KERNEL, None, 2, 8),
+    ],
+    "conv_choice": [
+        (
+            *(torch.randn(2, 3, 4), torch.randn(2, 16, 4), HALO, TABLE9, torch.randn(6, 36), torch.randn(6)),
+            *([HALO, PATCHES, PLACE, INDEX % 4], [], INDEX, None, KERNEL, 4, 4),
+        ),
+    ],
     "linear_rows": [
         (torch.randn(2, 3, 16), torch.randn(6, 16), torch.randn(6)),
         (channels_first(2, 3, 16), torch.randn(6, 16), None),
@@ -95,7 +115,7 @@ def test_every_operator_is_sampled_and_exported() -> None:
 
 
 #: Their results are opaque: without strides or storage, they can be compared with nothing.
-OPAQUE = {"pack_matrix"}
+OPAQUE = {"pack_matrix", "pack_tile_weights"}
 
 
 @pytest.mark.parametrize(("name", "arguments"), CASES)

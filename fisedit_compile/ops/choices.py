@@ -1,0 +1,169 @@
+"""Which of several ways to compute an operator is the fastest on this machine: measured once, then remembered.
+
+Times are kept in a file of the user's cache folder, one table for each machine (processor, threads, PyTorch), so that
+only the first edit of its kind on a machine measures. The ways differ by rounding errors only.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import platform
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fisedit_compile.config import cache_folder
+
+logger = logging.getLogger(__name__)
+
+Times = dict[str, float]
+#: Timed runs of each way; the fastest counts, because whatever else the machine does only adds.
+RUNS = 3
+#: Share of the usual way's time below which another way is taken.
+CLEARLY = 0.95
+
+
+@lru_cache(maxsize=1)
+def _processor() -> str:
+    """The processor's name."""
+    path = Path("/proc/cpuinfo")
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def machine() -> str:
+    """What measured times depend on besides the operator."""
+    return f"{_processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def describe_dtype(dtype: torch.dtype) -> str:
+    """A dtype in words."""
+    return str(dtype).removeprefix("torch.")
+
+
+def describe_count(count: int) -> str:
+    """A count in words, equal for counts whose times are alike: they are about a fifth apart."""
+    return f"about {round(2 ** (round(4 * math.log2(max(count, 1))) / 4))}"
+
+
+class CostTable:
+    """Seconds by operator, case and way. May be used by several threads and processes."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        """``path``: of the file; None: ``costs.json`` in the cache folder."""
+        self._path = path
+        self._lock = threading.Lock()
+        self._known: dict[str, dict[str, Times]] | None = None
+
+    @property
+    def path(self) -> Path:
+        """Where the table is kept."""
+        return self._path or cache_folder() / "costs.json"
+
+    def times(self, operator: str, case: str) -> Times:
+        """Seconds by way, as far as measured on this machine."""
+        with self._lock:
+            return dict(self._machine_table().get(f"{operator} {case}", {}))
+
+    def entries(self) -> dict[str, Times]:
+        """Everything measured on this machine, by operator and case."""
+        with self._lock:
+            return {key: dict(times) for key, times in self._machine_table().items()}
+
+    def choose(self, operator: str, case: str, ways: Mapping[str, Callable[[], Tensor]]) -> Tensor:
+        """Compute an operator in the fastest way.
+
+        Args:
+            operator: its name.
+            case: what its time depends on, in words.
+            ways: by name, functions that compute the same; the first is the usual one.
+
+        Returns:
+            What the fastest way returns; the usual one counts as the fastest unless another is clearly faster. All ways
+            are measured when one of them was never measured in this case.
+        """
+        times = self.times(operator, case)
+        if any(name not in times for name in ways):
+            times = _measure(ways)
+            self._remember(f"{operator} {case}", times)
+        usual = next(iter(ways))
+        fastest = min(ways, key=times.__getitem__)
+        return ways[fastest if times[fastest] < CLEARLY * times[usual] else usual]()
+
+    def _machine_table(self) -> dict[str, Times]:
+        if self._known is None:
+            self._known = self._read()
+        return self._known.setdefault(machine(), {})
+
+    def _read(self) -> dict[str, dict[str, Times]]:
+        """The file's content; a file that cannot be used is the same as none, as it can be measured again."""
+        try:
+            found = json.loads(self.path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            logger.warning("cannot read measured times from %s: %s; measuring again", self.path, error)
+            return {}
+        return found if _is_table(found) else {}
+
+    def _remember(self, key: str, times: Times) -> None:
+        shown = ", ".join(f"{name} {1000 * seconds:.2f} ms" for name, seconds in times.items())
+        logger.info("%s: %s", key, shown)
+        with self._lock:
+            table = self._machine_table()
+            table[key] = times
+            # Another process may have written since: what it measured is kept.
+            merged = self._read()
+            merged[machine()] = merged.get(machine(), {}) | table
+            try:
+                self._write(merged)
+            except OSError as error:
+                logger.warning("cannot keep measured times in %s: %s", self.path, error)
+
+    def _write(self, content: dict[str, dict[str, Times]]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=self.path.parent, suffix=".json")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1)
+        os.replace(name, self.path)
+
+
+def _is_table(found: object) -> bool:
+    """Whether a file's content has the form of a table."""
+    return isinstance(found, dict) and all(
+        isinstance(cases, dict)
+        and all(
+            isinstance(times, dict) and all(isinstance(seconds, float) for seconds in times.values())
+            for times in cases.values()
+        )
+        for cases in found.values()
+    )
+
+
+def _measure(ways: Mapping[str, Callable[[], Tensor]]) -> Times:
+    """Seconds of the fastest of a few runs of each way. They take turns, so that a slower while is one for all."""
+    for way in ways.values():
+        way()
+    times = dict.fromkeys(ways, float("inf"))
+    for _ in range(RUNS):
+        for name, way in ways.items():
+            started = time.perf_counter()
+            way()
+            times[name] = min(times[name], time.perf_counter() - started)
+    return times
+
+
+#: Of this process.
+costs = CostTable()

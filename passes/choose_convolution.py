@@ -1,0 +1,138 @@
+"""Give convolutions with 3x3 kernels more ways to be computed than row by row.
+
+Why: tiles of 2x2 positions need less than half of the products of four rows, when they are full; and with most
+positions active the dense operator is the cheapest. Which way is the fastest is measured, not decided here.
+
+Before: ``y = conv_rows(rows, recorded, halo, table, pack_conv_weight(w), b, 1)``
+After:  ``y = conv_choice(rows, recorded, halo, table, pack_conv_weight(w), b, [tile plan], [tile weights], index,
+        valid, w, height, width)``
+        or, where one way is asked for, ``y = conv_tiles(...)`` or ``y = conv_dense(...)``
+
+Conditions:
+1. The kernel is 3x3 with stride, padding and dilation 1 and one group; the weight depends on parameters only and is on
+   a processor.
+2. Height and width are even, so that tiles cover the map.
+3. Tiles: the dtype is float32 or wider.
+4. Unless a way is asked for: the map has many positions, and there are many channels. Elsewhere rows are as fast, and
+   transformed weights would take memory for nothing.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from fisedit_compile.ops.tiles import PATCH, SIDE
+from fisedit_compile.passes.hoist_parameters import constant_nodes
+from fisedit_compile.passes.ir import RowsBuilder, copy_provenance, shape_of
+from fisedit_compile.passes.program import InputInfo
+from fisedit_compile.passes.report import Report
+from fisedit_compile.runtime.spec import Domain, Stencil
+
+NAME = "choose_convolution"
+CONV_ROWS = torch.ops.fisedit.conv_rows.default
+MANY_POSITIONS, MANY_CHANNELS = 1024, 64
+WINDOW = {"kernel_height": 3, "kernel_width": 3, "stride_y": 1, "stride_x": 1, "padding_y": 1, "padding_x": 1}
+
+
+def _original_weight(packed: object) -> fx.Node | None:
+    """The weight ``[Cout, Cin, 3, 3]`` that was packed for rows."""
+    if isinstance(packed, fx.Node) and packed.target is torch.ops.fisedit.pack_conv_weight.default:
+        weight = packed.args[0]
+        if isinstance(weight, fx.Node) and isinstance(weight.meta.get("val"), torch.Tensor):
+            return weight
+    return None
+
+
+def refusal(node: fx.Node, stencil: Stencil, constant: set[fx.Node], way: str) -> str | None:
+    """Why a convolution is computed row by row; None when there are other ways."""
+    weight = _original_weight(node.args[4])
+    window = stencil.kind == "window" and all(stencil[name] == size for name, size in WINDOW.items())
+    if not window or stencil["dilation_y"] != 1 or stencil["dilation_x"] != 1 or node.args[6] != 1:
+        return "not a 3x3 kernel with stride, padding and dilation 1 and one group"
+    if weight is None or weight not in constant:
+        return "the weight depends on the inputs"
+    domain = stencil.source
+    if domain.height % SIDE or domain.width % SIDE:
+        return "the map has an odd height or width"
+    if way == "tiles" and weight.meta["val"].dtype not in (torch.float32, torch.float64):
+        return "tiles need float32"
+    if way == "auto" and (domain.size < MANY_POSITIONS or min(shape_of(weight)[:2]) < MANY_CHANNELS):
+        return "rows are as fast with few positions or channels"
+    return None
+
+
+def tile_stencils(domain: Domain) -> tuple[Stencil, Stencil]:
+    """How tiles read their patches, and how rows read their tiles."""
+    tiles = Domain(domain.height // SIDE, domain.width // SIDE)
+    sizes = {"kernel": PATCH, "stride": SIDE, "padding": 1, "dilation": 1}
+    parameters = {
+        f"{name}_{axis}": size
+        for name, size in sizes.items()
+        for axis in (("height", "width") if name == "kernel" else ("y", "x"))
+    }
+    patches = Stencil.of("window", domain, tiles, **parameters)
+    return patches, Stencil.of("pixel_shuffle", tiles, domain, factor=SIDE)
+
+
+def _rewrite(node: fx.Node, domain: Domain, way: str, weights: dict[fx.Node, list[fx.Node]]) -> fx.Node:
+    rows, recorded, halo, table, packed, bias, _ = node.args
+    weight = _original_weight(packed)
+    assert weight is not None
+    builder = RowsBuilder(node)
+    fisedit = torch.ops.fisedit
+    whole = (builder.plan("index", domain), builder.plan("valid", domain))
+    if way == "dense":
+        return builder.call(
+            fisedit.conv_dense.default, rows, recorded, *whole, weight, bias, domain.height, domain.width
+        )
+    patches, places = tile_stencils(domain)
+    plan = [
+        builder.plan("halo", patches),
+        builder.plan("table", patches),
+        builder.plan("table", places),
+        builder.plan("subposition", places),
+    ]
+    tiles: list[fx.Node] = []
+    if weight.meta["val"].dtype in (torch.float32, torch.float64):
+        if weight not in weights:
+            transformed = builder.call(fisedit.pack_tile_weights.default, weight)
+            weights[weight] = [builder.call(operator.getitem, transformed, number) for number in range(PATCH * PATCH)]
+        tiles = weights[weight]
+    if way == "tiles":
+        return builder.call(fisedit.conv_tiles.default, rows, recorded, *plan, tiles, bias)
+    size = (domain.height, domain.width)
+    choice = fisedit.conv_choice.default
+    return builder.call(choice, rows, recorded, halo, table, packed, bias, plan, tiles, *whole, weight, *size)
+
+
+def choose_convolution(
+    graph_module: fx.GraphModule, infos: Sequence[InputInfo], report: Report, way: str = "auto"
+) -> fx.GraphModule:
+    """Run the pass in place and return the module; ``way`` is ``auto``, ``tiles`` or ``dense``."""
+    graph = graph_module.graph
+    constant = constant_nodes(graph, infos)
+    weights: dict[fx.Node, list[fx.Node]] = {}
+    for node in list(graph.nodes):
+        if node.target is not CONV_ROWS:
+            continue
+        table = node.args[3]
+        assert isinstance(table, fx.Node)
+        weight = _original_weight(node.args[4])
+        if weight is not None and weight.meta["val"].device.type != "cpu":
+            continue
+        stencil = table.meta["plan_input"].of
+        reason = refusal(node, stencil, constant, way)
+        if reason is not None:
+            report.row_convolutions[reason] += 1
+            continue
+        chosen = _rewrite(node, stencil.source, way, weights)
+        copy_provenance(node, chosen)
+        node.replace_all_uses_with(chosen)
+        graph.erase_node(node)
+        report.match(NAME)
+    graph_module.recompile()
+    return graph_module

@@ -1,0 +1,129 @@
+"""CostTable: what was measured decides, and is remembered by processes that come later."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from fisedit_compile.config import cache_folder
+from fisedit_compile.ops import choices
+from fisedit_compile.ops.choices import RUNS, CostTable, describe_count
+
+
+class Clock:
+    """A clock that ways move forward, and ways that count their runs."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **seconds: float) -> None:
+        self.now, self.seconds, self.runs = 0.0, seconds, dict.fromkeys(seconds, 0)
+        monkeypatch.setattr(choices.time, "perf_counter", lambda: self.now)
+
+    def way(self, name: str):
+        def run() -> torch.Tensor:
+            self.now += self.seconds[name]
+            self.runs[name] += 1
+            return torch.full((1,), float(list(self.seconds).index(name)))
+
+        return run
+
+    def choose(self, table: CostTable, case: str = "case") -> str:
+        ways = {name: self.way(name) for name in self.seconds}
+        return list(self.seconds)[int(table.choose("operator", case, ways))]
+
+
+def test_the_fastest_is_chosen_and_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, table = Clock(monkeypatch, usual=3.0, other=2.0, third=5.0), CostTable(tmp_path / "costs.json")
+    assert clock.choose(table) == "other"
+    assert clock.runs == {"usual": RUNS + 1, "other": RUNS + 2, "third": RUNS + 1}
+    assert clock.choose(table) == "other" and clock.runs["usual"] == RUNS + 1
+    assert table.times("operator", "case") == pytest.approx({"usual": 3.0, "other": 2.0, "third": 5.0})
+    assert list(table.entries()) == ["operator case"]
+
+
+def test_the_usual_way_wins_unless_another_is_clearly_faster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = CostTable(tmp_path / "costs.json")
+    assert Clock(monkeypatch, usual=1.0, other=0.97).choose(table, "close") == "usual"
+    assert Clock(monkeypatch, usual=1.0, other=0.9).choose(table, "far") == "other"
+
+
+def test_the_next_process_measures_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "folder" / "costs.json"
+    Clock(monkeypatch, usual=3.0, other=2.0).choose(CostTable(path))
+    clock = Clock(monkeypatch, usual=1.0, other=2.0)
+    assert clock.choose(CostTable(path)) == "other" and clock.runs == {"usual": 0, "other": 1}
+
+
+def test_a_new_way_measures_all_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = CostTable(tmp_path / "costs.json")
+    Clock(monkeypatch, usual=3.0, other=2.0).choose(table)
+    clock = Clock(monkeypatch, usual=3.0, other=2.0, third=1.0)
+    assert clock.choose(table) == "third" and clock.runs["usual"] == RUNS + 1
+
+
+def test_machines_have_tables_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "costs.json"
+    Clock(monkeypatch, usual=3.0, other=2.0).choose(CostTable(path))
+    monkeypatch.setattr(choices, "machine", lambda: "another machine")
+    clock = Clock(monkeypatch, usual=1.0, other=2.0)
+    assert clock.choose(CostTable(path)) == "usual" and clock.runs["other"] == RUNS + 1
+    assert len(json.loads(path.read_text())) == 2
+
+
+def test_processes_keep_what_others_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "costs.json"
+    first, second = CostTable(path), CostTable(path)
+    assert first.entries() == second.entries() == {}
+    Clock(monkeypatch, usual=3.0, other=2.0).choose(first, "one")
+    Clock(monkeypatch, usual=3.0, other=2.0).choose(second, "two")
+    assert set(CostTable(path).entries()) == {"operator one", "operator two"}
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"machine": 3}', '{"machine": {"case": {"way": "fast"}}}', "{"])
+def test_a_broken_file_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str) -> None:
+    path = tmp_path / "costs.json"
+    path.write_text(content)
+    assert Clock(monkeypatch, usual=3.0, other=2.0).choose(CostTable(path)) == "other"
+    assert CostTable(path).times("operator", "case") == pytest.approx({"usual": 3.0, "other": 2.0})
+
+
+def test_a_folder_that_cannot_be_written_is_told_and_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    table = CostTable(tmp_path / "file" / "costs.json")
+    clock = Clock(monkeypatch, usual=3.0, other=2.0)
+    with caplog.at_level(logging.WARNING, logger=choices.__name__):
+        assert clock.choose(table) == "other"
+    assert "cannot keep measured times" in caplog.text
+    assert clock.choose(table) == "other" and clock.runs["usual"] == RUNS + 1, "it is remembered in this process"
+
+
+def test_threads_agree(tmp_path: Path) -> None:
+    table, results = CostTable(tmp_path / "costs.json"), []
+
+    def work(number: int) -> None:
+        ways = {"usual": lambda: torch.zeros(1), "other": lambda: torch.zeros(1)}
+        results.append(table.choose("operator", f"case {number % 3}", ways))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 12 and len(CostTable(table.path).entries()) == 3
+
+
+def test_where_tables_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FISEDIT_CACHE_DIR", str(tmp_path))
+    assert cache_folder() == tmp_path and CostTable().path == tmp_path / "costs.json"
+    monkeypatch.delenv("FISEDIT_CACHE_DIR")
+    assert cache_folder().name == "fisedit-compile"
+
+
+def test_counts_in_words() -> None:
+    assert describe_count(0) == describe_count(1) == "about 1" and describe_count(1000) == describe_count(1010)
+    assert describe_count(100) != describe_count(130)

@@ -1,0 +1,159 @@
+"""choose_convolution: 3x3 convolutions get more ways to be computed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fisedit_compile.passes import choose_convolution as module_under_test
+from fisedit_compile.passes.choose_convolution import choose_convolution, tile_stencils
+from fisedit_compile.passes.ir import plan
+from fisedit_compile.passes.report import Report
+from fisedit_compile.runtime.spec import Domain, PlanInput, Stencil
+
+from graphs import GraphBuilder, spell
+
+fisedit = torch.ops.fisedit
+DOMAIN = Domain(4, 6)
+WINDOW = {name: 1 for name in ("stride_y", "stride_x", "padding_y", "padding_x", "dilation_y", "dilation_x")}
+WINDOW |= {"kernel_height": 3, "kernel_width": 3}
+
+
+def convolution(
+    builder: GraphBuilder,
+    domain: Domain = DOMAIN,
+    groups: int = 1,
+    kind: str = "window",
+    dtype: torch.dtype = torch.float32,
+    weight_kind: str = "parameter",
+    **window: int,
+):
+    stencil = Stencil.of(kind, domain, domain, **{**WINDOW, **window})
+    rows = builder.input(2, 3, 6, name="rows", dtype=dtype)
+    recorded = builder.input(2, domain.size, 6, name="recorded", dtype=dtype)
+    halo = builder.input(1, 2, name="halo", dtype=torch.int64)
+    table = builder.input(1, 3, 9, name="table", dtype=torch.int64)
+    for node, name in ((halo, "halo"), (table, "table")):
+        node.meta["plan_input"] = PlanInput(name, stencil)
+    weight = builder.input(8, 6 // groups, 3, 3, name="weight", kind=weight_kind, dtype=dtype)
+    packed = builder.call(fisedit.pack_conv_weight.default, weight, False, groups)
+    return builder.call(fisedit.conv_rows.default, rows, recorded, halo, table, packed, None, groups)
+
+
+def run(builder: GraphBuilder, node, way: str = "auto"):
+    module, report = builder.module(node), Report()
+    assert choose_convolution(module, builder.infos, report, way) is module
+    (result,) = next(node for node in module.graph.nodes if node.op == "output").args[0]
+    again = Report()
+    choose_convolution(module, builder.infos, again, way)
+    assert again.matches["choose_convolution"] == 0
+    return result, report
+
+
+def plans(nodes) -> list[PlanInput]:
+    assert all(node.target is plan for node in nodes)
+    return [node.meta["plan_input"] for node in nodes]
+
+
+def test_tiles() -> None:
+    builder = GraphBuilder()
+    result, report = run(builder, convolution(builder), "tiles")
+    patches, places = tile_stencils(DOMAIN)
+    rows, recorded, halo, table, place, subposition, weights, bias = result.args
+    assert result.target is fisedit.conv_tiles.default and bias is None
+    assert (spell(rows), spell(recorded)) == ("rows", "recorded")
+    assert plans([halo, table, place, subposition]) == [
+        PlanInput("halo", patches),
+        PlanInput("table", patches),
+        PlanInput("table", places),
+        PlanInput("subposition", places),
+    ]
+    assert [weight.args[1] for weight in weights] == list(range(16))
+    assert {spell(weight.args[0]) for weight in weights} == {("fisedit.pack_tile_weights", "weight")}
+    assert report.matches["choose_convolution"] == 1
+
+
+def test_tiles_read_four_positions_and_cover_four_rows() -> None:
+    patches, places = tile_stencils(DOMAIN)
+    assert (patches.source, patches.target, patches.taps) == (DOMAIN, Domain(2, 3), 16)
+    assert (places.source, places.target, places.taps) == (Domain(2, 3), DOMAIN, 1)
+
+
+def test_dense() -> None:
+    builder = GraphBuilder()
+    result, _ = run(builder, convolution(builder), "dense")
+    rows, recorded, index, valid, weight, bias, height, width = result.args
+    assert result.target is fisedit.conv_dense.default and (height, width, bias) == (4, 6, None)
+    assert plans([index, valid]) == [PlanInput("index", DOMAIN), PlanInput("valid", DOMAIN)]
+    assert (spell(rows), spell(recorded), spell(weight)) == ("rows", "recorded", "weight")
+
+
+def test_a_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module_under_test, "MANY_POSITIONS", 24)
+    monkeypatch.setattr(module_under_test, "MANY_CHANNELS", 6)
+    builder = GraphBuilder()
+    result, report = run(builder, convolution(builder))
+    assert result.target is fisedit.conv_choice.default
+    rows, recorded, halo, table, packed, bias, tiles, weights, index, valid, weight, height, width = result.args
+    assert spell(packed) == ("fisedit.pack_conv_weight", "weight", False, 1) and (height, width) == (4, 6)
+    assert len(plans(tiles)) == 4 and len(weights) == 16 and plans([index, valid])[0].kind == "index"
+    assert [spell(node) for node in (rows, recorded, halo, table, weight)] == [
+        "rows",
+        "recorded",
+        "halo",
+        "table",
+        "weight",
+    ]
+    assert not report.row_convolutions
+
+
+def test_a_choice_in_half_precision_has_no_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module_under_test, "MANY_POSITIONS", 24)
+    monkeypatch.setattr(module_under_test, "MANY_CHANNELS", 6)
+    builder = GraphBuilder()
+    result, _ = run(builder, convolution(builder, dtype=torch.bfloat16))
+    assert result.target is fisedit.conv_choice.default and result.args[7] == []
+
+
+def test_a_weight_read_twice_is_transformed_once() -> None:
+    builder = GraphBuilder()
+    first = convolution(builder)
+    second = builder.call(fisedit.conv_rows.default, *first.args)
+    both = builder.call(torch.ops.aten.add.Tensor, first, second)
+    run(builder, both, "tiles")
+    transforms = [node for node in builder.graph.nodes if node.target is fisedit.pack_tile_weights.default]
+    assert len(transforms) == 1
+
+
+OTHER = "not a 3x3 kernel with stride, padding and dilation 1 and one group"
+
+
+@pytest.mark.parametrize(
+    ("settings", "way", "reason"),
+    [
+        ({"kernel_height": 1}, "dense", OTHER),
+        ({"stride_x": 2}, "dense", OTHER),
+        ({"padding_y": 0}, "dense", OTHER),
+        ({"dilation_x": 2}, "dense", OTHER),
+        ({"groups": 2}, "dense", OTHER),
+        ({"kind": "transposed"}, "dense", OTHER),
+        ({"weight_kind": "user"}, "dense", "the weight depends on the inputs"),
+        ({"domain": Domain(5, 6)}, "dense", "the map has an odd height or width"),
+        ({"domain": Domain(4, 7)}, "tiles", "the map has an odd height or width"),
+        ({"dtype": torch.bfloat16}, "tiles", "tiles need float32"),
+        ({}, "auto", "rows are as fast with few positions or channels"),
+    ],
+)
+def test_conditions(settings: dict, way: str, reason: str) -> None:
+    builder = GraphBuilder()
+    result, report = run(builder, convolution(builder, **settings), way)
+    assert result.target is fisedit.conv_rows.default and report.row_convolutions == {reason: 1}
+
+
+def test_convolutions_on_other_devices_are_passed_over() -> None:
+    builder = GraphBuilder()
+    node = convolution(builder)
+    for other in builder.graph.nodes:
+        other.meta["val"] = torch.empty_like(other.meta["val"], device="meta")
+    result, report = run(builder, node, "tiles")
+    assert result.target is fisedit.conv_rows.default and not report.row_convolutions

@@ -1,0 +1,58 @@
+"""Whatever way operators are computed in, an edit means the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from shape_networks import BLOCKS
+
+from fisedit_compile.config import parse_options
+from fisedit_compile.explain import explain_with
+
+from composite_networks import COMPOSITES
+from diffusers_networks import DIFFUSERS
+from harness import MaskRecipe, compile_network
+from networks import Network
+from tolerances import assert_identical
+
+ALL = {network.name: network for network in (*BLOCKS, *COMPOSITES, *DIFFUSERS)}
+RECIPES = (MaskRecipe("ragged", 3), MaskRecipe("per-sample", 5), MaskRecipe("pixel", 7), MaskRecipe("full"))
+#: Options, and the operator that must then be in the edit graph of networks with even resolutions.
+PATHS = {
+    "tiles": ({"convolution": "tiles"}, "conv_tiles"),
+    "dense": ({"convolution": "dense"}, "conv_dense"),
+    "rows": ({"convolution": "rows"}, "conv_rows"),
+    "not packed": ({"packing": False}, "linear"),
+    "few packed": ({"packing": 4096}, "linear"),
+    "nothing hoisted": ({"disable_passes": "hoist_invariants"}, "linear_rows"),
+}
+
+
+def operators_of(network: Network, options: dict[str, Any]) -> set[str]:
+    """Names of the operators in a network's edit graph."""
+    (program,) = explain_with(parse_options(None, options)[1], network.module(), *network.inputs(0)).programs
+    assert program.edit is not None
+    return {node.target._opname for node in program.edit.graph.nodes if hasattr(node.target, "_opname")}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["skip network strided", "skip network wide", "sd15", "transformer block", "timed"])
+@pytest.mark.parametrize("path", PATHS)
+def test_path(path: str, name: str, dtype: torch.dtype) -> None:
+    options, operator = PATHS[path]
+    case = compile_network(ALL[name], dtype=dtype, **options)
+    if dtype is torch.float32 and name == "skip network strided":
+        assert operator in operators_of(ALL[name], options)
+    inputs = case.network.inputs(1, dtype)
+    for recipe in RECIPES:
+        mask = case.mask(recipe)
+        outputs = case.edit(inputs, mask)
+        case.assert_outside_untouched(outputs, mask)
+        case.assert_all_near(outputs, case.expected(inputs, mask), f"{path}, {recipe}")
+        unchanged = case.edit(case.network.inputs(0, dtype), mask)
+        case.assert_all_near(unchanged, case.recorded, f"{path}, unchanged, {recipe}")
+    empty = case.edit(inputs, torch.zeros(case.network.resolution))
+    for output, recorded in zip(empty, case.recorded, strict=True):
+        assert_identical(output, recorded)
