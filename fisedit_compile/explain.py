@@ -213,9 +213,9 @@ class ExplainReport:
         times = self.measured_convolutions()
         if times:
             table = Table("case", "fastest", "milliseconds", title="3x3 convolutions, as measured on this machine")
-            for case, seconds in times.items():
-                shown = ", ".join(f"{way} {1000 * spent:.2f}" for way, spent in seconds.items())
-                table.add_row(escape(case), min(seconds, key=seconds.__getitem__), shown)
+            for case, measured in times.items():
+                shown = ", ".join(f"{way} {1000 * spent:.2f}" for way, spent in measured.items())
+                table.add_row(escape(case), min(measured, key=measured.__getitem__), shown)
             tables.append(table)
         return tables
 

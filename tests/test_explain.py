@@ -164,14 +164,14 @@ def test_compiled_networks_can_be_explained(how: str) -> None:
 
 def test_measured_ways_of_the_networks_convolutions_are_shown(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FISEDIT_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr("fisedit_compile.explain.costs", CostTable())
+    monkeypatch.setitem(ExplainReport.measured_convolutions.__globals__, "costs", CostTable())
     module, x = nn.Conv2d(64, 64, 3, padding=1), torch.randn(2, 64, 32, 32)
     assert explain_with(Options(), module, x).measured_convolutions() == {}
     mine, other = (f"2x32x32 64->{outputs} float32, about 10 rows" for outputs in (64, 96))
     times = {"rows": 2e-3, "tiles": 1e-3}
     content = {machine(): {f"convolution {case}": times for case in (mine, other)}}
     (tmp_path / "costs.json").write_text(json.dumps(content))
-    monkeypatch.setattr("fisedit_compile.explain.costs", CostTable())
+    monkeypatch.setitem(ExplainReport.measured_convolutions.__globals__, "costs", CostTable())
     report = explain_with(Options(), module, x)
     assert report.measured_convolutions() == {mine: times}
     assert "rows 2.00, tiles 1.00" in str(report) and mine in str(report)
