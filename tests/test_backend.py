@@ -92,6 +92,9 @@ def test_outside_of_contexts_outputs_and_gradients_are_those_of_eager() -> None:
         ({"options": {"lowering": "fast"}}, "lowering must be one of plain, inductor"),
         ({"options": {"runtime": "mine"}}, "runtime must be a fisedit_compile.Runtime, got a str"),
         ({"options": {"disable_passes": "verify"}}, "cannot disable verify"),
+        ({"options": {"packing": "lots"}}, "option packing must be a positive number of bytes"),
+        ({"options": {"packing": -1}}, "option packing must be a positive number of bytes"),
+        ({"options": {"convolution": "fast"}}, "must be one of auto, rows, tiles, dense, got 'fast'"),
         ({"mode": "fastest"}, "unknown mode 'fastest'; valid modes are default"),
     ],
 )
