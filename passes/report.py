@@ -45,6 +45,7 @@ class Report:
         mac_counts: one entry for each convolution, linear layer, matrix product and attention.
         sites: what one recorded call stores.
         seconds: time spent by pass name.
+        dense_reason: why the graph has no edit graph; None when it has one.
         connections: how many values flow between two resolutions, by kind of connection.
     """
 
@@ -54,6 +55,7 @@ class Report:
     mac_counts: list[MacCount] = field(default_factory=list)
     sites: tuple[Site, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
+    dense_reason: str | None = None
     connections: Counter[tuple[str, str, str]] = field(default_factory=Counter)
 
     def match(self, pass_name: str) -> None:
