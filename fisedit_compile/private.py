@@ -24,7 +24,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
-from torch._dynamo.source import ConstantSource
+from torch._dynamo.source import ConstantSource, NumpyTensorSource
 from torch._guards import TracingContext
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import (
@@ -77,6 +77,7 @@ __all__ = [
     "hint_of",
     "input_source",
     "is_module_state",
+    "is_numpy",
     "is_size",
     "is_symbolic",
     "is_wrapped_number",
@@ -192,6 +193,11 @@ def is_module_state(placeholder: fx.Node) -> bool:
         return False
     where = _read(source.guard_source)
     return bool(where.is_unspecialized_nn_module() or where.is_specialized_nn_module() or where.is_fsdp_module())
+
+
+def is_numpy(placeholder: fx.Node) -> bool:
+    """Whether a graph input is a numpy number or array, which Dynamo makes a new tensor of at every call."""
+    return isinstance(_source(placeholder), NumpyTensorSource)
 
 
 def rename_placeholder(placeholder: fx.Node, name: str) -> None:

@@ -67,7 +67,8 @@ class DenseGraph:
 
 def readable_name(source: str) -> str:
     """Dynamo's name of an input in the words of the model: ``L['self']._modules['conv']`` is ``conv``."""
-    name = re.sub(r"(\.__dict__\['_modules'\]|\._modules|\._parameters|\._buffers)\['([^']*)'\]", r".\2", source)
+    name = re.sub(r"^___from_numpy\((.*)\)$", r"\1", source)
+    name = re.sub(r"(\.__dict__\['_modules'\]|\._modules|\._parameters|\._buffers)\['([^']*)'\]", r".\2", name)
     name = re.sub(r"^[LG]\['(?:self|model|function|fn)'\]\.?", "", name)
     name = name.removeprefix("__self__.").removeprefix("_orig_mod.")
     name = re.sub(r"^L\['kwargs'\]\['([^']*)'\]", r"\1", name)
@@ -117,7 +118,8 @@ def _given(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple
 def describe_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[InputInfo, ...]:
     """Classify the flat inputs of a Dynamo graph.
 
-    ``parameter``: read from a module; ``scalar``: numbers, and other tensors of rank 0 or 1; ``user``: the rest.
+    ``parameter``: a tensor read from a module; ``scalar``: numbers, other tensors of rank 0 or 1, and what a module
+    holds as numpy (it has no identity as a tensor, so it is compared by value); ``user``: the rest.
     """
     infos = []
     for placeholder, value in zip(_placeholders(gm.graph), example_inputs, strict=True):
@@ -126,7 +128,7 @@ def describe_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[
         if not isinstance(value, Tensor):
             infos.append(InputInfo("scalar", name))
         elif private.is_module_state(placeholder):
-            infos.append(InputInfo("parameter", name))
+            infos.append(InputInfo("scalar" if private.is_numpy(placeholder) else "parameter", name))
         else:
             infos.append(InputInfo("scalar" if value.dim() <= 1 else "user", name))
     return tuple(infos)
