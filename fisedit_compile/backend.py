@@ -154,7 +154,9 @@ def fisedit(
     digest = structural_hash(traced.gm, traced.input_infos, surroundings)
     program: Program = build_program(traced.gm, traced.input_infos, parsed)
     digest = hashlib.sha256(f"{digest} {program.sites}".encode()).hexdigest()
-    identity = GraphIdentity(digest, label, infos, traced.numbers, traced.constants, program.report.dense_reason)
+    identity = GraphIdentity(
+        digest, label, infos, traced.numbers, traced.constants, program.report.dense_reason, traced.steady
+    )
     return Executable(gm, program, runtime, identity, parsed.lowering)
 
 

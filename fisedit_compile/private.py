@@ -57,10 +57,14 @@ UNTRACEABLE = (
 ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
 EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
 SET_GRAD_ENABLED = torch._C._set_grad_enabled
+#: Whether it depends on the value alone, inside ``strict_recompiles``, which graph Dynamo runs for a Python int: the
+#: graph it made dynamic leaves the first value to the graph that it specialised on it.
+INTEGERS_CHOOSE_GRAPHS = hasattr(torch._dynamo.config, "automatic_dynamic_exclusion_guard")
 
 __all__ = [
     "ENTER_AUTOCAST",
     "EXIT_AUTOCAST",
+    "INTEGERS_CHOOSE_GRAPHS",
     "SET_GRAD_ENABLED",
     "UNTRACEABLE",
     "DynamicNumber",
@@ -248,9 +252,9 @@ def strict_recompiles() -> Iterator[None]:
         CallMismatchError: the limit was reached.
     """
     settings: dict[str, Any] = {"fail_on_recompile_limit_hit": True, "suppress_errors": False}
-    if hasattr(torch._dynamo.config, "automatic_dynamic_exclusion_guard"):
-        # A graph made dynamic leaves the first value to the graph that was specialised on it. Without this, which of
-        # the two runs depends on which ran last, and edited calls do not line up with recorded ones.
+    if INTEGERS_CHOOSE_GRAPHS:
+        # Otherwise which of two graphs runs depends on which ran last, and edited calls do not line up with recorded
+        # ones.
         settings["automatic_dynamic_exclusion_guard"] = True
     with torch._dynamo.config.patch(settings):
         try:

@@ -49,12 +49,15 @@ class TracedGraph:
             ``nn_module_stack`` and ``module_path`` (dotted, as in ``named_modules``; "" outside any module).
         input_infos: one for each placeholder.
         numbers: positions of the inputs that are Python numbers in the user's call and stay run-time inputs.
+        steady: positions of those numbers that must not change within a recording: which graph Dynamo runs for them
+            depends on earlier calls.
         constants: positions of the inputs that are fixed in the graph, such as sizes; their placeholders have no users.
     """
 
     gm: fx.GraphModule
     input_infos: tuple[InputInfo, ...]
     numbers: tuple[int, ...] = ()
+    steady: tuple[int, ...] = ()
     constants: frozenset[int] = frozenset()
 
 
@@ -252,9 +255,11 @@ def trace(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> TracedGraph:
     graph.lint()
     traced.graph_module.recompile()
     logger.debug("traced a graph of %d nodes with %d inputs", len(graph.nodes), len(infos))
-    wrapped = (at for at, node in enumerate(_placeholders(gm.graph)) if private.is_wrapped_number(node))
+    wrapped = {at for at, node in enumerate(_placeholders(gm.graph)) if private.is_wrapped_number(node)}
+    steady = wrapped if private.INTEGERS_CHOOSE_GRAPHS else {*numbers, *wrapped}
     constants = frozenset(at for at, value in enumerate(values) if not isinstance(value, dynamic))
-    return TracedGraph(traced.graph_module, infos, tuple(sorted({*numbers, *wrapped})), constants)
+    found = tuple(sorted({*numbers, *wrapped}))
+    return TracedGraph(traced.graph_module, infos, found, tuple(sorted(steady)), constants)
 
 
 def _without_computing(gm: fx.GraphModule) -> Any:

@@ -13,7 +13,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from fisedit_compile import tracing
+from fisedit_compile import private, tracing
 from fisedit_compile.tracing import DenseGraph, TracedGraph, UntraceableGraph, capture, capture_all, trace
 
 from diffusers_networks import DIFFUSERS, unet
@@ -276,6 +276,7 @@ def test_python_ints_that_are_no_sizes_stay_inputs() -> None:
     (position,) = traced.numbers
     assert traced.input_infos[position].kind == "scalar"
     assert position not in traced.constants
+    assert traced.steady == (() if private.INTEGERS_CHOOSE_GRAPHS else (position,))
     assert [node for node in traced.gm.graph.nodes if node.op == "placeholder"][position].users
 
 
@@ -286,6 +287,7 @@ def test_python_floats_stay_inputs() -> None:
         compiled(picture(), number)
     assert (len(backend.graphs), backend.calls) == (2, 3)
     assert len(backend.graphs[1].numbers) == 1
+    assert backend.graphs[1].steady == backend.graphs[1].numbers, "a dynamic float takes the first value as well"
 
 
 def test_python_ints_that_are_sizes_or_decide_are_fixed() -> None:
