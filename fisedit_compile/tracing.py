@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from fisedit_compile import private
 from fisedit_compile.errors import FisEditError
+from fisedit_compile.passes.deferred import DeferredModule
 from fisedit_compile.passes.program import InputInfo
 
 logger = logging.getLogger(__name__)
@@ -252,14 +253,12 @@ def trace(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> TracedGraph:
             # A view was chosen by the strides of this trace; kernels of another device may leave others.
             node.target = aten.reshape.default
         node.meta["module_path"] = module_path(node)
-    graph.lint()
-    traced.graph_module.recompile()
     logger.debug("traced a graph of %d nodes with %d inputs", len(graph.nodes), len(infos))
     wrapped = {at for at, node in enumerate(_placeholders(gm.graph)) if private.is_wrapped_number(node)}
     steady = wrapped if private.INTEGERS_CHOOSE_GRAPHS else {*numbers, *wrapped}
     constants = frozenset(at for at, value in enumerate(values) if not isinstance(value, dynamic))
     found = tuple(sorted({*numbers, *wrapped}))
-    return TracedGraph(traced.graph_module, infos, found, tuple(sorted(steady)), constants)
+    return TracedGraph(DeferredModule(traced.graph_module, graph), infos, found, tuple(sorted(steady)), constants)
 
 
 def _without_computing(gm: fx.GraphModule) -> Any:

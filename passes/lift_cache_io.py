@@ -18,6 +18,7 @@ from typing import Any
 from torch import fx
 
 from fisedit_compile.errors import GraphError
+from fisedit_compile.passes.deferred import DeferredModule
 from fisedit_compile.passes.ir import load, plan, store, update
 from fisedit_compile.passes.program import GraphInput
 from fisedit_compile.passes.report import Report
@@ -112,8 +113,7 @@ def lift_edit(
                 copies[node] = lifted.node_copy(node, lambda value: copies[value])
         lifted.output(tuple(copies[value] if isinstance(value, fx.Node) else value for value in outputs))
         lifted.eliminate_dead_code()
-        lifted.lint()
-        return fx.GraphModule(edit, lifted, name)
+        return DeferredModule(edit, lifted, name)
 
     unknown = set(changed) - {site.name for site in sites}
     if unknown:
