@@ -158,16 +158,11 @@ def fisedit(
     digest = structural_hash(traced.gm, traced.input_infos, surroundings)
     program: Program = build_program(traced.gm, traced.input_infos, parsed)
     digest = hashlib.sha256(f"{digest} {program.sites}".encode()).hexdigest()
-    identity = GraphIdentity(digest, label, infos, traced.numbers, traced.constants, _dense_reason(program))
+    identity = GraphIdentity(
+        digest, label, infos, traced.numbers, traced.constants, program.report.dense_reason, traced.steady
+    )
     return Executable(gm, program, runtime, identity, parsed.lowering)
 
 
 def _shapes(example_inputs: Sequence[Any]) -> str:
     return str([tuple(int(size) for size in value.shape) for value in example_inputs if isinstance(value, Tensor)])
-
-
-def _dense_reason(program: Program) -> str | None:
-    """Why a traced graph has no edit graph."""
-    if program.batch is None or program.edit is None:
-        return "none of its inputs is a picture or a feature map"
-    return None

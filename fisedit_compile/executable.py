@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 Dense = Callable[..., Sequence[Tensor]]
 PASS_A_TENSOR = (
     "pass it as a tensor (for example torch.tensor(t)): the compiler makes a graph of its own for the first value of a "
-    "Python number, so that the calls of an edit would not line up with the recorded ones"
+    "Python number, so that the calls of an edit need not line up with the recorded ones"
 )
 
 
@@ -41,6 +41,7 @@ class GraphIdentity:
         numbers: positions of inputs that are Python numbers in the user's call.
         constants: positions of inputs that tracing has fixed; they are guarded on and need no comparison.
         dense_reason: why there is no program; None when there is one.
+        steady: positions of those Python numbers that must not change from call to call.
     """
 
     graph_hash: str
@@ -49,6 +50,7 @@ class GraphIdentity:
     numbers: tuple[int, ...] = ()
     constants: frozenset[int] = frozenset()
     dense_reason: str | None = None
+    steady: tuple[int, ...] = ()
 
     def positions(self, *kinds: str) -> tuple[int, ...]:
         """Positions of the inputs of these kinds."""
@@ -191,7 +193,7 @@ class Executable:
                     f"input {self.identity.input_infos[position].name} requires grad; record and edit run without "
                     "autograd: pass a detached tensor, or call the network outside of them"
                 )
-        if self.identity.numbers:
+        if self.identity.steady:
             self._check_numbers(phase, arguments)
         if self.identity.dense_reason is not None and not self._warned:
             self._warned = True
@@ -211,13 +213,13 @@ class Executable:
         return key
 
     def _check_numbers(self, phase: RecordPhase | EditPhase, arguments: Sequence[Any]) -> None:
-        """Refuse Python numbers that change from call to call; such graphs do not line up with recorded ones."""
+        """Refuse changes of the Python numbers for which Dynamo's choice of a graph depends on earlier calls."""
         values = tuple(
             float(value) if isinstance(value, Tensor) else value
-            for value in (arguments[position] for position in self.identity.numbers)
+            for value in (arguments[position] for position in self.identity.steady)
         )
         before = self._numbers.setdefault(phase, values)
-        for position, first, now in zip(self.identity.numbers, before, values, strict=True):
+        for position, first, now in zip(self.identity.steady, before, values, strict=True):
             if first != now:
                 name = self.identity.input_infos[position].name
                 raise ScalarMismatchError(

@@ -300,6 +300,5 @@ def explain_with(options: Options, model: Any, *args: Any, **kwargs: Any) -> Exp
             graphs.append(GraphReport(None, traced.reason))
             continue
         program = build_program(traced.gm, traced.input_infos, options)
-        reason = None if program.edit is not None else "none of its inputs is a picture or a feature map"
-        graphs.append(GraphReport(program, reason))
+        graphs.append(GraphReport(program, program.report.dense_reason))
     return ExplainReport(graphs)

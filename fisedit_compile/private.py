@@ -24,7 +24,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
-from torch._dynamo.source import ConstantSource
+from torch._dynamo.source import ConstantSource, NumpyTensorSource
 from torch._guards import TracingContext
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import (
@@ -57,10 +57,14 @@ UNTRACEABLE = (
 ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
 EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
 SET_GRAD_ENABLED = torch._C._set_grad_enabled
+#: Whether it depends on the value alone, inside ``strict_recompiles``, which graph Dynamo runs for a Python int: the
+#: graph it made dynamic leaves the first value to the graph that it specialised on it.
+INTEGERS_CHOOSE_GRAPHS = hasattr(torch._dynamo.config, "automatic_dynamic_exclusion_guard")
 
 __all__ = [
     "ENTER_AUTOCAST",
     "EXIT_AUTOCAST",
+    "INTEGERS_CHOOSE_GRAPHS",
     "SET_GRAD_ENABLED",
     "UNTRACEABLE",
     "DynamicNumber",
@@ -77,6 +81,7 @@ __all__ = [
     "hint_of",
     "input_source",
     "is_module_state",
+    "is_numpy",
     "is_size",
     "is_symbolic",
     "is_wrapped_number",
@@ -194,6 +199,11 @@ def is_module_state(placeholder: fx.Node) -> bool:
     return bool(where.is_unspecialized_nn_module() or where.is_specialized_nn_module() or where.is_fsdp_module())
 
 
+def is_numpy(placeholder: fx.Node) -> bool:
+    """Whether a graph input is a numpy number or array, which Dynamo makes a new tensor of at every call."""
+    return isinstance(_source(placeholder), NumpyTensorSource)
+
+
 def rename_placeholder(placeholder: fx.Node, name: str) -> None:
     """Give a placeholder a name, or one made from it when the graph has that name already."""
     placeholder._rename(name)
@@ -242,9 +252,9 @@ def strict_recompiles() -> Iterator[None]:
         CallMismatchError: the limit was reached.
     """
     settings: dict[str, Any] = {"fail_on_recompile_limit_hit": True, "suppress_errors": False}
-    if hasattr(torch._dynamo.config, "automatic_dynamic_exclusion_guard"):
-        # A graph made dynamic leaves the first value to the graph that was specialised on it. Without this, which of
-        # the two runs depends on which ran last, and edited calls do not line up with recorded ones.
+    if INTEGERS_CHOOSE_GRAPHS:
+        # Otherwise which of two graphs runs depends on which ran last, and edited calls do not line up with recorded
+        # ones.
         settings["automatic_dynamic_exclusion_guard"] = True
     with torch._dynamo.config.patch(settings):
         try:

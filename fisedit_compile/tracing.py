@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from fisedit_compile import private
 from fisedit_compile.errors import FisEditError
+from fisedit_compile.passes.deferred import DeferredModule
 from fisedit_compile.passes.program import InputInfo
 
 logger = logging.getLogger(__name__)
@@ -49,12 +50,15 @@ class TracedGraph:
             ``nn_module_stack`` and ``module_path`` (dotted, as in ``named_modules``; "" outside any module).
         input_infos: one for each placeholder.
         numbers: positions of the inputs that are Python numbers in the user's call and stay run-time inputs.
+        steady: positions of those numbers that must not change within a recording: which graph Dynamo runs for them
+            depends on earlier calls.
         constants: positions of the inputs that are fixed in the graph, such as sizes; their placeholders have no users.
     """
 
     gm: fx.GraphModule
     input_infos: tuple[InputInfo, ...]
     numbers: tuple[int, ...] = ()
+    steady: tuple[int, ...] = ()
     constants: frozenset[int] = frozenset()
 
 
@@ -67,7 +71,8 @@ class DenseGraph:
 
 def readable_name(source: str) -> str:
     """Dynamo's name of an input in the words of the model: ``L['self']._modules['conv']`` is ``conv``."""
-    name = re.sub(r"(\.__dict__\['_modules'\]|\._modules|\._parameters|\._buffers)\['([^']*)'\]", r".\2", source)
+    name = re.sub(r"^___from_numpy\((.*)\)$", r"\1", source)
+    name = re.sub(r"(\.__dict__\['_modules'\]|\._modules|\._parameters|\._buffers)\['([^']*)'\]", r".\2", name)
     name = re.sub(r"^[LG]\['(?:self|model|function|fn)'\]\.?", "", name)
     name = name.removeprefix("__self__.").removeprefix("_orig_mod.")
     name = re.sub(r"^L\['kwargs'\]\['([^']*)'\]", r"\1", name)
@@ -117,7 +122,8 @@ def _given(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple
 def describe_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[InputInfo, ...]:
     """Classify the flat inputs of a Dynamo graph.
 
-    ``parameter``: read from a module; ``scalar``: numbers, and other tensors of rank 0 or 1; ``user``: the rest.
+    ``parameter``: a tensor read from a module; ``scalar``: numbers, other tensors of rank 0 or 1, and what a module
+    holds as numpy (it has no identity as a tensor, so it is compared by value); ``user``: the rest.
     """
     infos = []
     for placeholder, value in zip(_placeholders(gm.graph), example_inputs, strict=True):
@@ -126,7 +132,7 @@ def describe_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[
         if not isinstance(value, Tensor):
             infos.append(InputInfo("scalar", name))
         elif private.is_module_state(placeholder):
-            infos.append(InputInfo("parameter", name))
+            infos.append(InputInfo("scalar" if private.is_numpy(placeholder) else "parameter", name))
         else:
             infos.append(InputInfo("scalar" if value.dim() <= 1 else "user", name))
     return tuple(infos)
@@ -247,12 +253,12 @@ def trace(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> TracedGraph:
             # A view was chosen by the strides of this trace; kernels of another device may leave others.
             node.target = aten.reshape.default
         node.meta["module_path"] = module_path(node)
-    graph.lint()
-    traced.graph_module.recompile()
     logger.debug("traced a graph of %d nodes with %d inputs", len(graph.nodes), len(infos))
-    wrapped = (at for at, node in enumerate(_placeholders(gm.graph)) if private.is_wrapped_number(node))
+    wrapped = {at for at, node in enumerate(_placeholders(gm.graph)) if private.is_wrapped_number(node)}
+    steady = wrapped if private.INTEGERS_CHOOSE_GRAPHS else {*numbers, *wrapped}
     constants = frozenset(at for at, value in enumerate(values) if not isinstance(value, dynamic))
-    return TracedGraph(traced.graph_module, infos, tuple(sorted({*numbers, *wrapped})), constants)
+    found = tuple(sorted({*numbers, *wrapped}))
+    return TracedGraph(DeferredModule(traced.graph_module, graph), infos, found, tuple(sorted(steady)), constants)
 
 
 def _without_computing(gm: fx.GraphModule) -> Any:

@@ -69,6 +69,5 @@ def densify(graph_module: fx.GraphModule, report: Report) -> fx.GraphModule:
             graph.erase_node(node)
             report.match(NAME)
     eliminate_dead_code(graph)
-    graph.lint()
     graph_module.recompile()
     return graph_module

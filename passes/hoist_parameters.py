@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fisedit_compile.passes.deferred import DeferredModule
 from fisedit_compile.passes.program import InputInfo
 from fisedit_compile.passes.report import Report
 from fisedit_compile.passes.targets import OVERLOAD
@@ -71,4 +72,4 @@ def hoist_parameters(
         node.meta["hoisted"] = number
         report.match(NAME)
     root: Any = graph_module
-    return graph_module, fx.GraphModule(root, prologue, "Prologue")
+    return graph_module, DeferredModule(root, prologue, "Prologue")

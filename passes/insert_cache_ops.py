@@ -123,7 +123,6 @@ def insert_cache_ops(
         node.target, node.args = load, (name,)
         report.match(NAME)
     for graph_module in (edit, record):
-        graph_module.graph.lint()
         graph_module.recompile()
     report.sites = tuple(recorder.sites.values())
     return edit, record, report.sites

@@ -7,6 +7,7 @@ the channel dimensions.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from fisedit_compile.runtime.spec import Domain
@@ -135,23 +136,24 @@ def reshape_layout(spatial: Spatial, before: tuple[int, ...], after: tuple[int, 
     return check_dims(spatial.with_dims(tuple(names)))
 
 
-def recognise_layout(shape: tuple[int, ...], batch: int, domains: set[Domain]) -> Spatial | None:
-    """Recognise a spatial value by its shape alone: used behind operators that no rule knows.
+def candidate_layouts(shape: tuple[int, ...], batch: int, domains: Collection[Domain]) -> list[Spatial]:
+    """All layouts that a shape allows: those with height and width in a row first, then those with positions flattened.
 
-    The shape must hold the batch in its first dimension and exactly one place where (height, width) or
-    height * width of one known domain stands; a domain of a single position shows nothing.
+    The batch must be the first dimension; a domain of a single position shows nothing.
     """
     if len(shape) < 3 or shape[0] != batch:
-        return None
-    found: set[Spatial] = set()
-    for domain in (domain for domain in domains if domain.size > 1):
+        return []
+    pairs: list[Spatial] = []
+    flat: list[Spatial] = []
+    for domain in sorted(domain for domain in domains if domain.size > 1):
         for dim in range(1, len(shape)):
             if shape[dim : dim + 2] == (domain.height, domain.width):
-                dims = [BATCH] + [CHANNEL] * (len(shape) - 1)
-                dims[dim : dim + 2] = [HEIGHT, WIDTH]
-                found.add(Spatial(domain, tuple(dims)))
+                pairs.append(named_layout(domain, len(shape), {dim: HEIGHT, dim + 1: WIDTH}))
             if shape[dim] == domain.size:
-                dims = [BATCH] + [CHANNEL] * (len(shape) - 1)
-                dims[dim] = SPACE
-                found.add(Spatial(domain, tuple(dims)))
-    return found.pop() if len(found) == 1 else None
+                flat.append(named_layout(domain, len(shape), {dim: SPACE}))
+    return pairs + flat
+
+
+def named_layout(domain: Domain, rank: int, names: Mapping[int, str]) -> Spatial:
+    """The layout with the batch first, the dimensions in ``names`` as given, and channels elsewhere."""
+    return Spatial(domain, (BATCH, *(names.get(dim, CHANNEL) for dim in range(1, rank))))

@@ -18,6 +18,7 @@ from typing import Any
 from torch import fx
 
 from fisedit_compile.errors import GraphError
+from fisedit_compile.passes.deferred import DeferredModule
 from fisedit_compile.passes.ir import load, plan, store, update
 from fisedit_compile.passes.program import GraphInput
 from fisedit_compile.passes.report import Report
@@ -93,8 +94,7 @@ class _Cut:
                 copies[node] = lifted.node_copy(node, lambda value: copies[value])
         lifted.output(tuple(copies[value] if isinstance(value, fx.Node) else value for value in outputs))
         lifted.eliminate_dead_code()
-        lifted.lint()
-        return fx.GraphModule(root, lifted, name)
+        return DeferredModule(root, lifted, name)
 
 
 def _arguments(graph: fx.Graph) -> dict[fx.Node, int]:

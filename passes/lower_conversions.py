@@ -72,6 +72,5 @@ def lower_conversions(graph_module: fx.GraphModule, report: Report) -> fx.GraphM
         node.replace_all_uses_with(output)
         graph.erase_node(node)
         report.match(NAME)
-    graph.lint()
     graph_module.recompile()
     return graph_module

@@ -17,6 +17,7 @@ from fisedit_compile.passes import sparsify_norm as norms
 from fisedit_compile.passes.canonicalize import canonicalize
 from fisedit_compile.passes.choose_convolution import choose_convolution
 from fisedit_compile.passes.count_macs import count_macs
+from fisedit_compile.passes.deferred import DeferredModule
 from fisedit_compile.passes.densify import densify
 from fisedit_compile.passes.family import Family, rewrite_nodes
 from fisedit_compile.passes.hoist_invariants import hoist_invariants
@@ -92,7 +93,7 @@ def _copy(graph_module: fx.GraphModule) -> fx.GraphModule:
     graph.graph_copy(graph_module.graph, copies, return_output_node=False)
     output = next(iter(reversed(graph_module.graph.nodes)))
     graph.output(fx.node.map_arg(output.args[0], lambda node: copies[node]))
-    return fx.GraphModule(graph_module, graph)
+    return DeferredModule(graph_module, graph)
 
 
 def build_program(graph_module: fx.GraphModule, inputs: Sequence[InputInfo], options: Options) -> Program:

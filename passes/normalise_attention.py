@@ -349,6 +349,5 @@ def normalise_attention(graph_module: fx.GraphModule, report: Report) -> fx.Grap
         _rewrite(attention)
         report.match(NAME)
     eliminate_dead_code(graph_module.graph)
-    graph_module.graph.lint()
     graph_module.recompile()
     return graph_module

@@ -14,8 +14,8 @@ Conditions for an input to be spatial:
 3. Its batch is that of the first such input.
 
 An operator's output is spatial when its family's inference rule says so. Where a rule gives its reason, behind an
-operator that no rule knows, and further on behind values that are not spatial but were made from one, the output is
-spatial when its shape shows it beyond doubt, or when a map was padded, pooled or resized.
+operator that no rule knows, and further on behind values that are not spatial but were made from one, recognise.py
+tells. A graph that returns a value about which it cannot tell has no annotations: it stays dense, with the reason.
 """
 
 from __future__ import annotations
@@ -35,14 +35,16 @@ from fisedit_compile.passes.domain_graph import (
 )
 from fisedit_compile.passes.family import Family
 from fisedit_compile.passes.ir import reads_spatial, shape_of, spatial_of
-from fisedit_compile.passes.layouts import HEIGHT, NCHW, NHWC, WIDTH, Spatial, recognise_layout
+from fisedit_compile.passes.layouts import HEIGHT, NCHW, NHWC, WIDTH, Spatial
 from fisedit_compile.passes.program import InputInfo
+from fisedit_compile.passes.recognise import Recogniser
 from fisedit_compile.passes.report import Report
 from fisedit_compile.passes.targets import RESOLUTION_CHANGES, aten
 from fisedit_compile.runtime.spec import Domain
 
 NAME = "propagate_domains"
 UNKNOWN = "no rule knows this operator"
+NO_INPUT = "none of its inputs is a picture or a feature map"
 BEHIND = "it reads what a dense operator made of a spatial value"
 
 
@@ -89,23 +91,9 @@ def find_resolutions(derived: Sequence[fx.Node], batch: int, domains: set[Domain
             domains.add(domain)
 
 
-def _recognise(node: fx.Node, batch: int, domains: set[Domain]) -> None:
-    """Annotate a value that was computed densely, when it is a map again."""
-    value = node.meta.get("val")
-    if not isinstance(value, torch.Tensor):
-        return
-    layout = recognise_layout(shape_of(node), batch, domains)
-    source = spatial_of(node.args[0]) if node.args else None
-    if node.target in RESOLUTION_CHANGES and source is not None and source.dims == NCHW and value.dim() == 4:
-        domain = Domain(*shape_of(node)[2:])
-        if domain.size > 1 and value.shape[0] == batch:
-            layout = Spatial(domain, NCHW)
-    if layout is not None:
-        node.meta["spatial"] = layout
-        domains.add(layout.domain)
-
-
-def _annotate(node: fx.Node, families: Sequence[Family], batch: int, domains: set[Domain]) -> None:
+def _annotate(
+    node: fx.Node, families: Sequence[Family], batch: int, domains: set[Domain], recogniser: Recogniser
+) -> None:
     """Annotate a node that reads a spatial value."""
     family = next((family for family in families if family.matches(node.target)), None)
     inferred = family.infer(node) if family is not None else UNKNOWN
@@ -118,7 +106,28 @@ def _annotate(node: fx.Node, families: Sequence[Family], batch: int, domains: se
         domains.add(inferred.domain)
     else:
         node.meta["dense_reason"] = inferred
-        _recognise(node, batch, domains)
+        recogniser.recognise(node)
+
+
+def _forget(node: fx.Node) -> None:
+    for key in ("spatial", "spatial_outputs", "dense_reason"):
+        node.meta.pop(key, None)
+
+
+def _check_outputs(graph: fx.Graph, doubtful: Sequence[fx.Node], report: Report) -> None:
+    """Keep the whole graph dense when it returns a value that may be a map or not: it could not be masked."""
+    returned = next(iter(reversed(graph.nodes))).all_input_nodes
+    for node in doubtful:
+        if node not in returned:
+            report.miss(NAME, node, f"its shape {list(shape_of(node))} does not tell which dimensions are positions")
+            continue
+        report.dense_reason = (
+            f"its output {node.name} of shape {list(shape_of(node))} was made by {node.target}, and its sizes do not "
+            "tell which of its dimensions are positions; another resolution or number of channels may"
+        )
+        for other in graph.nodes:
+            _forget(other)
+        return
 
 
 def propagate_domains(
@@ -131,10 +140,13 @@ def propagate_domains(
     derived = dict.fromkeys(inputs)
     for node in graph.nodes:
         node.meta["origin"] = node.name
+        if node.op != "placeholder":
+            _forget(node)
         if node.op == "call_function" and any(value in derived for value in node.all_input_nodes):
             derived[node] = None
     batch = shape_of(inputs[0])[0] if inputs else 0
     find_resolutions(list(derived), batch, domains)
+    recogniser = Recogniser(derived, batch, domains)
     for node in derived:
         if node in inputs:
             continue
@@ -143,10 +155,13 @@ def propagate_domains(
         if outputs is not None:
             node.meta["spatial"] = outputs[node.args[1]]
         elif node.target is not operator.getitem and reads_spatial(node):
-            _annotate(node, families, batch, domains)
+            _annotate(node, families, batch, domains, recogniser)
         else:
             node.meta["dense_reason"] = BEHIND
-            _recognise(node, batch, domains)
+            recogniser.recognise(node)
+    if not inputs:
+        report.dense_reason = NO_INPUT
+    _check_outputs(graph, recogniser.doubtful, report)
     report.matches[NAME] += len(inputs)
     for source, target, data in domain_graph(graph).edges(data=True):
         report.connections[str(source), str(target), data["kind"]] += 1

@@ -47,6 +47,7 @@ class Report:
         seconds: time spent by pass name.
         row_convolutions: how many convolutions are computed row by row only, by the reason.
         packed_bytes: what packed copies of weights take.
+        dense_reason: why the graph has no edit graph; None when it has one.
         connections: how many values flow between two resolutions, by kind of connection.
     """
 
@@ -58,6 +59,7 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     row_convolutions: Counter[str] = field(default_factory=Counter)
     packed_bytes: int = 0
+    dense_reason: str | None = None
     connections: Counter[tuple[str, str, str]] = field(default_factory=Counter)
 
     def match(self, pass_name: str) -> None:

@@ -4,7 +4,9 @@ Conditions:
 1. No marker node is left.
 2. The record graph returns the original outputs followed by one tensor for each site.
 3. The edit graphs have one placeholder for each edit input; edit_save returns one update for each site.
-4. Every recorded input names a site, and site names are unique.
+4. Every recorded input names a site.
+5. Site names are unique.
+6. The graphs pass ``graph.lint()``, which is too slow to run behind every pass: tests of passes do that.
 """
 
 from __future__ import annotations
@@ -26,6 +28,13 @@ def _returned(graph_module: fx.GraphModule) -> int:
     return len(output.args[0])
 
 
+def _lint(graph_module: fx.GraphModule) -> None:
+    try:
+        graph_module.graph.lint()
+    except RuntimeError as error:
+        raise GraphError(f"a lifted graph is broken: {error}") from error
+
+
 def verify(program: Program) -> Program:
     """Return the program unchanged.
 
@@ -39,6 +48,7 @@ def verify(program: Program) -> Program:
         if graph_module is not None:
             left = [node.name for node in graph_module.graph.nodes if node.target in MARKERS]
             _check(not left, f"marker nodes are left: {', '.join(left)}")
+            _lint(graph_module)
     if program.edit is None or program.edit_save is None:
         return program
     for graph_module in (program.edit, program.edit_save):

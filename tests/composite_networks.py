@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -125,6 +126,20 @@ class Timed(nn.Module):
         return self.block(x, embedding.to(x.dtype))
 
 
+class NumberAttributes(nn.Module):
+    """Reads a numpy number, a Python number and a plain tensor that are attributes of the module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.norm = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), nn.GroupNorm(2, CHANNELS)
+        self.numpy_number, self.number = numpy.sqrt(2.0), 0.75
+        self.plain_tensor = torch.linspace(0.5, 1, CHANNELS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.norm(x * self.number + self.inner(x) / self.numpy_number)
+        return self.inner(hidden) * self.plain_tensor[:, None, None]
+
+
 def skip_network(name: str, down: str, up: str, size: tuple[int, int] = SIZE, batch: int = 2) -> Network:
     """A skip network with its inputs."""
     shapes = ((batch, 4, *size), (batch, EMBEDDING), (batch, TEXT, TOKENS))
@@ -138,5 +153,6 @@ COMPOSITES = [
     skip_network("skip network wide", "stride", "nearest", size=(17, 37), batch=1),
     Network("residual inputs", WithResiduals, ((2, 8, 13, 9), (2, 8, 7, 5), (2, 8, 13, 9)), spatial=(0, 1, 2)),
     Network("many outputs", ManyOutputs, ((2, 8, 13, 9), (2, TEXT, TOKENS))),
+    Network("number attributes", NumberAttributes, ((2, 8, 13, 9),)),
     Network("timed", Timed, ((2, 8, 13, 9), ()), fixed=(1,)),
 ]

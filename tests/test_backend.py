@@ -239,23 +239,6 @@ def test_two_instances_of_one_class() -> None:
     assert not torch.equal(recorded[0], recorded[1])
 
 
-def test_python_numbers() -> None:
-    """Changing ones are refused with advice; constant ones work."""
-    runtime = fisedit.Runtime()
-    module = Small(lambda x, number: x * number)
-    compiled = torch.compile(module, backend="fisedit", options={"runtime": runtime})
-    with torch.no_grad():
-        with pytest.raises(CallMismatchError, match="pass it as a tensor"), runtime.record("base"):
-            for number in (981, 961, 941):
-                compiled(picture(), number)
-        with runtime.record("base"):
-            for _ in range(3):
-                compiled(picture(), 921)
-        with runtime.edit("base", mask=torch.ones(13, 9)):
-            for _ in range(3):
-                torch.testing.assert_close(compiled(picture() + 1, 921), module(picture() + 1, 921))
-
-
 def test_an_unchanged_graph_is_not_compiled_again() -> None:
     """What was traced keeps working for other weights, masks and contexts."""
     keeping = Keeping(runtime=fisedit.Runtime())

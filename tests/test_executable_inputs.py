@@ -60,12 +60,12 @@ def test_a_graph_that_was_not_traced_runs_densely_and_counts(caplog: pytest.LogC
         setting(5, 1.0)
 
 
-def numbered(*numbers: int, constants: frozenset[int] = frozenset()) -> Setting:
-    return Setting(identity=GraphIdentity("hash", "the test graph", INFOS, numbers, constants))
+def numbered(*numbers: int, constants: frozenset[int] = frozenset(), steady: tuple[int, ...] = ()) -> Setting:
+    return Setting(identity=GraphIdentity("hash", "the test graph", INFOS, numbers, constants, steady=steady))
 
 
-def test_a_python_number_that_changes_is_refused() -> None:
-    setting = numbered(2)
+def test_a_python_number_that_has_to_be_steady_and_changes_is_refused() -> None:
+    setting = numbered(2, steady=(2,))
     with pytest.raises(ScalarMismatchError, match=r"number time changed from 1.0 to 2.0 .*torch.tensor"):
         setting.record(1.0, 1.0, 2.0)
     assert setting.runtime.bases == ()
@@ -79,8 +79,16 @@ def test_a_python_number_that_differs_in_the_edit_is_explained() -> None:
     assert "time came as a Python number" in "".join(caught.value.__notes__)
 
 
-def test_a_python_number_that_stays_is_fine() -> None:
+def test_a_python_number_that_changes_as_it_did_is_fine() -> None:
     setting = numbered(2)
+    setting.record(3.0, 4.0)
+    with setting.runtime.edit("base", mask=MASK):
+        setting(5, 3.0)
+        setting(5, 4.0)
+
+
+def test_a_steady_python_number_that_stays_is_fine() -> None:
+    setting = numbered(2, steady=(2,))
     setting.record(3.0, 3.0)
     with setting.runtime.edit("base", mask=MASK):
         setting(5, 3.0)

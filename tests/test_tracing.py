@@ -6,13 +6,14 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from fisedit_compile import tracing
+from fisedit_compile import private, tracing
 from fisedit_compile.tracing import DenseGraph, TracedGraph, UntraceableGraph, capture, capture_all, trace
 
 from diffusers_networks import DIFFUSERS, unet
@@ -130,6 +131,7 @@ def test_names_of_inputs_and_modules_are_those_of_the_model() -> None:
         ("L['args'][1]", "args[1]"),
         ("L['kwargs']['encoder_hidden_states']", "encoder_hidden_states"),
         ("L['self'].scale", "scale"),
+        ("___from_numpy(L['self'].scale)", "scale"),
     ],
 )
 def test_readable_names(source: str, name: str) -> None:
@@ -140,6 +142,15 @@ def test_everything_a_module_holds_is_a_parameter() -> None:
     (traced,) = capture(Function(lambda self, x: x * self.weight + self.count + self.plain), picture())
     kinds = {info.name: info.kind for info in traced.input_infos}
     assert kinds == {"args[0]": "user", "weight": "parameter", "count": "parameter", "plain": "parameter"}
+
+
+def test_what_a_module_holds_as_numpy_is_compared_by_value() -> None:
+    """Dynamo makes new tensors of it at every call, so identities say nothing."""
+    module = Function(lambda self, x: x * self.number + torch.as_tensor(self.table)[None, :, None, None])
+    module.number, module.table = numpy.float64(2.5), numpy.ones(picture().shape[1], numpy.float32)
+    (traced,) = capture(module, picture())
+    kinds = {info.name: info.kind for info in traced.input_infos}
+    assert kinds == {"args[0]": "user", "number": "scalar", "table": "scalar"}
 
 
 def local_changes(self: Function, x: Tensor) -> Tensor:
@@ -265,6 +276,7 @@ def test_python_ints_that_are_no_sizes_stay_inputs() -> None:
     (position,) = traced.numbers
     assert traced.input_infos[position].kind == "scalar"
     assert position not in traced.constants
+    assert traced.steady == (() if private.INTEGERS_CHOOSE_GRAPHS else (position,))
     assert [node for node in traced.gm.graph.nodes if node.op == "placeholder"][position].users
 
 
@@ -275,6 +287,7 @@ def test_python_floats_stay_inputs() -> None:
         compiled(picture(), number)
     assert (len(backend.graphs), backend.calls) == (2, 3)
     assert len(backend.graphs[1].numbers) == 1
+    assert backend.graphs[1].steady == backend.graphs[1].numbers, "a dynamic float takes the first value as well"
 
 
 def test_python_ints_that_are_sizes_or_decide_are_fixed() -> None:

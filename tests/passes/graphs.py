@@ -145,7 +145,8 @@ def outputs(graph_module: fx.GraphModule) -> tuple[Any, ...]:
 
 
 def text(graph_module: fx.GraphModule) -> str:
-    """The graph with its annotations: two equal texts are equal graphs."""
+    """The graph with its annotations, checked: two equal texts are equal graphs."""
+    graph_module.graph.lint()
     lines = []
     for node in graph_module.graph.nodes:
         kept = {key: node.meta[key] for key in ("spatial", "origin", "dense_reason", "hoisted") if key in node.meta}

@@ -89,7 +89,7 @@ def test_condition_4_recorded_inputs_name_sites() -> None:
         verify(replace(built, edit_inputs=inputs))
 
 
-def test_condition_4_site_names_are_unique() -> None:
+def test_condition_5_site_names_are_unique() -> None:
     built = program()
     with pytest.raises(GraphError, match="two cache sites share a name"):
         verify(replace(built, sites=(*built.sites[:-1], built.sites[0])))
@@ -99,3 +99,14 @@ def test_markers_cannot_be_run() -> None:
     for marker in MARKERS:
         with pytest.raises(GraphError, match=f"marker node {marker.__name__} was executed"):
             marker(torch.ones(1))
+
+
+@pytest.mark.parametrize("graph", ["record", "edit", "edit_save", "prologue"])
+def test_condition_6_a_graph_that_reads_a_value_before_it_is_made(graph) -> None:
+    built = program()
+    module = getattr(built, graph)
+    node = next(node for node in module.graph.nodes if node.op == "call_function")
+    first = next(iter(module.graph.nodes))
+    first.append(module.graph.call_function(aten.neg.default, (node,)))
+    with pytest.raises(GraphError, match="a lifted graph is broken"):
+        verify(built)

@@ -7,11 +7,9 @@ from typing import Any
 import pytest
 import torch
 from shape_networks import BLOCKS
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 import fisedit_compile as fisedit
-from fisedit_compile.errors import ScalarMismatchError
 
 from composite_networks import COMPOSITES
 from diffusers_networks import DIFFUSERS
@@ -145,48 +143,6 @@ def test_autocast() -> None:
             unchanged = module(*network.inputs(0))
     assert_near(full, dense, "full mask", dtype=torch.bfloat16)
     assert_near(unchanged, recorded, "unchanged inputs", dtype=torch.bfloat16)
-
-
-class Scaled(nn.Module):
-    """A convolution scaled by a function of a Python number."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Conv2d(8, 8, 3, padding=1)
-
-    def forward(self, x: Tensor, timestep: int) -> Tensor:
-        return self.inner(x) * torch.tensor(timestep).float().cos()
-
-
-@pytest.mark.parametrize("steps", [(981,), (981, 981), (981, 721), (981, 721, 41)])
-def test_a_timestep_as_a_python_number(steps: tuple[int, ...]) -> None:
-    """One value is right. Several may be refused, because the compiler makes the first a constant and the others an
-    input, so that calls need not line up; the error then names the way out. A wrong result is never given."""
-    torch.manual_seed(0)
-    module, runtime = Scaled().requires_grad_(False), fisedit.Runtime()
-    call = compiled(module, runtime)
-    base, new = torch.randn(2, 8, 13, 9), torch.randn(2, 8, 13, 9)
-    mask = torch.zeros(13, 9)
-    mask[3:8, 2:6] = 1
-    grown = functional.max_pool2d(mask[None, None], 3, 1, 1)[0, 0]
-    changed = torch.where(mask > 0, new, base)
-
-    def run() -> None:
-        with runtime.record("base"):
-            for step in steps:
-                call(base, step)
-        with runtime.edit("base", mask=grown):
-            for step in steps:
-                assert_near(call(changed, step), module(changed, step), f"timestep {step}")
-
-    with torch.no_grad():
-        if len(set(steps)) == 1:
-            run()
-        else:
-            try:
-                run()
-            except ScalarMismatchError as error:
-                assert "as a tensor" in "\n".join([str(error), *getattr(error, "__notes__", ())])
 
 
 def test_harness_outside_check_can_fail() -> None:

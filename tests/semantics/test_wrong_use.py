@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy
 import pytest
@@ -186,6 +186,17 @@ def test_a_changed_timestep() -> None:
     x, timestep = case.network.inputs(1)
     with pytest.raises(ScalarMismatchError), case.runtime.edit("base", mask=MASK):
         case.call((x, timestep + 1))
+    assert_still_right(case)
+
+
+def test_a_changed_numpy_number_of_the_module() -> None:
+    """It is no parameter whose identity tells, so its value is compared."""
+    case = compile_network(ALL["number attributes"])
+    inner = cast(Any, case.module)._orig_mod
+    kept, inner.numpy_number = inner.numpy_number, numpy.float64(7.0)
+    with pytest.raises(ScalarMismatchError, match="record again"), case.runtime.edit("base", mask=MASK):
+        case.call(case.network.inputs(1))
+    inner.numpy_number = kept
     assert_still_right(case)
 
 
