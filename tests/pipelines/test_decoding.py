@@ -1,4 +1,4 @@
-"""Decodes of an edit: from the recorded one, in a region, densely; each held to the dense decode of the same latents."""
+"""Decodes of an edit: from the recorded one, in a region, densely; each beside the dense decode of its latents."""
 
 from __future__ import annotations
 
