@@ -71,6 +71,7 @@ class RecordPhase(_Phase):
         self.writer = BaseWriter(store, self.base)
         self._weights: dict[ProgramKey, Weights] = {}
         self._open: tuple[ProgramKey, int, tuple[Scalar, ...], float] | None = None
+        self.first_call: float | None = None
 
     def begin(self, key: ProgramKey, parameters: Sequence[Tensor], scalars: Sequence[Scalar], bytes_needed: int) -> int:
         """Announce a call, before anything is computed.
@@ -89,6 +90,7 @@ class RecordPhase(_Phase):
             CallMismatchError: an earlier call failed.
         """
         started = time.perf_counter()
+        self.first_call = self.first_call or started
         if self._open is not None:
             self._failure = f"call {self._open[1]} of {self._open[0]} began but stored nothing, so it must have failed"
         self._require_sound()

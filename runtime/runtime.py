@@ -38,6 +38,12 @@ class RecordRun:
         """Graph calls recorded so far."""
         return self._phase.calls
 
+    @property
+    def first_call(self) -> float | None:
+        """When the first graph call began, by ``time.perf_counter``: what a network took before was tracing. None
+        before it."""
+        return self._phase.first_call
+
 
 class EditRun:
     """An edit in progress, as ``with runtime.edit(...) as run`` gives it."""
@@ -126,6 +132,34 @@ class Runtime:
     def budget(self) -> int | None:
         """Most bytes all bases may take; None: no limit."""
         return self._store.ledger.budget
+
+    def expendable(self) -> Runtime:
+        """A second runtime for recordings that can be done without.
+
+        It has the same storage type and counts towards the same budget; its bases are dropped when this runtime needs
+        the room. ``stats.bytes_stored`` of either is what both hold. Contexts of the two may be nested.
+        """
+        other = Runtime(self.storage)
+        other._store = Store(self.storage, None, self._store.ledger)
+
+        def reclaim() -> bool:
+            names = other.bases
+            for name in names:
+                other.drop(name)
+            return bool(names)
+
+        self._store.reclaim = reclaim
+        return other
+
+    def bytes_of(self, name: str) -> int:
+        """Bytes a base refers to; what it shares with other bases is counted for each of them.
+
+        Raises:
+            UnknownBaseError: there is no base of that name.
+        """
+        with self._lock:
+            recordings = self._find(name).recordings.values()
+            return sum(call.bytes for recording in recordings for call in recording.calls)
 
     @property
     def stats(self) -> Stats:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -25,14 +25,19 @@ from fisedit_compile.runtime.stats import StatsCounter
 
 
 class Store:
-    """What all phases of a runtime share: its bases, settings, ledger, counters and plans."""
+    """What all phases of a runtime share: its bases, settings, ledger, counters and plans.
 
-    def __init__(self, storage: torch.dtype | None, budget: int | None) -> None:
+    ``ledger``: the one of another store, when both count towards one budget; None: its own. ``reclaim`` makes room in
+    the budget by dropping what can be done without, and says whether there was something to drop.
+    """
+
+    def __init__(self, storage: torch.dtype | None, budget: int | None, ledger: Ledger | None = None) -> None:
         self.bases: dict[str, Base] = {}
         self.storage = storage
-        self.ledger = Ledger(budget)
+        self.ledger = ledger if ledger is not None else Ledger(budget)
         self.counter = StatsCounter()
         self.plans = PlanCache(self.counter)
+        self.reclaim: Callable[[], bool] = lambda: False
 
 
 class BaseWriter:
@@ -53,8 +58,11 @@ class BaseWriter:
         try:
             self._store.ledger.reserve(needed, purpose, existing)
         except FisEditError:
-            self.discard()
-            raise
+            if not self._store.reclaim():
+                self.discard()
+                raise
+            self.reserve(needed, purpose)
+            return
         self._reserved += needed
 
     def append(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fisedit_compile.cli import options
+from fisedit_compile.cli import bench_whole, options
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -16,22 +16,12 @@ if TYPE_CHECKING:
     from fisedit_compile.bench.unet import Result
 
 app = typer.Typer(help="Measure dense and sparse calls side by side.", no_args_is_help=True)
+app.command()(bench_whole.edit)
+app.command()(bench_whole.ablation)
 
 
-class Shape(StrEnum):
-    """Shapes of masks; a test holds this list to the one of the generator."""
-
-    SQUARE = "square"
-    DISC = "disc"
-    RAGGED = "ragged"
-
-
-class DataType(StrEnum):
-    """Types of weights and recordings."""
-
-    FP32 = "fp32"
-    BF16 = "bf16"
-    FP16 = "fp16"
+Shape = options.MaskShape
+DataType = options.ShortType
 
 
 class Lowering(StrEnum):
@@ -81,20 +71,35 @@ def unet(
         int | None, typer.Option(help="Threads of the processor; PyTorch's choice when left out.", min=1)
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Also write all numbers to this JSON file.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Also plot to this file, such as plot.png: time against density, or size.")
+    ] = None,
+    sizes: Annotated[
+        str | None,
+        typer.Option(
+            help="Measure several sides of the picture, with commas between, with an edited area of as many pixels in "
+            "all; the one density is that of the smallest."
+        ),
+    ] = None,
 ) -> None:
     """Measure a U-Net: dense in several ways, and sparsely at several densities of the mask.
 
     All variants run in one process, round after round. Before a density is timed its results are checked.
     """
     shares = parse_densities(densities)
+    sweep = parse_sizes(sizes, size, shares)
     options.quiet()
     import json
+    from dataclasses import replace
 
     import torch
     from rich.console import Console
 
+    from fisedit_compile.bench import plots
     from fisedit_compile.bench.unet import Settings, run_unet
 
+    if plot is not None:
+        plots.check_target(plot)
     if threads is not None:
         torch.set_num_threads(threads)
     settings = Settings(
@@ -113,14 +118,23 @@ def unet(
         repeats=repeats,
         seed=seed,
     )
-    with Console(stderr=True).status("starting") as status:
-        result = run_unet(settings, status.update)
     console = Console()
-    for line in summary(result):
-        console.print(line, highlight=False)
-    console.print(table(result))
+    several = []
+    for side, share in sweep or ((size, None),):
+        chosen = replace(settings, size=side, densities=shares if share is None else (share,))
+        with Console(stderr=True).status("starting") as status:
+            result = run_unet(chosen, status.update)
+        for line in summary(result):
+            console.print(line, highlight=False)
+        console.print(table(result))
+        several.append(result.as_dict())
     if output is not None:
-        output.write_text(json.dumps(result.as_dict(), indent=2) + "\n", encoding="utf-8")
+        numbers = several if sweep else several[0]
+        output.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+    if plot is not None and sweep:
+        plots.plot_sizes(several, plot)
+    elif plot is not None:
+        plots.plot_densities(several[0], plot)
 
 
 def parse_densities(text: str) -> tuple[float, ...]:
@@ -138,6 +152,25 @@ def parse_densities(text: str) -> tuple[float, ...]:
             f"expected numbers above 0 and at most 1 such as 0.05,0.2; got {text!r}", param_hint="--densities"
         )
     return shares
+
+
+def parse_sizes(text: str | None, size: int | None, shares: tuple[float, ...]) -> tuple[tuple[int, float], ...]:
+    """Sides of the picture, smallest first, each with the density that keeps the edited area; empty without a text.
+
+    Raises:
+        typer.BadParameter: the text is something else, a single size was given as well, or not exactly one density.
+    """
+    if text is None:
+        return ()
+    try:
+        sides = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        sides = []
+    if not sides or sides[0] < 8:
+        raise typer.BadParameter(f"expected numbers such as 256,512,768; got {text!r}", param_hint="--sizes")
+    if size is not None or len(shares) != 1:
+        raise typer.BadParameter("give no --size with it, and exactly one density", param_hint="--sizes")
+    return tuple((side, shares[0] * (sides[0] / side) ** 2) for side in sides)
 
 
 def _seconds(value: float) -> str:

@@ -42,7 +42,10 @@ def edit(
     mask_threshold: Annotated[
         float | None, typer.Option(help="Threshold of the mask from 0 to 1; Otsu's method when left out.")
     ] = None,
-    mask_growth: Annotated[int, typer.Option(help="Grow the found mask by so many latent cells.", min=0)] = 0,
+    mask_growth: Annotated[int, typer.Option(help="Grow the found mask by so many latent cells.", min=0)] = 1,
+    decoder: Annotated[
+        options.Decoder, typer.Option(help="How the edit is decoded; auto takes the cheapest.")
+    ] = options.Decoder.AUTO,
 ) -> None:
     """Generate a picture, then edit it by a new prompt, computing only the part that changes.
 
@@ -66,6 +69,7 @@ def edit(
         budget=budget,
         norm=norm.value,
         automatic_mask=automatic,
+        decoder=decoder.value,
     )
     with options.pipeline_complaints():
         pipe.set_progress_bar_config(desc="generating and recording")

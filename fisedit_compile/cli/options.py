@@ -49,6 +49,31 @@ class Norm(StrEnum):
     CACHED = "cached"
 
 
+class ShortType(StrEnum):
+    """Types of weights and recordings, as benchmarks name them."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP16 = "fp16"
+
+
+class MaskShape(StrEnum):
+    """Shapes of masks to measure with; a test holds this list to the one of the generator."""
+
+    SQUARE = "square"
+    DISC = "disc"
+    RAGGED = "ragged"
+
+
+class Decoder(StrEnum):
+    """How edits are decoded; a test holds this list to the one of the edit session."""
+
+    AUTO = "auto"
+    SPARSE = "sparse"
+    REGION = "region"
+    DENSE = "dense"
+
+
 Model = Annotated[
     str,
     typer.Option(

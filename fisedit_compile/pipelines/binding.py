@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from fisedit_compile.errors import PipelineError
+from fisedit_compile.pipelines.attributes import replaced_attribute
+from fisedit_compile.pipelines.autoencoder import AutoencoderCall
 from fisedit_compile.pipelines.timing import StageClock
 
 
@@ -48,8 +50,9 @@ class PipelineBinding:
         return next(self.module.parameters()).device
 
     @contextmanager
-    def installed(self, clock: StageClock) -> Iterator[None]:
-        """Put the compiled U-Net and a timed text encoding into the pipeline, and take them out again.
+    def installed(self, clock: StageClock, autoencoder: AutoencoderCall) -> Iterator[None]:
+        """Put the compiled U-Net, a timed text encoding and the session's autoencoder into the pipeline, and take them
+        out again.
 
         Raises:
             PipelineError: the U-Net is offloaded to the host between calls.
@@ -67,10 +70,11 @@ class PipelineBinding:
             clock.lap("setup")
         with ExitStack() as restore:
             if callable(getattr(pipe, "encode_prompt", None)):
-                restore.enter_context(_attribute(pipe, "encode_prompt", _timed(pipe.encode_prompt, clock)))
+                restore.enter_context(replaced_attribute(pipe, "encode_prompt", _timed(pipe.encode_prompt, clock)))
             if getattr(self.module, "_compiled_call_impl", None) is not None:
                 # The user called compile() on the U-Net; its calls would never come to the session's compiled one.
-                restore.enter_context(_attribute(self.module, "_compiled_call_impl", None))
+                restore.enter_context(replaced_attribute(self.module, "_compiled_call_impl", None))
+            restore.enter_context(autoencoder.installed(pipe.vae))
             self._clock = clock
             restore.callback(setattr, pipe, "unet", original)
             pipe.unet = self._compiled
@@ -90,18 +94,3 @@ def _timed(function: Callable[..., Any], clock: StageClock) -> Callable[..., Any
             return function(*positional, **named)
 
     return timed
-
-
-@contextmanager
-def _attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Give an object an attribute for a while, and then take it away or put the former one back."""
-    present = name in vars(owner)
-    former = vars(owner).get(name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if present:
-            setattr(owner, name, former)
-        else:
-            delattr(owner, name)

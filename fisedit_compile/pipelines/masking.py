@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
+from torch.nn import functional
 
 from fisedit_compile.errors import MaskError, OptionError
 from fisedit_compile.runtime import Domain
@@ -32,7 +33,8 @@ class AutomaticMask:
         out_of: number of steps that ``steps`` refers to.
         threshold: between 0 and 1, of the summed difference brought to 0..1; None chooses it by Otsu's method.
         opening: side, in latent cells, of the square of the morphological opening; 0 or 1 leaves it out.
-        growth: by how many latent cells, in every direction, the mask is grown in the end.
+        growth: by how many latent cells, in every direction, the mask is grown in the end. What differs in the first
+            steps is smaller than what differs in the end; docs/pipelines.md has what growth brings and costs.
 
     Raises:
         OptionError: a value is out of its range.
@@ -42,7 +44,7 @@ class AutomaticMask:
     out_of: int = 50
     threshold: float | None = None
     opening: int = 2
-    growth: int = 0
+    growth: int = 1
 
     def __post_init__(self) -> None:
         """Check every value."""
@@ -187,18 +189,29 @@ def to_pixels(mask: Tensor, height: int, width: int) -> Tensor:
     return mask.repeat_interleave(height // rows, dim=-2).repeat_interleave(width // columns, dim=-1)
 
 
-def paste_outside(edited: Tensor, base: Tensor, mask: Tensor) -> tuple[Tensor, tuple[float, float]]:
+def grow_mask(mask: Tensor, cells: int) -> Tensor:
+    """Grow a mask by a number of cells in every direction, diagonals included; bool ``[B, height, width]``."""
+    if cells == 0:
+        return mask
+    return functional.max_pool2d(mask.float(), 2 * cells + 1, stride=1, padding=cells) > 0
+
+
+def paste_outside(
+    edited: Tensor, base: Tensor, mask: Tensor, measured: Tensor | None = None
+) -> tuple[Tensor, tuple[float, float]]:
     """Take the pixels outside the mask from the base picture.
 
     Args:
         edited, base: pictures ``[B, 3, height, width]``, values from 0 to 1.
         mask: bool ``[B or 1, height, width]``, true where the edited picture counts.
+        measured: bool, of the mask's form: where differences outside the mask are looked at; None: everywhere.
 
     Returns:
         The picture, and the greatest and the mean absolute difference outside the mask before pasting (0 when there is
         nothing outside).
     """
     inside = mask.unsqueeze(1).expand_as(edited)
-    apart = (edited.float() - base.float()).abs()[~inside]
+    looked_at = ~mask if measured is None else measured & ~mask
+    apart = (edited.float() - base.float()).abs()[looked_at.unsqueeze(1).expand_as(edited)]
     error = (float(apart.max()), float(apart.mean())) if apart.numel() else (0.0, 0.0)
     return torch.where(inside, edited, base), error

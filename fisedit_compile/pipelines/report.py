@@ -20,7 +20,7 @@ _TITLES = {
 
 @dataclass(frozen=True)
 class SeamError:
-    """Difference of the decoded pictures outside the mask, before the base's pixels were pasted; values from 0 to 1."""
+    """Difference of the decoded pictures in the cells around the mask, before the base's pixels were pasted, 0 to 1."""
 
     greatest: float
     mean: float
@@ -34,7 +34,8 @@ class Report:
         seconds: by stage.  ``text``: text encoding; ``prepare``: everything else before the first U-Net call;
             ``setup``: what the first U-Net call of a phase took beyond the average of the phase's other calls, that is
             tracing, compiling, packing weights and making index plans (a phase of a single call cannot be split, its
-            set-up stays in the phase); ``dense`` and ``sparse``: U-Net calls and scheduler steps of that phase;
+            set-up stays in the phase), and tracing and compiling the decoder; ``dense`` and ``sparse``: U-Net calls and
+            scheduler steps of that phase;
             ``mask``: finding the automatic mask, without its dense steps; ``decode``: decoding and what follows;
             ``total``.
         scheduler_steps: number of scheduler steps.
@@ -42,7 +43,12 @@ class Report:
         density: active share of each resolution, such as ``{"64x64": 0.1}``, finest first; empty for a generation.
         dense_seconds: of an edit: total of the recorded dense run its history began with, without that run's set-up;
             ``speed_up`` compares with it.  None for a generation.
-        cache_bytes: bytes that all recorded runs of the session hold, this one included.
+        cache_bytes: bytes that all recorded runs of the session hold, this one and decodes included.
+        decoder: how the picture was decoded: ``sparse``, ``region`` or ``dense``; None: it was not.
+        decoder_reason: why it was decoded that way, where there is something to say.
+        decoder_density: active share of the latents' cells in the decode, the halo included; None: it was dense.
+        decoder_bytes: bytes that the recorded decode of this picture refers to; 0: there is none.
+        encodes_reused: how many encodes of input pictures were taken from the generation.
         seam: the seam error of an edit that was decoded and pasted, otherwise None.
         notes: sentences on what was out of the ordinary, such as an empty mask.
     """
@@ -54,6 +60,11 @@ class Report:
     dense_seconds: float | None
     cache_bytes: int
     density: Mapping[str, float] = field(default_factory=dict)
+    decoder: str | None = None
+    decoder_reason: str = ""
+    decoder_density: float | None = None
+    decoder_bytes: int = 0
+    encodes_reused: int = 0
     seam: SeamError | None = None
     notes: tuple[str, ...] = ()
 
@@ -85,6 +96,12 @@ class Report:
             rows.append(("speed-up", f"{self.speed_up:.2f}x"))
             rows.append(("speed-up without set-up", f"{self.speed_up_without_setup:.2f}x"))
         rows.append(("cache", f"{self.cache_bytes / 2**20:.1f} MiB"))
+        if self.decoder is not None:
+            rows.append(("decoder", self.decoder))
+        if self.decoder_density is not None:
+            rows.append(("active in the decoder", f"{self.decoder_density:.1%}"))
+        if self.decoder_bytes:
+            rows.append(("recorded decode", f"{self.decoder_bytes / 2**20:.1f} MiB"))
         if self.seam is not None:
             rows.append(("seam error, greatest", f"{self.seam.greatest:.4f}"))
             rows.append(("seam error, mean", f"{self.seam.mean:.4f}"))
@@ -102,6 +119,11 @@ class Report:
             "speed_up": self.speed_up,
             "speed_up_without_setup": self.speed_up_without_setup,
             "cache_bytes": self.cache_bytes,
+            "decoder": self.decoder,
+            "decoder_reason": self.decoder_reason,
+            "decoder_density": self.decoder_density,
+            "decoder_bytes": self.decoder_bytes,
+            "encodes_reused": self.encodes_reused,
             "seam": None if self.seam is None else {"greatest": self.seam.greatest, "mean": self.seam.mean},
             "notes": list(self.notes),
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,8 +14,10 @@ from torch import Tensor
 from fisedit_compile.config import parse_options
 from fisedit_compile.errors import MaskError, PipelineError
 from fisedit_compile.pipelines.arguments import CallArguments, keep_value
+from fisedit_compile.pipelines.autoencoder import AutoencoderCall, EncodeMemory
 from fisedit_compile.pipelines.binding import PipelineBinding
-from fisedit_compile.pipelines.masking import AutomaticMask, paste_outside, to_latents, to_pixels
+from fisedit_compile.pipelines.decoding import DecodeJob, DecodeRecord, SparseDecoder
+from fisedit_compile.pipelines.masking import AutomaticMask, grow_mask, paste_outside, to_latents, to_pixels
 from fisedit_compile.pipelines.noise import Generators, NoiseSource, new_generator
 from fisedit_compile.pipelines.picture import Picture
 from fisedit_compile.pipelines.report import Report, SeamError
@@ -31,7 +33,8 @@ class _Entry:
     """A picture of the history and what an edit of it needs.
 
     ``arguments`` are those of the pipeline call without the generator; ``dense_seconds`` is the total of the dense run
-    the history began with, without its set-up.
+    the history began with, without its set-up; ``decode`` is what its decode left for edits (None: it had none), and
+    ``encodes`` what the generation's input pictures became.
     """
 
     picture: Picture
@@ -41,6 +44,8 @@ class _Entry:
     scheduler: tuple[str, dict[str, Any]]
     module: torch.nn.Module
     dense_seconds: float
+    decode: DecodeRecord | None
+    encodes: EncodeMemory
 
 
 class EditSession:
@@ -58,10 +63,14 @@ class EditSession:
         norm: ``"exact"`` or ``"cached"`` group norm statistics, see the backend's options.
         lowering: ``"plain"`` or ``"inductor"``, see the backend's options.
         automatic_mask: how masks are found when none is given.
+        decoder: how edits are decoded. ``"sparse"``: from the recorded decode; ``"region"``: densely in boxes around
+            the mask; ``"dense"``; ``"auto"``: whatever is cheapest. Decodes are recorded while the budget has room for
+            them, and dropped when the U-Net's recordings need it; what cannot be done falls back to ``dense``.
+        decoder_halo: by how many latent cells around the mask more is decoded, in every direction.
 
     Raises:
         PipelineError: the pipeline has no U-Net or no ``callback_on_step_end``.
-        OptionError: a storage, budget, norm or lowering that does not exist.
+        OptionError: a storage, budget, norm, lowering or decoder that does not exist, or a negative halo.
     """
 
     def __init__(
@@ -73,6 +82,8 @@ class EditSession:
         norm: str = "exact",
         lowering: str = "plain",
         automatic_mask: AutomaticMask | None = None,
+        decoder: str = "auto",
+        decoder_halo: int = 1,
     ) -> None:
         self.pipe = pipe
         self.runtime = Runtime(storage=storage, budget=budget)
@@ -80,6 +91,7 @@ class EditSession:
         options = {"runtime": self.runtime, "norm": norm, "lowering": lowering}
         # Wrong options are told now, not in the middle of the first U-Net call.
         parse_options(None, options)
+        self._decoder = SparseDecoder(self.runtime.expendable(), options, decoder, decoder_halo)
         self._binding = PipelineBinding(pipe, options)
         self._arguments = CallArguments(pipe)
         self._entries: list[_Entry] = []
@@ -127,10 +139,13 @@ class EditSession:
         follower = StepFollower(*self._arguments.user_callback(given), clock)
         with ExitStack() as undo:
             name = self._new_name("generation")
+            undo.callback(self._drop, name)
+            autoencoder = AutoencoderCall(self._decoder, DecodeJob(name), EncodeMemory(), generation=True)
             with self.runtime.record(name):
-                pixels, flagged = self._call(clock, follower, given, generator)
-            undo.callback(self.runtime.drop, name)
+                pixels, flagged = self._call(clock, follower, given, generator, autoencoder)
             clock.lap("decode")
+            if autoencoder.outcome is not None:
+                clock.set_up("decode", autoencoder.outcome.setup)
             seconds = clock.seconds()
             dense_seconds = seconds["total"] - seconds["setup"]
             picture = Picture(
@@ -140,12 +155,22 @@ class EditSession:
                 latents=follower.trajectory.latents[-1],
                 mask=None,
                 pixel_mask=None,
-                report=self._report(clock, seconds, None, {}, None, ()),
+                report=self._report(clock, seconds, None, {}, None, (), autoencoder),
                 flagged=flagged,
                 output_type=self._arguments.value(given, "output_type"),
             )
             scheduler = describe_scheduler(self.pipe.scheduler)
-            entry = _Entry(picture, follower.trajectory, given, noise, scheduler, self._binding.module, dense_seconds)
+            entry = _Entry(
+                picture,
+                follower.trajectory,
+                given,
+                noise,
+                scheduler,
+                self._binding.module,
+                dense_seconds,
+                autoencoder.job.made,
+                autoencoder.encodes,
+            )
             undo.pop_all()
         self.reset()
         self._entries.append(entry)
@@ -206,20 +231,18 @@ class EditSession:
         )
         with ExitStack() as undo:
             name = self._new_name("edit")
+            job = DecodeJob(name, keep, entry.decode, lambda: follower.mask, entry.picture.pixels)
+            autoencoder = AutoencoderCall(self._decoder, job, entry.encodes, generation=False)
+            undo.callback(self._drop, name)
             early_mask = latent_mask if follower.sparse_from_start else None
             with self.runtime.edit(entry.picture.name, mask=early_mask, save_as=name if keep else None) as run:
                 follower.run = run
-                pixels, flagged = self._call(clock, follower, given, entry.noise.generators())
-            if keep:
-                undo.callback(self.runtime.drop, name)
-            picture = self._finish(name, entry, given, follower, clock, pixels, flagged)
+                pixels, flagged = self._call(clock, follower, given, entry.noise.generators(), autoencoder)
+            picture = self._finish(name, entry, given, follower, clock, pixels, flagged, autoencoder)
             undo.pop_all()
         if keep:
-            self._entries.append(
-                _Entry(
-                    picture, follower.trajectory, given, entry.noise, entry.scheduler, entry.module, entry.dense_seconds
-                )
-            )
+            made = replace(entry, picture=picture, trajectory=follower.trajectory, arguments=given, decode=job.made)
+            self._entries.append(made)
         return picture
 
     def undo(self) -> Picture:
@@ -230,13 +253,19 @@ class EditSession:
         """
         if len(self._entries) < 2:
             raise PipelineError("there is no edit to undo; the history holds no edit that was kept")
-        self.runtime.drop(self._entries.pop().picture.name)
+        self._drop(self._entries.pop().picture.name)
         return self._entries[-1].picture
 
     def reset(self) -> None:
         """Forget the whole history and free its recorded runs."""
         while self._entries:
-            self.runtime.drop(self._entries.pop().picture.name)
+            self._drop(self._entries.pop().picture.name)
+
+    def _drop(self, name: str) -> None:
+        """Free the recorded runs of a picture, as far as there are any."""
+        for runtime in (self.runtime, self._decoder.runtime):
+            if name in runtime.bases:
+                runtime.drop(name)
 
     def _new_name(self, kind: str) -> str:
         self._named += 1
@@ -251,7 +280,12 @@ class EditSession:
             raise PipelineError(f"{difference}; put the scheduler back, or call generate with the new one first")
 
     def _call(
-        self, clock: StageClock, follower: StepFollower, given: Mapping[str, Any], generator: Generators
+        self,
+        clock: StageClock,
+        follower: StepFollower,
+        given: Mapping[str, Any],
+        generator: Generators,
+        autoencoder: AutoencoderCall,
     ) -> tuple[Tensor | None, tuple[bool, ...] | None]:
         """Call the pipeline; the pixels ``[B, 3, height, width]`` (None: latents wanted), and what was flagged."""
         wants_latents = self._arguments.value(given, "output_type") == "latent"
@@ -263,7 +297,7 @@ class EditSession:
         }
         if self._arguments.accepts("generator"):
             arguments["generator"] = generator
-        with self._binding.installed(clock):
+        with self._binding.installed(clock, autoencoder):
             output = self.pipe(**arguments)
         flagged = getattr(output, "nsfw_content_detected", None)
         pixels = None if wants_latents else output.images
@@ -278,6 +312,7 @@ class EditSession:
         clock: StageClock,
         pixels: Tensor | None,
         flagged: tuple[bool, ...] | None,
+        autoencoder: AutoencoderCall,
     ) -> Picture:
         """Paste the pixels outside the mask and make the report of an edit."""
         mask = follower.mask
@@ -290,8 +325,12 @@ class EditSession:
             if any(flagged or ()):
                 notes = (*notes, "the safety checker blackened a picture, so nothing was pasted")
             else:
-                pixels, (greatest, mean) = paste_outside(pixels, base, pixel_mask)
-                seam = SeamError(greatest, mean)
+                halo = self._decoder.halo
+                near = to_pixels(grow_mask(mask, max(1, halo)), *pixels.shape[-2:])
+                pixels, errors = paste_outside(pixels, base, pixel_mask, near)
+                decoded = autoencoder.outcome
+                # Without a halo nothing was decoded outside the mask, so there is nothing to compare.
+                seam = SeamError(*errors) if halo or decoded is None or decoded.mask is None else None
         clock.lap("decode")
         density = _finest_first(self.runtime.stats.density) if clock.calls("sparse") else {}
         return Picture(
@@ -301,7 +340,7 @@ class EditSession:
             latents=follower.trajectory.latents[-1],
             mask=mask,
             pixel_mask=pixel_mask,
-            report=self._report(clock, clock.seconds(), entry.dense_seconds, density, seam, notes),
+            report=self._report(clock, clock.seconds(), entry.dense_seconds, density, seam, notes, autoencoder),
             flagged=flagged,
             output_type=self._arguments.value(given, "output_type"),
         )
@@ -314,8 +353,11 @@ class EditSession:
         density: dict[str, float],
         seam: SeamError | None,
         notes: tuple[str, ...],
+        autoencoder: AutoencoderCall,
     ) -> Report:
         calls = clock.calls("dense"), clock.calls("sparse")
+        decoding = autoencoder.outcome
+        recorded = autoencoder.job.made.base if autoencoder.job.made is not None else None
         return Report(
             seconds=seconds,
             scheduler_steps=steps_for_calls(self.pipe.scheduler, sum(calls)),
@@ -324,6 +366,11 @@ class EditSession:
             dense_seconds=dense_seconds,
             cache_bytes=self.runtime.stats.bytes_stored,
             density=density,
+            decoder=None if decoding is None else decoding.how,
+            decoder_reason="" if decoding is None else decoding.reason,
+            decoder_density=None if decoding is None or decoding.mask is None else float(decoding.mask.float().mean()),
+            decoder_bytes=0 if recorded is None else self._decoder.runtime.bytes_of(recorded),
+            encodes_reused=autoencoder.encodes_reused,
             seam=seam,
             notes=notes,
         )

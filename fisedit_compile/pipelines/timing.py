@@ -27,6 +27,7 @@ class StageClock:
         self._stages = dict.fromkeys(STAGES, 0.0)
         self._calls = {"dense": 0, "sparse": 0}
         self._first = {"dense": 0.0, "sparse": 0.0}
+        self._known_setup = dict.fromkeys(STAGES, 0.0)
         self._started = self._now(synchronise=True)
         self._last = self._started
         self._looping = False
@@ -71,6 +72,10 @@ class StageClock:
         finally:
             self.lap(stage)
 
+    def set_up(self, stage: str, seconds: float) -> None:
+        """Say that so many seconds of a stage were set-up."""
+        self._known_setup[stage] += seconds
+
     def calls(self, stage: str) -> int:
         """Number of U-Net calls counted in ``dense`` or ``sparse``."""
         return self._calls[stage]
@@ -84,5 +89,9 @@ class StageClock:
                 extra = max(0.0, self._first[stage] - others)
                 stages[stage] -= extra
                 stages["setup"] += extra
+        for stage, known in self._known_setup.items():
+            moved = min(known, stages[stage])
+            stages[stage] -= moved
+            stages["setup"] += moved
         stages["total"] = sum(stages.values())
         return stages

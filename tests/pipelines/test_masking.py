@@ -14,6 +14,7 @@ from fisedit_compile.pipelines.masking import (
     AutomaticMask,
     MaskFinder,
     find_region,
+    grow_mask,
     open_region,
     otsu_threshold,
     paste_outside,
@@ -67,16 +68,41 @@ def test_opening_removes_single_cells_and_growth_adds_a_border() -> None:
     difference = np.zeros((8, 8))
     difference[1, 1] = 1.0
     difference[4:6, 4:6] = 1.0
-    found = find_region(difference, AutomaticMask())
+    found = find_region(difference, AutomaticMask(growth=0))
     assert found.sum() == 4 and found[4:6, 4:6].all()
-    assert find_region(difference, AutomaticMask(opening=0)).sum() == 5
+    assert find_region(difference, AutomaticMask(opening=0, growth=0)).sum() == 5
     grown = find_region(difference, AutomaticMask(growth=1))
     assert grown.sum() == 16 and grown[3:7, 3:7].all()
 
 
+def test_found_masks_grow_by_one_cell_unless_said_otherwise() -> None:
+    difference = np.zeros((8, 8))
+    difference[4:6, 4:6] = 1.0
+    assert np.array_equal(find_region(difference, AutomaticMask()), find_region(difference, AutomaticMask(growth=1)))
+
+
+def test_growing_a_mask_reaches_diagonal_cells_and_each_sample_alone() -> None:
+    mask = torch.zeros(2, 5, 6, dtype=torch.bool)
+    mask[0, 1, 1] = True
+    grown = grow_mask(mask, 1)
+    assert grown.dtype == torch.bool and grown[0].sum() == 9 and grown[0, :3, :3].all() and not grown[1].any()
+    assert grow_mask(mask, 0) is mask and grow_mask(mask, 2)[0].sum() == 16
+
+
+def test_differences_are_measured_where_it_is_said() -> None:
+    base, edited = torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 4, 4)
+    edited[..., 0, 0], edited[..., 0, 1], edited[..., 3, 3] = 1.0, 0.5, 0.25
+    mask, near = torch.zeros(2, 1, 4, 4, dtype=torch.bool)
+    mask[:, 0, 0] = True
+    near[:, 0] = True
+    pasted, (greatest, mean) = paste_outside(edited, base, mask, near)
+    assert (greatest, mean) == (0.5, pytest.approx(0.5 / 3)) and float(pasted.sum()) == 3.0
+    assert paste_outside(edited, base, mask)[1] == (0.5, pytest.approx(0.75 / 15))
+
+
 def test_a_given_threshold_is_used() -> None:
     difference = np.array([[0.0, 0.2], [0.6, 1.0]])
-    settings = AutomaticMask(threshold=0.1, opening=0)
+    settings = AutomaticMask(threshold=0.1, opening=0, growth=0)
     assert find_region(difference, settings).tolist() == [[False, True], [True, True]]
 
 
@@ -86,7 +112,7 @@ def test_the_finder_weighs_every_step_alike() -> None:
     first, second = recorded.clone(), recorded.clone()
     first[:, :, 0:2, 0:2] = 0.01
     second[:, :, 4:6, 4:6] = 10.0
-    finder = MaskFinder(AutomaticMask())
+    finder = MaskFinder(AutomaticMask(growth=0))
     finder.add(first, recorded)
     finder.add(second, recorded)
     mask = finder.mask()
@@ -99,21 +125,21 @@ def test_the_finder_treats_samples_apart() -> None:
     latents = recorded.clone()
     latents[0, :, 0:2, 0:2] = 1e-3
     latents[1, :, 2:6, 2:6] = 1e3
-    finder = MaskFinder(AutomaticMask())
+    finder = MaskFinder(AutomaticMask(growth=0))
     finder.add(latents, recorded)
     assert finder.mask().sum(dim=(1, 2)).tolist() == [4, 16]
 
 
 def test_equal_latents_give_an_empty_mask() -> None:
-    finder = MaskFinder(AutomaticMask())
+    finder = MaskFinder(AutomaticMask(growth=0))
     finder.add(torch.ones(1, 4, 5, 5), torch.ones(1, 4, 5, 5))
     assert not finder.mask().any()
 
 
 def test_the_finder_refuses_nan_and_no_steps() -> None:
     with pytest.raises(MaskError, match="at least one"):
-        MaskFinder(AutomaticMask()).mask()
-    finder = MaskFinder(AutomaticMask())
+        MaskFinder(AutomaticMask(growth=0)).mask()
+    finder = MaskFinder(AutomaticMask(growth=0))
     finder.add(torch.full((1, 4, 5, 5), float("nan")), torch.ones(1, 4, 5, 5))
     with pytest.raises(MaskError, match="NaN"):
         finder.mask()

@@ -1,0 +1,214 @@
+"""Measure a U-Net with the compiler's passes switched on one group after the other, beside FISEdit's own ablation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisedit_compile.bench.masks import make_mask
+from fisedit_compile.bench.timing import Variant, measure
+from fisedit_compile.bench.unet import AGREEMENT, DTYPES, BenchmarkError, describe_machine
+from fisedit_compile.config import parse_options
+from fisedit_compile.errors import OptionError
+from fisedit_compile.explain import explain_with
+from fisedit_compile.models import build_unet, example_inputs
+from fisedit_compile.runtime import Runtime
+from fisedit_compile.runtime.masks import reduce_mask
+from fisedit_compile.runtime.spec import Domain
+
+PUBLISHED: tuple[tuple[str, float], ...] = (
+    ("baseline", 1.83),
+    ("kernels only", 2.73),
+    ("+ sparse conv, fixed tile", 3.17),
+    ("+ adaptive tile", 3.61),
+    ("+ approximate attention", 8.13),
+)
+"""FISEdit's ablation (arXiv 2305.17423): iterations a second at 768x768 on its authors' GPU. Its steps are others than
+ours: only the first and the last row mean the same, and only their ratio can be compared."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A group of passes that is switched on.
+
+    Attributes:
+        name: what runs on rows.
+        disabled: passes that are off.
+    """
+
+    name: str
+    disabled: tuple[str, ...]
+
+
+_ROWS = ("sparsify_norm", "sparsify_linear", "sparsify_layout", "sparsify_pointwise", "resample")
+STAGES: tuple[Stage, ...] = (
+    Stage("convolutions on rows", (*_ROWS, "sparsify_attention")),
+    Stage("+ norms, linear, pointwise", ("sparsify_attention",)),
+    Stage("+ attention, all passes", ()),
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure.
+
+    Attributes:
+        model: a name of ``fisedit_compile.models.MODEL_NAMES`` or a folder with a U-Net's configuration.
+        size: of the picture in pixels; None: the model's own.
+        density: share of active positions, above 0 and at most 1, at the resolution of the latents.
+        shape: of the mask.
+        dtype: fp32, bf16 or fp16.
+        device: of the network.
+        batch: of one call; 2 is one picture with guidance.
+        calls: different recorded calls.
+        repeats: rounds over all variants.
+        seed: of weights, inputs and mask.
+    """
+
+    model: str = "sd15"
+    size: int | None = None
+    density: float = 0.1
+    shape: str = "square"
+    dtype: str = "fp32"
+    device: str = "cpu"
+    batch: int = 2
+    calls: int = 2
+    repeats: int = 3
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raises:
+        OptionError: the dtype is unknown, or there is nothing to measure.
+        """
+        if self.dtype not in DTYPES:
+            raise OptionError(f"unknown dtype {self.dtype!r}; expected one of {', '.join(DTYPES)}")
+        if self.calls < 1 or self.repeats < 1 or self.batch < 1:
+            raise OptionError("expected at least one call, repeat and sample")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant.
+
+    Attributes:
+        name: what it is.
+        seconds: median of a call.
+        ratio: the first row's seconds over these.
+        on_rows: share of the multiply-accumulates that runs on active rows, 0 to 1.
+    """
+
+    name: str
+    seconds: float
+    ratio: float
+    on_rows: float
+
+
+@dataclass
+class Result:
+    """All rows of one ablation."""
+
+    settings: Settings
+    machine: dict[str, str]
+    rows: list[Row] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain dictionaries, lists and numbers."""
+        return asdict(self)
+
+
+def _output(network: Callable[..., Any], call: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
+    args, kwargs = call
+    result = network(*args, **kwargs)
+    return result[0] if isinstance(result, tuple) else result.sample
+
+
+def run_ablation(settings: Settings, progress: Callable[[str], object] = lambda step: None) -> Result:
+    """Measure a U-Net with random weights; every variant is checked before it is timed.
+
+    Args:
+        settings: what to measure.
+        progress: told what happens next.
+
+    Raises:
+        OptionError: a setting is not possible.
+        BenchmarkError: sparse calls of a variant are wrong.
+    """
+    settings.check()
+    device = torch.device(settings.device)
+    progress("making the network")
+    model = build_unet(settings.model, DTYPES[settings.dtype], settings.device, settings.seed)
+    recorded, edited = _calls(settings, 0), _calls(settings, 1)
+    height, width = recorded[0][0][0].shape[-2:]
+    mask = make_mask(settings.shape, settings.density, height, width, settings.seed)
+    variants = [Variant("dense", lambda number: _output(model, edited[number]))]
+    shares = [0.0, 0.0]
+    with torch.no_grad():
+        for stage in STAGES:
+            progress(f"recording: {stage.name}")
+            runtime = Runtime()
+            options: dict[str, Any] = {"runtime": runtime, "disable_passes": stage.disabled}
+            network = torch.compile(model, backend="fisedit", options=options)
+            if stage is STAGES[0]:
+                plain = network
+                variants.append(Variant("dense, compiled", lambda number: _output(plain, edited[number])))
+            _record_and_check(settings, runtime, network, recorded, edited, mask)
+            variants.append(_sparse(stage.name, runtime, network, edited, mask))
+            args, kwargs = recorded[0]
+            shares.append(explain_with(parse_options(None, options)[1], model, *args, **kwargs).sparse_mac_fraction)
+        for variant in variants[:2]:
+            progress(f"warming up {variant.name}")
+            variant.call(0)
+        timings = measure(variants, settings.calls, settings.repeats, device, progress)
+    result = Result(settings, describe_machine(device))
+    baseline = timings[variants[0].name].median
+    for variant, share in zip(variants, shares, strict=True):
+        seconds = timings[variant.name].median
+        result.rows.append(Row(variant.name, seconds, baseline / seconds, share))
+    return result
+
+
+def _calls(settings: Settings, version: int) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Different calls; two versions have the same timesteps, and other latents and texts."""
+    calls = []
+    for number in range(settings.calls):
+        (latents, timestep), named = example_inputs(
+            settings.model,
+            settings.size,
+            settings.batch,
+            DTYPES[settings.dtype],
+            settings.device,
+            seed=settings.seed + 1 + 2 * number + version,
+        )
+        calls.append(((latents, timestep - 10 * number), named))
+    return calls
+
+
+def _record_and_check(
+    settings: Settings, runtime: Runtime, network: Any, recorded: list[Any], edited: list[Any], mask: Tensor
+) -> None:
+    """Record all calls; unchanged calls must agree with them, changed ones must differ inside the mask only."""
+    with runtime.record("base"):
+        outputs = [_output(network, call).clone() for call in recorded]
+    with runtime.edit("base", mask=mask):
+        for call, output in zip(recorded, outputs, strict=True):
+            deviation = float((_output(network, call) - output).abs().max() / output.abs().max())
+            if not deviation <= AGREEMENT[settings.dtype]:
+                raise BenchmarkError(f"a call whose inputs did not change is off by {deviation:.2g}")
+    with runtime.edit("base", mask=mask):
+        for call, output in zip(edited, outputs, strict=True):
+            changed = (_output(network, call) != output).any(dim=1)
+            active = reduce_mask(mask[None], Domain(*output.shape[-2:])).to(changed.device)
+            if bool((changed & ~active).any()) or not bool((changed & active).any()):
+                raise BenchmarkError("a call changed positions outside the mask, or nothing inside")
+
+
+def _sparse(name: str, runtime: Runtime, network: Any, edited: list[Any], mask: Tensor) -> Variant:
+    def context() -> AbstractContextManager[object]:
+        return runtime.edit("base", mask=mask)
+
+    return Variant(name, lambda number: _output(network, edited[number]), context)

@@ -1,0 +1,265 @@
+"""Measure whole edits, from the prompt to the picture: the dense pipeline against edit sessions, stage by stage.
+
+Fewer steps are run than an edit has; what the calls of the U-Net took is scaled to all steps, every other stage is
+taken as it was measured. Runs of the dense pipeline and of the session take turns.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from fisedit_compile.bench.masks import make_mask
+from fisedit_compile.bench.pipelines import build_pipeline
+from fisedit_compile.bench.timing import synchronise
+from fisedit_compile.bench.unet import DTYPES, BenchmarkError, describe_machine
+from fisedit_compile.errors import OptionError
+from fisedit_compile.pipelines import AutomaticMask, EditSession, Picture
+from fisedit_compile.pipelines.decoding import DECODERS
+from fisedit_compile.pipelines.masking import MaskFinder
+
+BASE_PROMPT = "a lake in the mountains"
+EDIT_PROMPT = "a lake in the mountains with a sailing boat on it"
+STAGES = ("text", "prepare", "set-up", "mask", "dense steps", "sparse steps", "decode")
+DENSE, USER, AUTOMATIC = "dense pipeline", "fisedit, user mask", "fisedit, automatic mask"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure.
+
+    Attributes:
+        model: a name of ``fisedit_compile.models.MODEL_NAMES``.
+        size: of the picture in pixels; None: the model's own.
+        density: share of active cells of the mask, above 0 and at most 1, at the resolution of the latents.
+        shape: of the mask: square, disc or ragged.
+        steps: of a whole edit.
+        timed_steps: how many are run.
+        dtype: fp32, bf16 or fp16.
+        device: of the networks.
+        norm: option of the backend.
+        storage: dtype in which feature maps are recorded; None: as computed.
+        decoder: how edits are decoded, see ``EditSession``.
+        repeats: runs of each kind.
+        seed: of weights, noise and mask.
+    """
+
+    model: str = "sd15"
+    size: int | None = None
+    density: float = 0.1
+    shape: str = "square"
+    steps: int = 50
+    timed_steps: int = 5
+    dtype: str = "fp32"
+    device: str = "cpu"
+    norm: str = "exact"
+    storage: str | None = None
+    decoder: str = "auto"
+    repeats: int = 3
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raises:
+        OptionError: a dtype or decoder is unknown, or the steps or repeats are impossible.
+        """
+        for name in (self.dtype, self.storage or self.dtype):
+            if name not in DTYPES:
+                raise OptionError(f"unknown dtype {name!r}; expected one of {', '.join(DTYPES)}")
+        if self.decoder not in DECODERS:
+            raise OptionError(f"unknown decoder {self.decoder!r}; expected one of {', '.join(DECODERS)}")
+        if not 2 <= self.timed_steps <= self.steps or self.repeats < 1:
+            raise OptionError("expected at least two timed steps, no more of them than steps, and one repeat")
+
+
+@dataclass
+class Result:
+    """Seconds by variant and stage, scaled to ``settings.steps``; medians of ``settings.repeats`` runs.
+
+    Attributes:
+        settings, machine: what was measured, and on what.
+        seconds: by variant, then by stage and ``total``.
+        dense_steps: of the automatic variant.
+        active: share of the mask's active cells.
+        decoder, decoder_reason: how edits were decoded, and why.
+        generation: seconds of the recorded run as it was, without its set-up.
+        generation_setup: seconds of tracing and compiling, once for each network and size.
+        cache_bytes: recorded, for ``settings.timed_steps`` steps and one decode.
+        decoder_bytes: of them, of the decode.
+        seam: greatest difference in the cells around the mask before pasting, 0 to 1.
+    """
+
+    settings: Settings
+    machine: dict[str, str]
+    seconds: dict[str, dict[str, float]] = field(default_factory=dict)
+    dense_steps: int = 0
+    active: float = 0.0
+    decoder: str = ""
+    decoder_reason: str = ""
+    generation: float = 0.0
+    generation_setup: float = 0.0
+    cache_bytes: int = 0
+    decoder_bytes: int = 0
+    seam: float | None = None
+
+    def speed_up(self, variant: str, stage: str = "total") -> float | None:
+        """Seconds of the dense pipeline over those of a variant; None where either has none."""
+        dense, own = self.seconds[DENSE].get(stage, 0.0), self.seconds[variant].get(stage, 0.0)
+        return dense / own if dense and own else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain dictionaries and numbers; the speed-ups of whole edits among them."""
+        return asdict(self) | {"speed_up": {name: self.speed_up(name) for name in self.seconds}}
+
+
+class _DenseRun:
+    """Seconds by stage of one run of the plain pipeline."""
+
+    def __init__(self, pipe: Any, device: torch.device) -> None:
+        self._pipe, self._device = pipe, device
+        self._marks: list[float] = []
+        self._text = self._decode_began = 0.0
+
+    def _now(self) -> float:
+        synchronise(self._device)
+        return time.perf_counter()
+
+    def _step(self, pipe: Any, call: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        self._marks.append(self._now())
+        return tensors
+
+    def seconds(self, prompt: str, arguments: Mapping[str, Any]) -> dict[str, float]:
+        """Run once. The first step has no beginning that can be seen, so it counts as the median of the others."""
+        began = self._now()
+        self._pipe.encode_prompt(prompt, device=self._device, num_images_per_prompt=1, do_classifier_free_guidance=True)
+        text = self._now() - began
+        began = self._now()
+        self._pipe(prompt, callback_on_step_end=self._step, output_type="pt", **arguments)
+        ended = self._now()
+        step = statistics.median(after - before for before, after in zip(self._marks, self._marks[1:], strict=False))
+        return {
+            "text": text,
+            "prepare": max(0.0, self._marks[0] - began - text - step),
+            "dense steps": step * len(self._marks),
+            "decode": ended - self._marks[-1],
+        }
+
+
+def run_edit(settings: Settings, progress: Callable[[str], object] = lambda step: None) -> Result:
+    """Measure whole edits with random weights.
+
+    The automatic variant is composed: random weights lead to no mask worth finding, so it is the dense steps that
+    finding takes by default, the finding itself, and the sparse steps that are left, with the given mask.
+
+    Args:
+        settings: what to measure.
+        progress: told what happens next.
+
+    Raises:
+        OptionError: a setting is not possible.
+        BenchmarkError: an edit changed a pixel outside its mask, or none inside.
+    """
+    settings.check()
+    device = torch.device(settings.device)
+    progress("making the pipeline")
+    pipe = build_pipeline(settings.model, DTYPES[settings.dtype], device, settings.seed)
+    session = EditSession(
+        pipe,
+        storage=DTYPES[settings.storage] if settings.storage else None,
+        norm=settings.norm,
+        decoder=settings.decoder,
+    )
+    arguments: dict[str, Any] = {"num_inference_steps": settings.timed_steps}
+    if settings.size is not None:
+        arguments |= {"height": settings.size, "width": settings.size}
+    result = Result(settings, describe_machine(device))
+    progress("generating and recording")
+    base = session.generate(BASE_PROMPT, generator=_noise(settings), output_type="pt", **arguments)
+    result.generation = base.report.seconds["total"] - base.report.seconds["setup"]
+    result.generation_setup = base.report.seconds["setup"]
+    height, width = base.latents.shape[-2:]
+    mask = make_mask(settings.shape, settings.density, height, width, settings.seed)
+    result.active = float(mask.float().mean())
+    progress("checking an edit")
+    edited = session.edit(EDIT_PROMPT, mask=mask, keep=False)
+    _check(base, edited)
+    runs: dict[str, list[dict[str, float]]] = {DENSE: [], USER: []}
+    for repeat in range(settings.repeats):
+        for name in (DENSE, USER) if repeat % 2 == 0 else (USER, DENSE):
+            progress(f"{name}, run {repeat + 1} of {settings.repeats}")
+            if name == DENSE:
+                runs[name].append(
+                    _DenseRun(pipe, device).seconds(EDIT_PROMPT, {**arguments, "generator": _noise(settings)})
+                )
+            else:
+                edited = session.edit(EDIT_PROMPT, mask=mask, keep=False)
+                runs[name].append(_stages(edited))
+    report = edited.report
+    result.decoder, result.decoder_reason = report.decoder or "", report.decoder_reason
+    result.cache_bytes, result.decoder_bytes = report.cache_bytes, base.report.decoder_bytes
+    result.seam = None if report.seam is None else report.seam.greatest
+    finding = _seconds_to_find(base, edited)
+    _compose(result, {name: _medians(several) for name, several in runs.items()}, finding)
+    return result
+
+
+def _noise(settings: Settings) -> torch.Generator:
+    return torch.Generator().manual_seed(settings.seed)
+
+
+def _check(base: Picture, edited: Picture) -> None:
+    if base.pixels is None or edited.pixels is None or edited.pixel_mask is None:
+        raise BenchmarkError("the pipeline made no picture")
+    changed = (base.pixels != edited.pixels).any(dim=1)
+    if bool((changed & ~edited.pixel_mask).any()):
+        raise BenchmarkError("the edit changed pixels outside its mask")
+    if not bool(changed.any()):
+        raise BenchmarkError("the edit changed nothing inside its mask")
+
+
+def _stages(edited: Picture) -> dict[str, float]:
+    """The stages of an edit's report under the names of :data:`STAGES`."""
+    seconds = edited.report.seconds
+    return {
+        "text": seconds["text"],
+        "prepare": seconds["prepare"],
+        "set-up": seconds["setup"],
+        "dense steps": seconds["dense"],
+        "sparse steps": seconds["sparse"],
+        "decode": seconds["decode"],
+    }
+
+
+def _medians(runs: list[dict[str, float]]) -> dict[str, float]:
+    return {stage: statistics.median(run[stage] for run in runs) for stage in runs[0]}
+
+
+def _seconds_to_find(base: Picture, edited: Picture) -> float:
+    """Seconds of making one mask of two latents."""
+    began = time.perf_counter()
+    finder = MaskFinder(AutomaticMask())
+    finder.add(edited.latents, base.latents)
+    finder.mask()
+    return time.perf_counter() - began
+
+
+def _compose(result: Result, measured: Mapping[str, Mapping[str, float]], finding: float) -> None:
+    """Scale the steps, and put the automatic variant together."""
+    settings = result.settings
+    scale = settings.steps / settings.timed_steps
+    names = ("dense steps", "sparse steps")
+    for name, stages in measured.items():
+        result.seconds[name] = {stage: value * (scale if stage in names else 1.0) for stage, value in stages.items()}
+    dense_steps = result.dense_steps = AutomaticMask().scaled_steps(settings.steps)
+    share = dense_steps / settings.steps
+    user = result.seconds[USER]
+    # A mask of everything runs densely from the start, with or without finding it.
+    sparse = user["sparse steps"] * (1 - share)
+    dense = result.seconds[DENSE]["dense steps"] * share + user["dense steps"] * (1 - share)
+    result.seconds[AUTOMATIC] = {**user, "mask": finding * dense_steps, "dense steps": dense, "sparse steps": sparse}
+    for stages in result.seconds.values():
+        stages["total"] = sum(stages.values())

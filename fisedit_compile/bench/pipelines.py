@@ -1,0 +1,144 @@
+"""Whole pipelines of public architecture with random weights: text encoder, U-Net, autoencoder; nothing is loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fisedit_compile.errors import OptionError
+from fisedit_compile.models import MODEL_NAMES, TEXT_TOKENS, build_unet, fill_randomly
+
+WORDS = ("a", "lake", "in", "the", "mountains", "with", "sailing", "boat", "on", "it")
+VOCABULARY = 49408
+"""Size of CLIP's vocabulary."""
+
+_CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+_CLIP_H = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 23,
+    "num_attention_heads": 16,
+    "hidden_act": "gelu",
+}
+_CLIP_G = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "hidden_act": "gelu",
+    "projection_dim": 1280,
+}
+TEXT_ENCODERS: dict[str, tuple[dict[str, Any], ...]] = {
+    "sd15": (_CLIP_L,),
+    "sd21": (_CLIP_H,),
+    "sdxl": (_CLIP_L, _CLIP_G),
+}
+"""Keyword arguments of ``transformers.CLIPTextConfig``; the second encoder also projects the whole text."""
+
+AUTOENCODER: dict[str, Any] = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "sample_size": 512,
+    "force_upcast": False,
+}
+"""Keyword arguments of ``diffusers.AutoencoderKL``: that of Stable Diffusion 1, 2 and XL."""
+
+
+def build_pipeline(
+    name: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
+) -> Any:
+    """A text-to-image pipeline with a DDIM scheduler, without a safety checker.
+
+    Args:
+        name: one of ``fisedit_compile.models.MODEL_NAMES``; ``scenes`` is the trained model of the package.
+        dtype: of all weights.
+        device: of all networks.
+        seed: of the weights.
+
+    Raises:
+        OptionError: there is no such model.
+    """
+    if name not in MODEL_NAMES:
+        raise OptionError(f"unknown model {name!r}; expected one of {', '.join(MODEL_NAMES)}")
+    if name == "scenes":
+        from fisedit_compile.scenes import load_pipeline
+
+        return load_pipeline(dtype).to(device)
+    import diffusers
+
+    scheduler = diffusers.DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    parts: dict[str, Any] = {
+        "unet": build_unet(name, dtype, device, seed),
+        "vae": _filled(lambda: diffusers.AutoencoderKL(**AUTOENCODER), dtype, device, seed + 1),
+        "scheduler": scheduler,
+        **_text_parts(name, dtype, device, seed + 2),
+    }
+    pipe: Any
+    if name == "sdxl":
+        pipe = diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=False)
+    else:
+        nothing = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        pipe = diffusers.StableDiffusionPipeline(**parts, **nothing)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _text_parts(name: str, dtype: torch.dtype, device: torch.device | str, seed: int) -> dict[str, Any]:
+    """Tokenizers and text encoders under the names the pipelines have for them."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    parts: dict[str, Any] = {}
+    kinds: tuple[Any, ...] = (CLIPTextModel, CLIPTextModelWithProjection)
+    for number, settings in enumerate(TEXT_ENCODERS[name]):
+        ending = "" if number == 0 else f"_{number + 1}"
+        config = CLIPTextConfig(vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2, pad_token_id=0, **settings)
+        kind = kinds[number]
+        parts[f"text_encoder{ending}"] = _filled(lambda kind=kind, config=config: kind(config), dtype, device, seed)
+        parts[f"tokenizer{ending}"] = _tokenizer()
+    return parts
+
+
+def _filled(make: Any, dtype: torch.dtype, device: torch.device | str, seed: int) -> Any:
+    """A network with random weights, in evaluation mode.
+
+    It is made with values, not on the meta device: text encoders have buffers that count positions.
+    """
+    model = make()
+    torch.nn.Module.to(model, device=device, dtype=dtype)
+    model.eval().requires_grad_(False)
+    fill_randomly(model, seed)
+    return model
+
+
+def _tokenizer() -> Any:
+    """A tokenizer with one token a word."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    marks = ("<pad>", "<start>", "<end>", "<unknown>")
+    numbers = {word: number for number, word in enumerate((*marks, *WORDS))}
+    tokenizer = Tokenizer(models.WordLevel(numbers, unk_token="<unknown>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<start> $A <end>", special_tokens=[("<start>", 1), ("<end>", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=TEXT_TOKENS,
+        pad_token="<pad>",
+        bos_token="<start>",
+        eos_token="<end>",
+        unk_token="<unknown>",
+        model_input_names=["input_ids", "attention_mask"],
+    )

@@ -1,0 +1,114 @@
+"""The autoencoder of a session during one pipeline call: sparse decodes, and encodes that need no repetition."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from typing import Any
+
+from torch import Tensor
+
+from fisedit_compile.errors import WeightsChangedError
+from fisedit_compile.pipelines.arguments import keep_value, same_value
+from fisedit_compile.pipelines.attributes import replaced_attribute
+from fisedit_compile.pipelines.decoding import DecodeJob, Decoding, SparseDecoder
+from fisedit_compile.runtime.fingerprint import Weights
+
+
+class EncodeMemory:
+    """What the autoencoder made of the input pictures of a generation; its edits have the same pictures."""
+
+    def __init__(self) -> None:
+        self._network: Any = None
+        self._weights: Weights | None = None
+        self._known: list[tuple[Any, Any]] = []
+
+    def note(self, vae: Any, given: Any, result: Any) -> None:
+        """Remember what ``vae`` made of the arguments ``given``."""
+        if self._network is None:
+            self._network, self._weights = vae, Weights(list(vae.parameters()))
+        if vae is self._network:
+            self._known.append((keep_value(given), copy.deepcopy(result)))
+
+    def find(self, vae: Any, given: Any) -> Any:
+        """A copy of what ``vae`` made of these arguments; None when it is not known, or its weights are others now."""
+        if vae is not self._network or self._weights is None:
+            return None
+        found = next((result for known, result in self._known if same_value(known, given)), None)
+        if found is None:
+            return None
+        try:
+            self._weights.verify(list(vae.parameters()), "of the encoder")
+        except WeightsChangedError:
+            return None
+        return copy.deepcopy(found)
+
+
+class AutoencoderCall:
+    """What happens to the autoencoder in one pipeline call.
+
+    Args:
+        decoder: how to decode.
+        job: the decode; its outcome is set when the pipeline decodes.
+        encodes: of the generation.
+        generation: whether encodes are remembered, not looked up.
+
+    Attributes:
+        encodes_reused: how many encodes needed no computation.
+    """
+
+    def __init__(self, decoder: SparseDecoder, job: DecodeJob, encodes: EncodeMemory, generation: bool) -> None:
+        self.job = job
+        self.encodes = encodes
+        self._decoder = decoder
+        self.encodes_reused = 0
+        self._generation = generation
+
+    @property
+    def outcome(self) -> Decoding | None:
+        """How the picture was decoded; None: it was not."""
+        return self.job.outcome
+
+    @contextmanager
+    def installed(self, vae: Any) -> Iterator[None]:
+        """Follow the calls of the autoencoder of a pipeline inside the context."""
+        vae = getattr(vae, "_orig_mod", vae)
+        with ExitStack() as restore:
+            # What the user has put in the place of a method may not look at the network that is exchanged.
+            if "decode" not in vars(vae) and getattr(vae, "decoder", None) is not None:
+                restore.enter_context(replaced_attribute(vae, "decode", self._decode(vae)))
+            if "encode" not in vars(vae) and callable(getattr(vae, "encode", None)):
+                restore.enter_context(replaced_attribute(vae, "encode", self._encode(vae)))
+            yield
+
+    def _decode(self, vae: Any) -> Any:
+        original = vae.decode
+
+        @wraps(original)
+        def decode(latents: Tensor, *positional: Any, **named: Any) -> Any:
+            if self.job.outcome is not None:
+                return original(latents, *positional, **named)
+            # Graphs are made for strides: those of the latents must not depend on what the scheduler did.
+            latents = latents.contiguous()
+            return self._decoder.decode(vae, self.job, lambda: original(latents, *positional, **named))
+
+        return decode
+
+    def _encode(self, vae: Any) -> Any:
+        original = vae.encode
+
+        @wraps(original)
+        def encode(*positional: Any, **named: Any) -> Any:
+            given = (*positional, sorted(named.items(), key=lambda item: item[0]))
+            found = None if self._generation else self.encodes.find(vae, given)
+            if found is not None:
+                self.encodes_reused += 1
+                return found
+            result = original(*positional, **named)
+            if self._generation:
+                self.encodes.note(vae, given, result)
+            return result
+
+        return encode
