@@ -217,7 +217,7 @@ class Broken(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.first(x)
-        if not torch.compiler.is_exporting():
+        if torch.compiler.is_dynamo_compiling():
             torch._dynamo.graph_break()
         return x + self.second(hidden)
 
