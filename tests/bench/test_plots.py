@@ -89,7 +89,8 @@ def test_sizes_keep_the_edited_area() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "size", "shares"), [("a", None, (0.1,)), ("", None, (0.1,)), ("256", 256, (0.1,)), ("256", None, (0.1, 0.2))]
+    ("text", "size", "shares"),
+    [("a", None, (0.1,)), ("", None, (0.1,)), ("256", 256, (0.1,)), ("256", None, (0.1, 0.2))],
 )
 def test_sizes_that_make_no_sense(text: str, size: int | None, shares: tuple[float, ...]) -> None:
     with pytest.raises(typer.BadParameter):
