@@ -1,0 +1,5 @@
+"""Triton kernels for the sparse operators on CUDA, made from templates; see ``docs/kernels.md``."""
+
+from fisedit_compile.kernels.providers import implementation
+
+__all__ = ["implementation"]
