@@ -26,6 +26,8 @@ LAUNCH, LATENCY, PROGRAM = 4e-6, 0.7e-6, 1.0e-6
 CACHE_BYTES = 64
 #: Share of the peak that the best dense convolution reaches.
 DENSE_SHARE = 0.6
+#: Tiles of at least so many elements reach such a share of it.
+TILE_SHARES = ((128 * 128, 0.5), (64 * 128, 0.45), (64 * 64, 0.4), (32 * 64, 0.35), (0, 0.25))
 #: Registers of a processor, and the most that a thread may have.
 REGISTERS, THREAD_REGISTERS = 65536, 255
 
@@ -162,6 +164,9 @@ def _tiles(problem: ConvProblem, chip: Chip) -> tuple[tuple[int, int, int], ...]
     )
     if problem.flat:
         tiles = tuple(tile for tile in tiles if tile[0] * tile[1] <= FLAT_TILE)
+    if chip.capability >= (10, 0):
+        # With four warps the assembler of this chip spills the parts of a sum.
+        tiles = tuple((rows, outputs, 8 if (rows, outputs) == (32, 64) else warps) for rows, outputs, warps in tiles)
     width = max(LEAST_BLOCK, _power_of_two(problem.outputs // problem.groups))
     narrowed = dict.fromkeys((rows, min(outputs, width), warps) for rows, outputs, warps in tiles)
     least = max(LEAST_BLOCK, _power_of_two(problem.total))
@@ -216,7 +221,8 @@ def _steps(problem: ConvProblem, inputs: int) -> int:
 def _tile_share(blocks: ConvBlocks, chip: Chip) -> float:
     """Share of the peak that a processor full of such programs reaches."""
     size = blocks.rows * blocks.outputs
-    share = 0.65 if size >= 64 * 64 else 0.5 if size >= 32 * 64 else 0.35
+    # Larger tiles use each factor more often, and even the largest one gathers, which a dense convolution does not.
+    share = next(share for least, share in TILE_SHARES if size >= least)
     # Products of fewer than 64 rows use the instructions of the chip before, at half the rate.
     return share / 2 if chip.capability >= (9, 0) and blocks.rows < 64 else share
 

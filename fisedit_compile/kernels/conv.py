@@ -250,6 +250,7 @@ def supports_conv(
         and recorded.dtype in DTYPES
         and weight.dtype == rows.dtype
         and weight.is_contiguous()
+        and weight.numel() < 2**31
         and table.is_contiguous()
         and _channels_inside(rows, recorded)
         and (groups == 1 or weight.shape[0] // groups >= 8)

@@ -58,7 +58,8 @@ def conv_rows(
     group_output = (tl.program_id(1) % blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
     output_inside = group_output < group_outputs
     output_channel = group * group_outputs + group_output
-    weight_row = weight + output_channel.to(tl.int64) * (taps * group_inputs)  # [BN]
+    # int32: weights are checked to have fewer than 2**31 elements, and their offsets take half the registers.
+    weight_row = output_channel * (taps * group_inputs)  # [BN]
     reads_row = reads + sample * reads_sample + row * taps  # [BM]
     rows_base = rows + sample * rows_sample + group * group_inputs  # [BM]
     recorded_base = recorded + sample * recorded_sample + group * group_inputs  # [BM]
@@ -99,7 +100,7 @@ def conv_rows(
             values = tl.load(rows_address, mask=inside & from_rows, other=0.0)
             values += tl.load(recorded_address, mask=inside & (slot >= source_count), other=0.0).to(values.dtype)
 @@PROLOGUE_CALL@@
-        weight_address = weight_row[None, :] + column[:, None]
+        weight_address = weight + (weight_row[None, :] + column[:, None])
         if EVEN and not FLAT:
             weights = tl.load(weight_address, mask=output_inside[None, :], other=0.0)  # [BK, BN]
         else:
@@ -109,8 +110,8 @@ def conv_rows(
     mask = target_inside[:, None] & output_inside[None, :]
     offset = target.to(tl.int64)[:, None] * outputs + output_channel[None, :]  # [BM, BN]
     if SPLIT:
-        offset += tl.program_id(2).to(tl.int64) * total * outputs
-        tl.store(output + offset, sums, mask=mask)
+        part = output + tl.program_id(2).to(tl.int64) * total * outputs
+        tl.store(part + offset, sums, mask=mask)
     else:
 @@EPILOGUE_CALL@@
         tl.store(output + offset, sums.to(output.dtype.element_ty), mask=mask)

@@ -11,7 +11,7 @@ from fisedit_compile.kernels.launches import Launch
 from fisedit_compile.kernels.rows import DTYPES, shared_stride, tile_of
 
 #: Elements of a program's tile, and blocks of rows whose changes are added at a time.
-TILE, ADDED = 4096, 16
+TILE, ADDED = 2048, 16
 #: Wider groups are left to ATen: a program holds whole groups.
 WIDEST_GROUP = 2048
 

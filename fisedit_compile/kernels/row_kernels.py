@@ -59,9 +59,10 @@ def gather_taps_kernel(
     recorded_address = recorded + sample * recorded_sample + (slot - source_count) * recorded_row + channel[None, :]
     inside = (slot >= 0) & channel_inside[None, :]  # [BR, BC]
     values = tl.load(rows_address, mask=inside & (slot < source_count), other=0.0)
-    old = tl.load(recorded_address, mask=inside & (slot >= source_count), other=0.0).to(values.dtype)
-    values = tl.where(slot < source_count, values, old)
-    values = tl.where(slot >= 0, values, fill.to(values.dtype))
+    # Through float32, which holds all values of the other types.
+    old = tl.load(recorded_address, mask=inside & (slot >= source_count), other=0.0).to(tl.float32)
+    values = tl.where(slot < source_count, values.to(tl.float32), old)
+    values = tl.where(slot >= 0, values, fill).to(output.dtype.element_ty)
     offset = (sample * count + tap)[:, None] * channels + channel[None, :]
     tl.store(output + offset, values, mask=tap_inside[:, None] & channel_inside[None, :])
 

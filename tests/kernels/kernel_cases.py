@@ -9,6 +9,8 @@ from torch import Tensor
 
 DEVICE = os.environ.get("FISEDIT_TEST_DEVICE", "cpu")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+#: The interpreter keeps bfloat16 as integers and multiplies matrices of them as such.
+FACTORS = DTYPES if DEVICE != "cpu" else DTYPES[:2]
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

@@ -15,7 +15,7 @@ from fisedit_compile.kernels.pointwise import CURRENT, FORMULAS, Chain, Operand,
 from fisedit_compile.ops import pack_conv_weight
 from fisedit_compile.runtime.spec import Domain
 
-from kernel_cases import DEVICE, DTYPES, conv_tensors, normal
+from kernel_cases import DEVICE, FACTORS, conv_tensors, normal
 from sparse_maps import Case, masks, window
 from tolerances import assert_near
 
@@ -43,7 +43,7 @@ def convolve(tensors: tuple, blocks: ConvBlocks | None, epilogue: Chain = conv.N
     outputs=st.sampled_from([1, 8, 17, 24]),
     bias=st.booleans(),
     splits=st.sampled_from([1, 1, 2, 5]),
-    dtype=st.sampled_from(DTYPES),
+    dtype=st.sampled_from(FACTORS),
     seed=st.integers(0, 99),
 )
 def test_any_shape(batch: int, shared: bool, splits: int, dtype: torch.dtype, seed: int, **sizes: int) -> None:
@@ -53,7 +53,7 @@ def test_any_shape(batch: int, shared: bool, splits: int, dtype: torch.dtype, se
     assert_near(result, naive.conv_rows(*tensors).to(dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", FACTORS)
 @pytest.mark.parametrize("splits", [1, 4])
 @pytest.mark.parametrize("inputs", [4, 40])
 def test_padding_in_every_direction(dtype: torch.dtype, splits: int, inputs: int) -> None:
