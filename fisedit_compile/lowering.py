@@ -65,7 +65,7 @@ def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
 
 def lower_plain(graph_module: fx.GraphModule) -> Lowered:
     """Python code that calls one operator after the other and drops each intermediate after its last use."""
-    lowered = copy_graph(graph_module)
+    lowered = kernels.fuse(copy_graph(graph_module))
     faster = {**BINDINGS, **{operator: kernels.implementation(operator) for operator in IMPLEMENTATIONS}}
     for node in lowered.graph.nodes:
         if node.op == "call_function":

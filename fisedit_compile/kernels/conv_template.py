@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 from fisedit_compile.kernels.pointwise import Chain, parameter_comments, parameters, print_function
 
 _HEADER = '''"""Convolution at active rows, as a matrix product whose left side is gathered while it is read.
@@ -147,7 +149,10 @@ def add_splits(
 
 
 def _call(target: str, function: str, arguments: list[str], indent: int) -> str:
-    return f"{' ' * indent}{target} = {function}({', '.join(arguments)})"
+    start = " " * indent
+    return "\n".join(
+        [f"{start}{target} = {function}(", *(f"{start}    {argument}," for argument in arguments), f"{start})"]
+    )
 
 
 def conv_source(prologue: Chain, epilogue: Chain) -> str:
@@ -181,7 +186,7 @@ def conv_source(prologue: Chain, epilogue: Chain) -> str:
         PROLOGUE_CALL=prologue_call,
         EPILOGUE_CALL=epilogue_call,
     )
-    reduce_call = None if epilogue_call is None else epilogue_call[4:]
+    reduce_call = None if epilogue_call is None else textwrap.indent(textwrap.dedent(epilogue_call), " " * 4)
     return text + "\n" + _fill(_REDUCE, OPERAND_PARAMETERS=_indent(operands), EPILOGUE_CALL=reduce_call)
 
 

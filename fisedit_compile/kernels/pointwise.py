@@ -191,7 +191,8 @@ def print_function(chain: Chain, name: str, prefix: str) -> str:
             address += f" + (sample * {prefix}{number}_sample)[:, None]"
         if kind == "rows":
             address += f" + (row * {prefix}{number}_row)[:, None]"
-        lines.append(f"    value_{number} = tl.load({address}, mask=mask, other=0.0).to(tl.float32)  # [R, C]")
+        lines.append(f"    address_{number} = {address}  # [R, C]")
+        lines.append(f"    value_{number} = tl.load(address_{number}, mask=mask, other=0.0).to(tl.float32)")
     for step in chain.steps:
         lines.append(f"    values = {FORMULAS[step.operator].format(*map(_spell, step.arguments))}")
     return "\n".join([*lines, "    return values", ""])
