@@ -147,7 +147,7 @@ class ConvChoice:
 
 
 #: Rows, output channels and warps of a program in half precision; small tiles have nothing for more warps to share.
-TILES = ((16, 64, 4), (32, 64, 4), (64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 128, 8))
+TILES = ((16, 64, 4), (32, 64, 4), (64, 64, 4), (64, 128, 4), (128, 64, 8), (128, 128, 8))
 #: In float32 without tensor cores the factors themselves fill registers.
 FLOAT_TILES = ((16, 32, 4), (16, 64, 4), (32, 64, 4), (64, 64, 4))
 SPLITS = (1, 2, 4, 8, 16, 32)

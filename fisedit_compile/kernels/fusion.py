@@ -162,7 +162,8 @@ def _fuse_activation(node: fx.Node) -> int:
 def norm_apply_and_silu(*arguments: Any) -> Tensor:
     """SiLU of the operator ``norm_apply``."""
     if provider_of(fisedit.norm_apply.default, *arguments).name == "triton":
-        return norm.norm_apply(*arguments, True)
+        rows, center, totals, weight, bias, eps, count = arguments
+        return norm.norm_apply(rows, center, totals, weight, bias, eps, count, silu=True)
     return torch.nn.functional.silu(dispatching(fisedit.norm_apply.default)(*arguments))
 
 

@@ -186,12 +186,11 @@ def print_function(chain: Chain, name: str, prefix: str) -> str:
     signature += parameter_comments(chain, prefix)
     lines = ["@triton.jit", f"def {name}(", *(f"    {line}" for line in signature), "):"]
     for number, kind in enumerate(chain.kinds):
-        address = f"{prefix}{number} + channel[None, :]"
+        lines.append(f"    address_{number} = {prefix}{number} + channel[None, :]")
         if kind != "channel":
-            address += f" + (sample * {prefix}{number}_sample)[:, None]"
+            lines.append(f"    address_{number} += (sample * {prefix}{number}_sample)[:, None]  # [R, C]")
         if kind == "rows":
-            address += f" + (row * {prefix}{number}_row)[:, None]"
-        lines.append(f"    address_{number} = {address}  # [R, C]")
+            lines.append(f"    address_{number} += (row * {prefix}{number}_row)[:, None]")
         lines.append(f"    value_{number} = tl.load(address_{number}, mask=mask, other=0.0).to(tl.float32)")
     for step in chain.steps:
         lines.append(f"    values = {FORMULAS[step.operator].format(*map(_spell, step.arguments))}")

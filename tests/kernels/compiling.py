@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fisedit_compile.bench.conv_shapes import DENSITIES, MODELS, ConvShape, conv_shapes
 from fisedit_compile.kernels import norm, rows
 from fisedit_compile.kernels.blocks import ConvBlocks, ConvProblem, choose, shared_bytes
 from fisedit_compile.kernels.chips import KNOWN_CHIPS, Capability, Chip
@@ -24,8 +25,6 @@ from fisedit_compile.kernels.conv import NOTHING, ConvCall, conv_launches
 from fisedit_compile.kernels.launches import Launch
 from fisedit_compile.kernels.pointwise import CURRENT, Chain, Operand, Step, add_bias
 from fisedit_compile.kernels.resources import compile_launch, specialisation
-
-from conv_shapes import DENSITIES, MODELS, ConvShape, conv_shapes
 
 #: What follows convolutions in a residual block: the time embedding; the block's input.
 EPILOGUES = {

@@ -20,9 +20,10 @@ def change_sums(
     operand1,  # pointer, [1 or B, 1, C]
     operand1_sample,  # elements from sample to sample
 ):
-    address_0 = operand0 + channel[None, :]  # [R, C]
+    address_0 = operand0 + channel[None, :]
     value_0 = tl.load(address_0, mask=mask, other=0.0).to(tl.float32)
-    address_1 = operand1 + channel[None, :] + (sample * operand1_sample)[:, None]  # [R, C]
+    address_1 = operand1 + channel[None, :]
+    address_1 += (sample * operand1_sample)[:, None]  # [R, C]
     value_1 = tl.load(address_1, mask=mask, other=0.0).to(tl.float32)
     values = values + value_0
     values = values + value_1

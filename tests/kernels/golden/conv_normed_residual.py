@@ -21,9 +21,11 @@ def change_rows(
     input1,  # pointer, [1 or B, 1, C]
     input1_sample,  # elements from sample to sample
 ):
-    address_0 = input0 + channel[None, :] + (sample * input0_sample)[:, None]  # [R, C]
+    address_0 = input0 + channel[None, :]
+    address_0 += (sample * input0_sample)[:, None]  # [R, C]
     value_0 = tl.load(address_0, mask=mask, other=0.0).to(tl.float32)
-    address_1 = input1 + channel[None, :] + (sample * input1_sample)[:, None]  # [R, C]
+    address_1 = input1 + channel[None, :]
+    address_1 += (sample * input1_sample)[:, None]  # [R, C]
     value_1 = tl.load(address_1, mask=mask, other=0.0).to(tl.float32)
     values = values * value_0
     values = values + value_1
@@ -43,9 +45,11 @@ def change_sums(
     operand1_sample,  # elements from sample to sample
     operand1_row,  # elements from row to row
 ):
-    address_0 = operand0 + channel[None, :]  # [R, C]
+    address_0 = operand0 + channel[None, :]
     value_0 = tl.load(address_0, mask=mask, other=0.0).to(tl.float32)
-    address_1 = operand1 + channel[None, :] + (sample * operand1_sample)[:, None] + (row * operand1_row)[:, None]  # [R, C]
+    address_1 = operand1 + channel[None, :]
+    address_1 += (sample * operand1_sample)[:, None]  # [R, C]
+    address_1 += (row * operand1_row)[:, None]
     value_1 = tl.load(address_1, mask=mask, other=0.0).to(tl.float32)
     values = values + value_0
     values = value_1 + values
