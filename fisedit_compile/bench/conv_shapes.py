@@ -1,4 +1,4 @@
-"""Convolutions of public U-Nets that become sparse: read off a run without memory or arithmetic."""
+"""Convolutions of public U-Nets that become sparse, read off their modules."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import functools
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fisedit_compile.kernels.blocks import ConvProblem
-from fisedit_compile.models import CONFIGURATIONS, build_unet, example_inputs
+from fisedit_compile.models import CONFIGURATIONS, build_unet
 
 DENSITIES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.6)
 
@@ -41,21 +41,24 @@ class ConvShape:
 def conv_shapes(model: str) -> tuple[ConvShape, ...]:
     """The distinct convolutions wider than one position of a model at its own size; narrower ones are linear layers."""
     unet = build_unet(model, device="meta")
+    side, deepest = int(unet.config["sample_size"]), len(unet.down_blocks) - 1
     found: dict[ConvShape, None] = {}
-
-    def note(module: nn.Conv2d, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    for name, module in unet.named_modules():
+        if not isinstance(module, nn.Conv2d) or module.kernel_size == (1, 1):
+            continue
+        part, *inner = name.split(".")
+        # How often the map was halved where the block works.
+        level = 0
+        if part == "mid_block":
+            level = deepest
+        elif inner:
+            level = int(inner[0]) if part == "down_blocks" else deepest - int(inner[0])
+        if "upsamplers" in inner:
+            level -= 1
+        source = side >> level
+        target = source // module.stride[0]
         taps = module.kernel_size[0] * module.kernel_size[1]
-        if taps > 1:
-            source = inputs[0].shape[2] * inputs[0].shape[3]
-            target = output.shape[2] * output.shape[3]
-            found[ConvShape(module.in_channels, module.out_channels, taps, source, target)] = None
-
-    hooks = [module.register_forward_hook(note) for module in unet.modules() if isinstance(module, nn.Conv2d)]
-    arguments, keywords = example_inputs(model, device="meta")
-    with torch.no_grad():
-        unet(*arguments, **keywords)
-    for hook in hooks:
-        hook.remove()
+        found[ConvShape(module.in_channels, module.out_channels, taps, source**2, target**2)] = None
     return tuple(found)
 
 
