@@ -206,7 +206,8 @@ def supports_scatter(map: Tensor, rows: Tensor, index: Tensor, valid: Tensor | N
     if rows.numel() == 0 or map.dtype not in DTYPES or rows.dtype not in DTYPES:
         return False
     # A copy keeps the map's strides unless elements share memory or lie apart.
-    return not _may_overlap(map) and supports_write(map.to(rows.dtype), rows, index, valid)
+    copy = map if map.dtype == rows.dtype else torch.empty_like(map, dtype=rows.dtype, device="meta")
+    return not _may_overlap(map) and supports_write(copy, rows, index, valid)
 
 
 def scatter_rows(map: Tensor, rows: Tensor, index: Tensor, valid: Tensor | None) -> Tensor:

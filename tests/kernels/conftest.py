@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from collections.abc import Iterator
@@ -12,17 +11,6 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-
-if importlib.util.find_spec("triton") is None:
-    collect_ignore_glob = ["test_*.py"]
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Say so where the interpreter cannot run although Triton is there."""
-    if os.environ.get("FISEDIT_TEST_DEVICE", "cpu") == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        for item in items:
-            if Path(__file__).parent in item.path.parents:
-                item.add_marker(pytest.mark.skip(reason="TRITON_INTERPRET is set, but not to 1"))
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -39,8 +27,12 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture
 def kernels_run() -> Iterator[None]:
     """Kernels take the tensors of this test; products of float32 are exact."""
-    from fisedit_compile.kernels.devices import interpreter
+    from fisedit_compile.kernels.devices import interpreter, triton_installed
 
+    if not triton_installed():
+        pytest.skip("Triton is not installed")
+    if os.environ.get("FISEDIT_TEST_DEVICE", "cpu") == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("TRITON_INTERPRET is set, but not to 1")
     precise = torch.backends.cudnn.conv.fp32_precision
     torch.backends.cudnn.conv.fp32_precision = "ieee"
     try:

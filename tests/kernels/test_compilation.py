@@ -16,6 +16,7 @@ import pytest
 
 from fisedit_compile.kernels.blocks import REGISTERS
 from fisedit_compile.kernels.chips import KNOWN_CHIPS
+from fisedit_compile.kernels.devices import triton_installed
 
 THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
 pytestmark = pytest.mark.timeout(3600)
@@ -23,6 +24,8 @@ pytestmark = pytest.mark.timeout(3600)
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    if not triton_installed():
+        pytest.skip("Triton is not installed")
     folder = tmp_path_factory.mktemp("compiled")
     script, output = Path(__file__).with_name("compiling.py"), folder / "resources.json"
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder / "triton")}
