@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from torch import nn
 
 import fisedit_compile as fisedit
@@ -166,7 +166,6 @@ def test_the_networks_are_found() -> None:
 
 @pytest.mark.usefixtures("kernels_run")
 @pytest.mark.parametrize("network", FOUND, ids=lambda network: network.name)
-@settings(max_examples=3)
 @given(recipe=recipes())
 def test_edits_by_kernels_equal_the_reference(network: Network, recipe: MaskRecipe) -> None:
     torch.compiler.reset()
