@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from fisedit_compile import private
+from fisedit_compile import kernels, private
 from fisedit_compile.ops import IMPLEMENTATIONS
 from fisedit_compile.passes.program import GraphInput
 from fisedit_compile.runtime.spec import Domain, PlanInput
@@ -65,8 +65,8 @@ def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
 
 def lower_plain(graph_module: fx.GraphModule) -> Lowered:
     """Python code that calls one operator after the other and drops each intermediate after its last use."""
-    lowered = copy_graph(graph_module)
-    faster = {**BINDINGS, **IMPLEMENTATIONS}
+    lowered = kernels.fuse(copy_graph(graph_module))
+    faster = {**BINDINGS, **{operator: kernels.implementation(operator) for operator in IMPLEMENTATIONS}}
     for node in lowered.graph.nodes:
         if node.op == "call_function":
             node.target = faster.get(node.target, node.target)

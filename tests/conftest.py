@@ -14,6 +14,9 @@ from hypothesis import HealthCheck, settings
 
 # Test modules import the shared helpers beside this file by their bare names, whatever the import mode.
 sys.path.insert(0, str(Path(__file__).parent))
+# Triton decides at its import whether kernels are interpreted, and some test imports it before those of the kernels do.
+if os.environ.get("FISEDIT_TEST_DEVICE", "cpu") == "cpu":
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 settings.register_profile(
     "default", deadline=None, derandomize=True, max_examples=5, suppress_health_check=list(HealthCheck)

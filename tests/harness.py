@@ -1,8 +1,12 @@
-"""What the semantic tests share: masks to try, and a network compiled, recorded and traced by the reference."""
+"""What the semantic tests share: masks to try, and a network compiled, recorded and traced by the reference.
+
+With FISEDIT_TEST_DEVICE=cuda the compiled networks run on the GPU; the reference stays on the CPU.
+"""
 
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -18,6 +22,7 @@ from networks import Network
 from reference import Recording, Reference, flatten
 from tolerances import assert_identical, assert_near
 
+DEVICE = os.environ.get("FISEDIT_TEST_DEVICE", "cpu")
 KINDS = ("full", "pixel", "border", "rectangle", "ragged", "sparse", "per-sample", "one sample")
 
 
@@ -98,8 +103,7 @@ class Case:
 
     def call(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """One call of the compiled network."""
-        with torch.no_grad():
-            return flatten(self.module(*inputs))
+        return outputs_of(self.module, inputs)
 
     def edit(self, inputs: Sequence[Tensor], mask: Tensor | None, base: str = "base") -> tuple[Tensor, ...]:
         """One call within an edit."""
@@ -133,13 +137,14 @@ class Case:
 def compiled(module: nn.Module, runtime: fisedit.Runtime, **options: Any) -> nn.Module:
     """A network compiled for a runtime."""
     settings: dict[str, Any] = {"runtime": runtime, **options}
-    return cast(nn.Module, torch.compile(module, backend="fisedit", options=settings))
+    return cast(nn.Module, torch.compile(module.to(DEVICE), backend="fisedit", options=settings))
 
 
 def outputs_of(module: nn.Module, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """One call."""
+    """One call on the tested device; inputs and outputs are on the CPU."""
     with torch.no_grad():
-        return flatten(module(*inputs))
+        outputs = flatten(module(*(value.to(DEVICE) if isinstance(value, Tensor) else value for value in inputs)))
+    return tuple(output.cpu() for output in outputs)
 
 
 def compile_network(

@@ -1,0 +1,264 @@
+"""Check and measure on a machine with an NVIDIA GPU: operators, tests, convolutions alone, whole networks.
+
+python benchmarks/gpu.py                       # everything; about an hour, most of it compiling dense networks
+python benchmarks/gpu.py check convolutions    # parts of it
+python benchmarks/gpu.py convolutions --dry-run    # the same code on a CPU with tiny sizes; its times mean nothing
+
+Numbers come after correctness: a part that finds a wrong result ends the program. FISEDIT_AUTOTUNE=1 measures block
+sizes while it runs; a second run then uses them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import fisedit_compile as fisedit
+from fisedit_compile.bench.conv_shapes import MODELS, ConvShape, conv_shapes
+from fisedit_compile.bench.masks import make_mask
+from fisedit_compile.bench.unet import describe_machine
+from fisedit_compile.kernels import conv, naive
+from fisedit_compile.kernels.chips import chip_of
+from fisedit_compile.kernels.tuning import best_choice
+from fisedit_compile.models import build_unet, example_inputs
+from fisedit_compile.ops import conv_rows as conv_rows_aten
+from fisedit_compile.ops import pack_conv_weight
+from fisedit_compile.runtime.plans import build_plan
+from fisedit_compile.runtime.spec import Domain, PlanInput, Stencil
+
+PARTS = ("check", "convolutions", "networks")
+DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.6)
+SHAPES = ("square", "ragged")
+#: Different inputs that a measurement goes through, so that none finds its own in the caches.
+ROTATED = 4
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where and how long to measure."""
+
+    device: torch.device
+    dtype: torch.dtype
+    repeats: int
+    densities: Sequence[float] = DENSITIES
+
+    def seconds(self, calls: Sequence[Callable[[], object]]) -> float:
+        """Median seconds of a call, taken in turn after two rounds to warm up."""
+        for _ in range(2):
+            for call in calls:
+                call()
+        if self.device.type != "cuda":
+            found = []
+            for call in [*calls] * self.repeats:
+                started = time.perf_counter()
+                call()
+                found.append(time.perf_counter() - started)
+            return statistics.median(found)
+        pairs = []
+        for call in [*calls] * self.repeats:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            call()
+            end.record()
+            pairs.append((start, end))
+        torch.cuda.synchronize(self.device)
+        return statistics.median(start.elapsed_time(end) / 1e3 for start, end in pairs)
+
+
+def line(*cells: object) -> None:
+    """One row of a table in Markdown."""
+    print(f"| {' | '.join(map(str, cells))} |", flush=True)
+
+
+def check() -> None:
+    """Operators against the plain reference and networks against the masked one, on the GPU."""
+    folder = Path(__file__).resolve().parents[1]
+    environment = os.environ | {"FISEDIT_TEST_DEVICE": "cuda", "TRITON_INTERPRET": "0"}
+    for tests in (
+        ["tests/kernels", "--deselect=tests/kernels/test_compilation.py"],
+        ["tests/semantics/test_properties.py"],
+    ):
+        command = [sys.executable, "-m", "pytest", "-q", *tests]
+        if subprocess.run(command, cwd=folder, env=environment, check=False).returncode:
+            sys.exit(f"{' '.join(tests)} fails on the GPU; its times mean nothing")
+
+
+def _window(source: Domain, target: Domain) -> Stencil:
+    stride = source.height // target.height
+    values = {f"{name}_{axis}": value for name, value in (("stride", stride), ("padding", 1)) for axis in "yx"}
+    return Stencil.of("window", source, target, kernel_height=3, kernel_width=3, dilation_y=1, dilation_x=1, **values)
+
+
+def _plan(shape: ConvShape, mask_shape: str, density: float, device: torch.device) -> tuple[Tensor, Tensor, Domain]:
+    """Halo, table and the source's domain for a mask at the source's resolution."""
+    side, target_side = int(shape.source**0.5), int(shape.target**0.5)
+    source, target = Domain(side, side), Domain(target_side, target_side)
+    stencil = _window(source, target)
+    plan = build_plan(make_mask(mask_shape, density, side, side)[None], [], [stencil], device)
+    halo, table = (plan.tensor(PlanInput(kind, stencil)) for kind in ("halo", "table"))
+    if halo is None or table is None:
+        raise ValueError(f"{stencil} has no table")
+    return halo, table, source
+
+
+def convolutions(run: Run, shapes: Sequence[ConvShape]) -> None:
+    """Sparse convolutions alone: against cuDNN on the whole map, gathering with a matrix product, and the roofline."""
+    chip = chip_of(run.device)
+    line("channels", "positions", "mask", "active", "dense us", "gathered us", "kernel us", "roofline us", "choice")
+    line(*["---"] * 9)
+    for shape in (shape for shape in shapes if shape.taps == 9):
+        side = int(shape.source**0.5)
+        weight = torch.randn(shape.outputs, shape.inputs, 3, 3, device=run.device, dtype=run.dtype)
+        weight /= (9 * shape.inputs) ** 0.5
+        packed, bias = pack_conv_weight(weight, False, 1), torch.randn(shape.outputs, device=run.device).to(run.dtype)
+        maps = [
+            torch.randn(2, side, side, shape.inputs, device=run.device, dtype=run.dtype).permute(0, 3, 1, 2)
+            for _ in range(ROTATED)
+        ]
+        last = weight.contiguous(memory_format=torch.channels_last)
+        stride = side // int(shape.target**0.5)
+        dense = run.seconds([partial(torch.conv2d, map, last, bias, stride, 1) for map in maps])
+        for mask_shape in SHAPES:
+            for density in run.densities:
+                halo, table, domain = _plan(shape, mask_shape, density, run.device)
+                count = max(2, round(density * domain.size))
+                calls = []
+                for map in maps:
+                    recorded = map.permute(0, 2, 3, 1).flatten(1, 2)
+                    rows = torch.randn(2, count, shape.inputs, device=run.device, dtype=run.dtype)
+                    calls.append((rows, recorded, halo, table, packed, bias, 1))
+                _agree(conv.conv_rows(*calls[0]), calls[0])
+                gathered = run.seconds([partial(conv_rows_aten, *call) for call in calls])
+                kernel = run.seconds([partial(conv.conv_rows, *call) for call in calls])
+                reads = conv.reads_cache.get(halo, table, count)
+                problem = conv.ConvCall(calls[0][0], calls[0][1], reads, packed).problem()
+                moved = (packed.numel() + problem.source_total * problem.inputs + problem.total * problem.outputs) * 2
+                limit = max(problem.operations / chip.flops(run.dtype, True), moved / chip.bandwidth)
+                times = [f"{seconds * 1e6:.1f}" for seconds in (dense, gathered, kernel, limit)]
+                channels = f"{shape.inputs} to {shape.outputs}"
+                line(channels, shape.source, mask_shape, f"{density:g}", *times, best_choice(problem, chip))
+
+
+def _agree(result: Tensor, call: tuple) -> None:
+    """End the program when a few rows differ from the plain reference."""
+    rows, recorded, halo, table, *others = call
+    few = table[:, :2]
+    expected = naive.conv_rows(rows[:1], recorded[:1], halo[:1], few[:1], *others)
+    error = float((result[:1, :2].float() - expected).abs().max() / expected.abs().max())
+    if not error < 2e-2:
+        sys.exit(f"a convolution is off by {error:.2g}")
+
+
+def networks(run: Run, models: Sequence[str], dense_modes: Sequence[str | None]) -> None:
+    """Whole networks with two samples: dense in several ways, and edits."""
+    line("network", "variant", "mask", "active", "ms", "of the best dense")
+    line(*["---"] * 6)
+    for name in models:
+        model = build_unet(name, run.dtype, run.device).to(memory_format=torch.channels_last)
+        calls = [example_inputs(name, dtype=run.dtype, device=run.device, seed=seed) for seed in range(ROTATED)]
+        with torch.no_grad():
+            best = _dense(run, name, model, calls, dense_modes)
+            _edits(run, name, model, calls, best)
+
+
+def _calls(network: Callable[..., object], calls: Sequence) -> list[Callable[[], object]]:
+    return [partial(network, *args, **keywords) for args, keywords in calls]
+
+
+def _dense(run: Run, name: str, model: nn.Module, calls: Sequence, modes: Sequence[str | None]) -> float:
+    """Fastest seconds of the dense variants, each of which is printed."""
+    times = {"eager, channels last": run.seconds(_calls(model, calls))}
+    for mode in modes:
+        torch.compiler.reset()
+        compiled = torch.compile(model, mode=mode)
+        times[f"torch.compile, {mode or 'default'}"] = run.seconds(_calls(compiled, calls))
+    best = min(times.values())
+    for variant, seconds in times.items():
+        line(name, variant, "", "", f"{seconds * 1e3:.2f}", f"{best / seconds:.2f}x")
+    return best
+
+
+def _edits(run: Run, name: str, model: nn.Module, calls: Sequence, best: float) -> None:
+    torch.compiler.reset()
+    runtime = fisedit.Runtime()
+    compiled = torch.compile(model, backend="fisedit", options={"runtime": runtime})
+    latents = calls[0][0][0]
+    with runtime.record("base"):
+        recorded = [compiled(*args, **kwargs)[0].clone() for args, kwargs in calls]
+    for mask_shape in SHAPES:
+        for density in run.densities:
+            mask = make_mask(mask_shape, density, *latents.shape[-2:])
+            with runtime.edit("base", mask=mask):
+                for (args, kwargs), before in zip(calls, recorded, strict=True):
+                    same = compiled(*args, **kwargs)[0]
+                    if not float((same - before).abs().max() / before.abs().max()) < 5e-2:
+                        sys.exit(f"{name}: an edit that changes nothing changes the output")
+            seconds = _edit_seconds(run, runtime, compiled, calls, mask)
+            line(name, "fisedit", mask_shape, f"{density:g}", f"{seconds * 1e3:.2f}", f"{best / seconds:.2f}x")
+
+
+def _edit_seconds(run: Run, runtime: fisedit.Runtime, compiled: Callable, calls: Sequence, mask: Tensor) -> float:
+    """Median seconds of a call; an edit goes through all recorded calls, entering it is not counted."""
+    times = []
+    for _ in range(run.repeats + 1):
+        with runtime.edit("base", mask=mask):
+            for args, kwargs in calls:
+                if run.device.type == "cuda":
+                    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                    start.record()
+                    compiled(*args, **kwargs)
+                    end.record()
+                    torch.cuda.synchronize(run.device)
+                    times.append(start.elapsed_time(end) / 1e3)
+                else:
+                    started = time.perf_counter()
+                    compiled(*args, **kwargs)
+                    times.append(time.perf_counter() - started)
+    return statistics.median(times[len(calls) :])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the parts that were asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(PARTS)}; default: all")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--densities", nargs="+", type=float, default=list(DENSITIES))
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU")
+    chosen = parser.parse_args(arguments)
+    if unknown := set(chosen.parts) - set(PARTS):
+        parser.error(f"unknown part {', '.join(sorted(unknown))}; expected some of {', '.join(PARTS)}")
+    if chosen.dry_run:
+        run = Run(torch.device("cpu"), torch.float32, 1, (0.1,))
+    elif torch.cuda.is_available():
+        run = Run(torch.device("cuda", 0), torch.float16, chosen.repeats, chosen.densities)
+    else:
+        sys.exit("there is no GPU; --dry-run shows that the code runs")
+    print({**describe_machine(run.device), "chip": str(chip_of(run.device))}, flush=True)
+    parts = chosen.parts or PARTS
+    if "check" in parts and not chosen.dry_run:
+        check()
+    if "convolutions" in parts:
+        shapes = (
+            [ConvShape(4, 8, 9, 64, 64)]
+            if chosen.dry_run
+            else dict.fromkeys(shape for model in chosen.models for shape in conv_shapes(model))
+        )
+        convolutions(run, list(shapes))
+    if "networks" in parts:
+        networks(run, ["scenes"] if chosen.dry_run else chosen.models, [] if chosen.dry_run else [None, "max-autotune"])
+
+
+if __name__ == "__main__":
+    main()

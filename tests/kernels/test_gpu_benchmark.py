@@ -1,0 +1,70 @@
+"""The program for a machine with a GPU, as far as it goes without one."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from fisedit_compile.bench.conv_shapes import ConvShape
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    path = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
+    specification = importlib.util.spec_from_file_location("gpu_benchmark", path)
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    monkeypatch.setitem(sys.modules, specification.name, module)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_convolutions_alone(
+    benchmark: ModuleType, kernels_run: None, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    benchmark.main(["convolutions", "--dry-run"])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 4 to 8 | 64 |")]
+    assert [row.split(" | ")[2] for row in rows] == ["square", "ragged"]
+    monkeypatch.setattr(benchmark.conv, "conv_rows", lambda *call: 1.1 * benchmark.conv_rows_aten(*call))
+    with pytest.raises(SystemExit, match="a convolution is off by 0.1"):
+        benchmark.main(["convolutions", "--dry-run"])
+
+
+def test_networks(benchmark: ModuleType, capsys: pytest.CaptureFixture) -> None:
+    benchmark.main(["networks", "--dry-run"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[1:4] for line in lines if line.startswith("| scenes")] == [
+        ["eager, channels last", "", ""],
+        ["fisedit", "square", "0.1"],
+        ["fisedit", "ragged", "0.1"],
+    ]
+
+
+def test_wrong_use(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit):
+        benchmark.main(["everything"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="there is no GPU"):
+        benchmark.main(["convolutions"])
+
+
+def test_convolutions_of_public_networks() -> None:
+    """Channels and resolutions of Stable Diffusion 1.5 at 512 pixels.
+
+    In a process of its own: creators of tensors that are replaced, as in all tests, do not follow the device ``meta``.
+    """
+    program = "from fisedit_compile.bench.conv_shapes import *\nprint([conv_shapes(m) for m in ('sd15', 'sdxl')])"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=True)
+    shapes, larger = eval(done.stdout, {"ConvShape": ConvShape})
+    assert ConvShape(4, 320, 9, 64 * 64, 64 * 64) in shapes, "the first"
+    assert ConvShape(320, 320, 9, 64 * 64, 32 * 32) in shapes, "a downsampling one"
+    assert ConvShape(640, 640, 9, 64 * 64, 64 * 64) in shapes, "an upsampling one"
+    assert ConvShape(2560, 1280, 9, 8 * 8, 8 * 8) in shapes, "behind a skip connection"
+    assert all(shape.taps == 9 for shape in shapes) and len(shapes) > 15
+    assert ConvShape(320, 320, 9, 128 * 128, 128 * 128) in larger
