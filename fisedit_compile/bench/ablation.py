@@ -154,8 +154,7 @@ def run_ablation(settings: Settings, progress: Callable[[str], object] = lambda 
             options: dict[str, Any] = {"runtime": runtime, "disable_passes": stage.disabled}
             network = torch.compile(model, backend="fisedit", options=options)
             if stage is STAGES[0]:
-                plain = network
-                variants.append(Variant("dense, compiled", lambda number: _output(plain, edited[number])))
+                variants.append(_dense("dense, compiled", network, edited))
             _record_and_check(settings, runtime, network, recorded, edited, mask)
             variants.append(_sparse(stage.name, runtime, network, edited, mask))
             args, kwargs = recorded[0]
@@ -205,6 +204,10 @@ def _record_and_check(
             active = reduce_mask(mask[None], Domain(*output.shape[-2:])).to(changed.device)
             if bool((changed & ~active).any()) or not bool((changed & active).any()):
                 raise BenchmarkError("a call changed positions outside the mask, or nothing inside")
+
+
+def _dense(name: str, network: Any, edited: list[Any]) -> Variant:
+    return Variant(name, lambda number: _output(network, edited[number]))
 
 
 def _sparse(name: str, runtime: Runtime, network: Any, edited: list[Any], mask: Tensor) -> Variant:
