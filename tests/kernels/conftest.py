@@ -33,8 +33,9 @@ def kernels_run() -> Iterator[None]:
         pytest.skip("Triton is not installed")
     if os.environ.get("FISEDIT_TEST_DEVICE", "cpu") == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("TRITON_INTERPRET is set, but not to 1")
-    precise = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    # The setting that PyTorch's own code reads; setting precisions one by one makes that an error.
+    allowed = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
     try:
         if os.environ.get("FISEDIT_TEST_DEVICE", "cpu") == "cpu":
             with interpreter():
@@ -42,4 +43,4 @@ def kernels_run() -> Iterator[None]:
         else:
             yield
     finally:
-        torch.backends.cudnn.conv.fp32_precision = precise
+        torch.backends.cudnn.allow_tf32 = allowed
