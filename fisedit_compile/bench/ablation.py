@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -24,9 +24,9 @@ from fisedit_compile.runtime.spec import Domain
 PUBLISHED: tuple[tuple[str, float], ...] = (
     ("baseline", 1.83),
     ("kernels only", 2.73),
-    ("+ sparse conv, fixed tile", 3.17),
+    ("+ conv, fixed tile", 3.17),
     ("+ adaptive tile", 3.61),
-    ("+ approximate attention", 8.13),
+    ("+ approx. attention", 8.13),
 )
 """FISEdit's ablation (arXiv 2305.17423): iterations a second at 768x768 on its authors' GPU. Its steps are others than
 ours: only the first and the last row mean the same, and only their ratio can be compared."""
@@ -47,9 +47,9 @@ class Stage:
 
 _ROWS = ("sparsify_norm", "sparsify_linear", "sparsify_layout", "sparsify_pointwise", "resample")
 STAGES: tuple[Stage, ...] = (
-    Stage("convolutions on rows", (*_ROWS, "sparsify_attention")),
-    Stage("+ norms, linear, pointwise", ("sparsify_attention",)),
-    Stage("+ attention, all passes", ()),
+    Stage("convolution on rows", (*_ROWS, "sparsify_attention")),
+    Stage("+ norms, linear, etc.", ("sparsify_attention",)),
+    Stage("+ attention (all)", ()),
 )
 
 
@@ -145,7 +145,7 @@ def run_ablation(settings: Settings, progress: Callable[[str], object] = lambda 
     recorded, edited = _calls(settings, 0), _calls(settings, 1)
     height, width = recorded[0][0][0].shape[-2:]
     mask = make_mask(settings.shape, settings.density, height, width, settings.seed)
-    variants = [Variant("dense", lambda number: _output(model, edited[number]))]
+    variants = [_variant("dense", model, edited)]
     shares = [0.0, 0.0]
     with torch.no_grad():
         for stage in STAGES:
@@ -154,9 +154,13 @@ def run_ablation(settings: Settings, progress: Callable[[str], object] = lambda 
             options: dict[str, Any] = {"runtime": runtime, "disable_passes": stage.disabled}
             network = torch.compile(model, backend="fisedit", options=options)
             if stage is STAGES[0]:
+<<<<<<< HEAD
                 variants.append(_dense("dense, compiled", network, edited))
+=======
+                variants.append(_variant("dense, compiled", network, edited))
+>>>>>>> edit
             _record_and_check(settings, runtime, network, recorded, edited, mask)
-            variants.append(_sparse(stage.name, runtime, network, edited, mask))
+            variants.append(_variant(stage.name, network, edited, runtime, mask))
             args, kwargs = recorded[0]
             shares.append(explain_with(parse_options(None, options)[1], model, *args, **kwargs).sparse_mac_fraction)
         for variant in variants[:2]:
@@ -206,12 +210,20 @@ def _record_and_check(
                 raise BenchmarkError("a call changed positions outside the mask, or nothing inside")
 
 
+<<<<<<< HEAD
 def _dense(name: str, network: Any, edited: list[Any]) -> Variant:
     return Variant(name, lambda number: _output(network, edited[number]))
 
 
 def _sparse(name: str, runtime: Runtime, network: Any, edited: list[Any], mask: Tensor) -> Variant:
+=======
+def _variant(
+    name: str, network: Any, edited: list[Any], runtime: Runtime | None = None, mask: Tensor | None = None
+) -> Variant:
+    """The edited calls of a network; sparsely with a runtime and a mask, and densely without."""
+
+>>>>>>> edit
     def context() -> AbstractContextManager[object]:
-        return runtime.edit("base", mask=mask)
+        return nullcontext() if runtime is None else runtime.edit("base", mask=mask)
 
     return Variant(name, lambda number: _output(network, edited[number]), context)

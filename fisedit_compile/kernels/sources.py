@@ -15,19 +15,12 @@ import threading
 from pathlib import Path
 from types import ModuleType
 
+from fisedit_compile.config import cache_folder
+
 logger = logging.getLogger(__name__)
 
 _loaded: dict[str, ModuleType] = {}
 _lock = threading.Lock()
-
-
-def cache_folder() -> Path:
-    """Where generated kernels and measured block choices are kept; not made yet."""
-    chosen = os.environ.get("FISEDIT_CACHE_DIR")
-    if chosen:
-        return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "fisedit-compile"
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from fisedit_compile.config import cache_folder
 from fisedit_compile.kernels.blocks import (
     ConvBlocks,
     ConvChoice,
@@ -27,7 +28,7 @@ from fisedit_compile.kernels.blocks import (
     estimate_dense,
 )
 from fisedit_compile.kernels.chips import Chip
-from fisedit_compile.kernels.sources import cache_folder, write_atomically
+from fisedit_compile.kernels.sources import write_atomically
 
 logger = logging.getLogger(__name__)
 
