@@ -154,11 +154,7 @@ def run_ablation(settings: Settings, progress: Callable[[str], object] = lambda 
             options: dict[str, Any] = {"runtime": runtime, "disable_passes": stage.disabled}
             network = torch.compile(model, backend="fisedit", options=options)
             if stage is STAGES[0]:
-<<<<<<< HEAD
-                variants.append(_dense("dense, compiled", network, edited))
-=======
                 variants.append(_variant("dense, compiled", network, edited))
->>>>>>> edit
             _record_and_check(settings, runtime, network, recorded, edited, mask)
             variants.append(_variant(stage.name, network, edited, runtime, mask))
             args, kwargs = recorded[0]
@@ -210,19 +206,11 @@ def _record_and_check(
                 raise BenchmarkError("a call changed positions outside the mask, or nothing inside")
 
 
-<<<<<<< HEAD
-def _dense(name: str, network: Any, edited: list[Any]) -> Variant:
-    return Variant(name, lambda number: _output(network, edited[number]))
-
-
-def _sparse(name: str, runtime: Runtime, network: Any, edited: list[Any], mask: Tensor) -> Variant:
-=======
 def _variant(
     name: str, network: Any, edited: list[Any], runtime: Runtime | None = None, mask: Tensor | None = None
 ) -> Variant:
     """The edited calls of a network; sparsely with a runtime and a mask, and densely without."""
 
->>>>>>> edit
     def context() -> AbstractContextManager[object]:
         return nullcontext() if runtime is None else runtime.edit("base", mask=mask)
 
