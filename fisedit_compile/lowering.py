@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from fisedit_compile import kernels, private
 from fisedit_compile.ops import IMPLEMENTATIONS
+from fisedit_compile.passes.deferred import DeferredModule
 from fisedit_compile.passes.program import GraphInput
 from fisedit_compile.runtime.spec import Domain, PlanInput
 
@@ -60,7 +61,7 @@ def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
     graph.graph_copy(graph_module.graph, copies)
     (results,) = next(node for node in graph_module.graph.nodes if node.op == "output").args
     graph.output(fx.map_arg(results, lambda node: copies[node]))
-    return fx.GraphModule(graph_module, graph)
+    return DeferredModule(graph_module, graph)
 
 
 def lower_plain(graph_module: fx.GraphModule) -> Lowered:
@@ -70,7 +71,8 @@ def lower_plain(graph_module: fx.GraphModule) -> Lowered:
     for node in lowered.graph.nodes:
         if node.op == "call_function":
             node.target = faster.get(node.target, node.target)
-    lowered.recompile()
+    # The module itself would look its code up at every call.
+    fx.GraphModule.recompile(lowered)
     return lowered.forward
 
 
