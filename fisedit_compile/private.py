@@ -76,6 +76,7 @@ __all__ = [
     "OptimizedModule",
     "StaticTensor",
     "compile_forward",
+    "compile_frozen",
     "compile_with_inductor",
     "dynamo_limits",
     "hint_of",
@@ -356,6 +357,22 @@ def compile_with_inductor(
         return compiled(*[sizes[name] for name in names], *inputs)
 
     return run, holds
+
+
+def compile_frozen(module: torch.nn.Module) -> Callable[..., Any]:
+    """The module compiled by inductor with its weights frozen into the code, for inference without gradients.
+
+    Inductor's setting must hold while Dynamo traces: as an option of ``torch.compile`` it comes too late to matter.
+    """
+    import torch._inductor.config
+
+    compiled = torch.compile(module)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch._inductor.config.patch(freezing=True):
+            return compiled(*args, **kwargs)
+
+    return call
 
 
 def compile_forward(function: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,7 +12,8 @@ Conditions:
 1. The kernel is 3x3 with stride, padding and dilation 1 and one group; the weight depends on parameters only and is on
    a processor.
 2. Height and width are even, so that tiles cover the map.
-3. Tiles: the dtype is float32 or wider.
+3. Tiles: the dtype is float32 or wider, and with the transformed weight, copies of weights take no more bytes than
+   allowed.
 4. Unless a way is asked for: the map has many positions, and there are many channels. Elsewhere rows are as fast, and
    transformed weights would take memory for nothing.
 """
@@ -78,7 +79,21 @@ def tile_stencils(domain: Domain) -> tuple[Stencil, Stencil]:
     return patches, Stencil.of("pixel_shuffle", tiles, domain, factor=SIDE)
 
 
-def _rewrite(node: fx.Node, domain: Domain, way: str, weights: dict[fx.Node, list[fx.Node]]) -> fx.Node:
+def _tile_weights(weight: fx.Node, builder: RowsBuilder, known: dict[fx.Node, list[fx.Node]]) -> list[fx.Node]:
+    """The 16 matrices of a transformed weight; transformed once."""
+    if weight not in known:
+        transformed = builder.call(torch.ops.fisedit.pack_tile_weights.default, weight)
+        known[weight] = [builder.call(operator.getitem, transformed, number) for number in range(PATCH * PATCH)]
+    return known[weight]
+
+
+def _tile_bytes(weight: fx.Node) -> int:
+    """What a transformed weight takes."""
+    outputs, inputs = shape_of(weight)[:2]
+    return outputs * inputs * PATCH * PATCH * int(weight.meta["val"].itemsize)
+
+
+def _rewrite(node: fx.Node, domain: Domain, way: str, tiles: Sequence[fx.Node]) -> fx.Node:
     rows, recorded, halo, table, packed, bias, _ = node.args
     weight = _original_weight(packed)
     assert weight is not None
@@ -96,12 +111,6 @@ def _rewrite(node: fx.Node, domain: Domain, way: str, weights: dict[fx.Node, lis
         builder.plan("table", places),
         builder.plan("subposition", places),
     ]
-    tiles: list[fx.Node] = []
-    if weight.meta["val"].dtype in (torch.float32, torch.float64):
-        if weight not in weights:
-            transformed = builder.call(fisedit.pack_tile_weights.default, weight)
-            weights[weight] = [builder.call(operator.getitem, transformed, number) for number in range(PATCH * PATCH)]
-        tiles = weights[weight]
     if way == "tiles":
         return builder.call(fisedit.conv_tiles.default, rows, recorded, *plan, tiles, bias)
     size = (domain.height, domain.width)
@@ -110,9 +119,21 @@ def _rewrite(node: fx.Node, domain: Domain, way: str, weights: dict[fx.Node, lis
 
 
 def choose_convolution(
-    graph_module: fx.GraphModule, infos: Sequence[InputInfo], report: Report, way: str = "auto"
+    graph_module: fx.GraphModule,
+    infos: Sequence[InputInfo],
+    report: Report,
+    way: str = "auto",
+    limit: int | None = None,
 ) -> fx.GraphModule:
-    """Run the pass in place and return the module; ``way`` is ``auto``, ``tiles`` or ``dense``."""
+    """Run the pass in place and return the module.
+
+    Args:
+        graph_module: an edit graph whose conversions are lowered.
+        infos: what its placeholders are.
+        report: counts what got other ways, and the bytes of transformed weights in ``packed_bytes``.
+        way: ``auto``, ``tiles`` or ``dense``.
+        limit: most bytes of copies of weights; None: no limit.
+    """
     graph = graph_module.graph
     constant = constant_nodes(graph, infos)
     weights: dict[fx.Node, list[fx.Node]] = {}
@@ -129,7 +150,16 @@ def choose_convolution(
         if reason is not None:
             report.row_convolutions[reason] += 1
             continue
-        chosen = _rewrite(node, stencil.source, way, weights)
+        tiles: list[fx.Node] = []
+        if weight is not None and way != "dense" and weight.meta["val"].dtype in (torch.float32, torch.float64):
+            needed = 0 if weight in weights else _tile_bytes(weight)
+            if limit is None or report.packed_bytes + needed <= limit:
+                report.packed_bytes += needed
+                tiles = _tile_weights(weight, RowsBuilder(node), weights)
+            elif way == "tiles":
+                report.row_convolutions[f"copies of weights would take more than {limit} bytes"] += 1
+                continue
+        chosen = _rewrite(node, stencil.source, way, tiles)
         copy_provenance(node, chosen)
         node.replace_all_uses_with(chosen)
         graph.erase_node(node)

@@ -128,7 +128,7 @@ def build_program(graph_module: fx.GraphModule, inputs: Sequence[InputInfo], opt
     runner.run("hoist_invariants", edit, lambda: hoist_invariants(edit, record, inputs, report))
     if options.lowering == "plain" and options.convolution != "rows":
         way = options.convolution
-        runner.run("choose_convolution", edit, lambda: choose_convolution(edit, inputs, report, way))
+        runner.run("choose_convolution", edit, lambda: choose_convolution(edit, inputs, report, way, options.packing))
     if options.lowering == "plain" and options.packing != 0:
         runner.run("pack_weights", edit, lambda: pack_weights(edit, inputs, report, options.packing))
     prologue: list[fx.GraphModule | None] = []

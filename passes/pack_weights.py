@@ -76,7 +76,7 @@ def pack_weights(
         graph_module: an edit graph whose conversions are lowered.
         infos: what its placeholders are.
         report: counts what was packed, and its bytes in ``packed_bytes``.
-        limit: most bytes of packed weights; None: no limit.
+        limit: most bytes of copies of weights, those of other passes included; None: no limit.
     """
     graph = graph_module.graph
     constant = constant_nodes(graph, infos)

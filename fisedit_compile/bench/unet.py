@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fisedit_compile import explain
+from fisedit_compile import explain, private
 from fisedit_compile.bench.masks import make_mask
 from fisedit_compile.bench.timing import Timing, Variant, measure, timed
 from fisedit_compile.errors import FisEditError, OptionError
@@ -282,13 +282,10 @@ class _Bench:
         ]
         if self.settings.inductor:
             # Modules of their own: otherwise both would share their compiled code.
-            for name, settings in {"inductor": {}, "inductor, frozen": {"freezing": True}}.items():
-                variants.append(self._compiled_variant(name, settings))
+            inductor, frozen = torch.compile(copy.copy(self.model)), private.compile_frozen(copy.copy(self.model))
+            variants.append(Variant("inductor", lambda number: self.run(inductor, number)))
+            variants.append(Variant("inductor, frozen", lambda number: self.run(frozen, number)))
         return variants
-
-    def _compiled_variant(self, name: str, settings: dict[str, Any]) -> Variant:
-        network = torch.compile(copy.copy(self.model), options=settings)
-        return Variant(name, lambda number: self.run(network, number))
 
     @staticmethod
     def _as_channels_last(call: _Call) -> _Call:

@@ -40,12 +40,12 @@ def convolution(
     return builder.call(fisedit.conv_rows.default, rows, recorded, halo, table, packed, None, groups)
 
 
-def run(builder: GraphBuilder, node, way: str = "auto"):
+def run(builder: GraphBuilder, node, way: str = "auto", limit: int | None = None):
     module, report = builder.module(node), Report()
-    assert choose_convolution(module, builder.infos, report, way) is module
+    assert choose_convolution(module, builder.infos, report, way, limit) is module
     (result,) = next(node for node in module.graph.nodes if node.op == "output").args[0]
     again = Report()
-    choose_convolution(module, builder.infos, again, way)
+    choose_convolution(module, builder.infos, again, way, limit)
     assert again.matches["choose_convolution"] == 0
     return result, report
 
@@ -148,6 +148,26 @@ def test_conditions(settings: dict, way: str, reason: str) -> None:
     builder = GraphBuilder()
     result, report = run(builder, convolution(builder, **settings), way)
     assert result.target is fisedit.conv_rows.default and report.row_convolutions == {reason: 1}
+
+
+BYTES = 8 * 6 * 16 * 4
+
+
+@pytest.mark.parametrize(("limit", "fits"), [(None, True), (BYTES, True), (BYTES - 1, False), (0, False)])
+def test_condition_3_the_limit(limit: int | None, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    builder = GraphBuilder()
+    result, report = run(builder, convolution(builder), "tiles", limit)
+    assert report.packed_bytes == (BYTES if fits else 0)
+    if fits:
+        assert result.target is fisedit.conv_tiles.default
+    else:
+        reason = f"copies of weights would take more than {limit} bytes"
+        assert result.target is fisedit.conv_rows.default and report.row_convolutions == {reason: 1}
+    monkeypatch.setattr(module_under_test, "MANY_POSITIONS", 24)
+    monkeypatch.setattr(module_under_test, "MANY_CHANNELS", 6)
+    builder = GraphBuilder()
+    result, _ = run(builder, convolution(builder), "auto", limit)
+    assert result.target is fisedit.conv_choice.default and len(result.args[7]) == (16 if fits else 0)
 
 
 def test_convolutions_on_other_devices_are_passed_over() -> None:
