@@ -362,11 +362,17 @@ def compile_with_inductor(
 def compile_frozen(module: torch.nn.Module) -> Callable[..., Any]:
     """The module compiled by inductor with its weights frozen into the code, for inference without gradients.
 
-    Inductor's setting must hold while Dynamo traces: as an option of ``torch.compile`` it comes too late to matter.
+    Inductor's setting must hold while Dynamo traces: as an option of ``torch.compile`` it comes too late to matter. And
+    the backend must be another function than inductor's own, whose code for the same network Dynamo would use again.
     """
     import torch._inductor.config
+    from torch._inductor.compile_fx import compile_fx  # takes seconds to import
 
-    compiled = torch.compile(module)
+    def frozen_inductor(graph_module: fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
+        code: Any = compile_fx(graph_module, examples)
+        return code
+
+    compiled = torch.compile(module, backend=frozen_inductor)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with torch._inductor.config.patch(freezing=True):
