@@ -180,6 +180,12 @@ class Executable:
             self._borrowed = _borrowed_outputs(program)
             self._output_names = tuple(f"output:{number}" for number in range(program.output_count))
             self._prologue_parameters = _picker(_used_inputs(program.prologue) if program.prologue else ())
+            sources = [(source.kind, source.reference) for source in program.invariant_inputs]
+            count = len(identity.input_infos)
+            self._prompts = _picker([int(at) for kind, at in sources if kind == "argument"])  # type: ignore[arg-type]
+            self._invariant_inputs = _picker(
+                [int(at) + (0 if kind == "argument" else count) for kind, at in sources]  # type: ignore[arg-type]
+            )
             self._picture = _spatial_input(program, identity.positions("user"))
 
     def __call__(self, *arguments: Any) -> Sequence[Tensor]:
@@ -331,16 +337,8 @@ class Executable:
         if program is None or program.invariants is None:
             return ()
         memo = self._invariants.setdefault(phase, {}).setdefault(key, InvariantMemo())
-        positions = [int(source.reference) for source in program.invariant_inputs if source.kind == "argument"]  # type: ignore[arg-type]
-
-        def compute() -> Sequence[Tensor]:
-            inputs = [
-                (arguments if source.kind == "argument" else hoisted)[source.reference]  # type: ignore[index]
-                for source in program.invariant_inputs
-            ]
-            return self._graph("invariants")(*inputs)
-
-        return memo.get([arguments[position] for position in positions], compute)
+        inputs = self._invariant_inputs((*arguments, *hoisted))
+        return memo.get(self._prompts(arguments), lambda: self._graph("invariants")(*inputs))
 
 
 def _spatial_input(program: Program, users: Sequence[int]) -> int:

@@ -210,6 +210,12 @@ class ExplainReport:
                 for (target, reason), count in reasons.most_common():
                     table.add_row(*map(escape, (target, str(count), first[target, reason], reason)))
                 tables.append(table)
+        rows = sum((program.report.row_convolutions for program in self.programs), Counter())
+        if rows:
+            table = Table("reason", "count", title="Convolutions with no other way than row by row")
+            for reason, count in rows.most_common():
+                table.add_row(reason, str(count))
+            tables.append(table)
         times = self.measured_convolutions()
         if times:
             table = Table("case", "fastest", "milliseconds", title="3x3 convolutions, as measured on this machine")
