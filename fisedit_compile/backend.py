@@ -5,18 +5,20 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from fisedit_compile import private
+from fisedit_compile.compiled_graph import CompiledGraph
 from fisedit_compile.config import Options, parse_options
 from fisedit_compile.errors import OptionError
 from fisedit_compile.executable import Executable, GraphIdentity
-from fisedit_compile.passes import InputInfo, Program, build_program
+from fisedit_compile.passes import InputInfo, Program, build_program, disabled_passes
 from fisedit_compile.runtime import Runtime, default_runtime
-from fisedit_compile.tracing import UntraceableGraph, describe_inputs, trace
+from fisedit_compile.tracing import GraphInputs, UntraceableGraph, describe, describe_inputs, trace
 
 logger = logging.getLogger(__name__)
 
@@ -117,13 +119,45 @@ def _surroundings(example_inputs: Sequence[Any], options: Options) -> str:
     )
 
 
+def _build(
+    gm: fx.GraphModule, inputs: GraphInputs, runtime: Runtime, label: str, surroundings: str, options: Options
+) -> Executable:
+    """Trace a graph and make its program."""
+    try:
+        with private.compiling():
+            traced = trace(gm, inputs)
+    except UntraceableGraph as error:
+        return _stays_dense(gm, inputs.infos, runtime, label, f"{surroundings} {inputs.values}", error)
+    # Hashed before the passes, which work on this very graph.
+    digest = structural_hash(traced.gm, traced.input_infos, surroundings)
+    program: Program = build_program(traced.gm, traced.input_infos, options)
+    digest = hashlib.sha256(f"{digest} {program.sites}".encode()).hexdigest()
+    identity = GraphIdentity(
+        digest, label, inputs.infos, traced.numbers, traced.constants, program.report.dense_reason, traced.steady
+    )
+    return Executable(gm, program, runtime, identity, options.lowering)
+
+
+def _stays_dense(
+    gm: fx.GraphModule,
+    infos: tuple[InputInfo, ...],
+    runtime: Runtime,
+    label: str,
+    surroundings: str,
+    error: UntraceableGraph,
+) -> Executable:
+    logger.info("%s stays dense: %s", label, error)
+    identity = GraphIdentity(structural_hash(gm, infos, surroundings), label, infos, dense_reason=str(error))
+    return Executable(gm, None, runtime, identity)
+
+
 def fisedit(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
     *,
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
-) -> Executable:
+) -> CompiledGraph:
     """Compile one Dynamo graph.
 
     Args:
@@ -144,24 +178,20 @@ def fisedit(
         runtime = default_runtime()
     if not isinstance(runtime, Runtime):
         raise OptionError(f"option runtime must be a fisedit_compile.Runtime, got a {type(runtime).__name__}")
+    parsed = replace(parsed, disabled_passes=disabled_passes(parsed))
     surroundings = _surroundings(example_inputs, parsed)
     infos = describe_inputs(gm, example_inputs)
     label = _label(infos, example_inputs)
     try:
-        traced = trace(gm, example_inputs)
+        inputs = describe(gm, example_inputs)
     except UntraceableGraph as error:
-        logger.info("%s stays dense: %s", label, error)
-        digest = structural_hash(gm, infos, surroundings + _shapes(example_inputs))
-        identity = GraphIdentity(digest, label, infos, dense_reason=str(error))
-        return Executable(gm, None, runtime, identity)
-    # Hashed before the passes, which work on this very graph.
-    digest = structural_hash(traced.gm, traced.input_infos, surroundings)
-    program: Program = build_program(traced.gm, traced.input_infos, parsed)
-    digest = hashlib.sha256(f"{digest} {program.sites}".encode()).hexdigest()
-    identity = GraphIdentity(
-        digest, label, infos, traced.numbers, traced.constants, program.report.dense_reason, traced.steady
-    )
-    return Executable(gm, program, runtime, identity, parsed.lowering)
+        dense = _stays_dense(gm, infos, runtime, label, surroundings + _shapes(example_inputs), error)
+        return CompiledGraph(gm, runtime, lambda: dense)
+    compiled = CompiledGraph(gm, runtime, lambda: _build(gm, inputs, runtime, label, surroundings, parsed))
+    if inputs.numbers:
+        # Fixing a number adds a guard, which Dynamo takes only while it compiles.
+        _ = compiled.executable
+    return compiled
 
 
 def _shapes(example_inputs: Sequence[Any]) -> str:

@@ -1,4 +1,4 @@
-"""What Dynamo calls in place of a graph: dense, recorded or edited, as the runtime's phase says."""
+"""A graph inside record and edit: recorded or edited, sparsely or densely, as the runtime's phase says."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def _borrowed_outputs(program: Program) -> tuple[int, ...]:
 
 
 class Executable:
-    """A compiled graph. Outside record and edit it is the dense graph, with autograd and nothing added."""
+    """A graph and its program, as they run inside record and edit."""
 
     def __init__(
         self, dense: Dense, program: Program | None, runtime: Runtime, identity: GraphIdentity, lowering: str = "plain"
@@ -151,7 +151,7 @@ class Executable:
         """Args:
         dense: the graph as Dynamo made it.
         program: None when the graph always runs densely; ``identity.dense_reason`` then says why.
-        runtime: says what to do.
+        runtime: whose recordings these are.
         identity: names the graph in recordings and messages.
         lowering: of the record and edit graphs.
         """
@@ -188,10 +188,8 @@ class Executable:
             )
             self._picture = _spatial_input(program, identity.positions("user"))
 
-    def __call__(self, *arguments: Any) -> Sequence[Tensor]:
-        phase = self._runtime.phase()
-        if phase is None:
-            return self.dense(*arguments)
+    def __call__(self, phase: RecordPhase | EditPhase, *arguments: Any) -> Sequence[Tensor]:
+        """Record or edit one call; ``arguments`` are the flat inputs of the graph."""
         for position in self._users:
             value = arguments[position]
             if isinstance(value, Tensor) and value.requires_grad:

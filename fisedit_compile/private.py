@@ -22,6 +22,7 @@ import torch._dynamo.config
 import torch._guards
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
+from torch._dynamo.convert_frame import compile_lock
 from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
 from torch._dynamo.source import ConstantSource, NumpyTensorSource
@@ -37,12 +38,8 @@ from torch._subclasses.fake_tensor import (
 )
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import (
-    DimDynamic,
-    GuardOnDataDependentSymNode,
-    ShapeEnv,
-    free_symbols,
-)
+from torch.fx.experimental.symbolic_shapes import DimDynamic, GuardOnDataDependentSymNode, ShapeEnv, free_symbols
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fisedit_compile.errors import CallMismatchError, FisEditError
 
@@ -78,6 +75,7 @@ __all__ = [
     "compile_forward",
     "compile_frozen",
     "compile_with_inductor",
+    "compiling",
     "dynamo_limits",
     "hint_of",
     "input_source",
@@ -284,6 +282,22 @@ def dynamo_limits(limit: int) -> Iterator[None]:
         suppress_errors=False,
     ):
         yield
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """What holds while Dynamo compiles, for tracing at another time: one thread at a time, none of the user's modes.
+
+    Tracing sets a flag of the whole process, on which compiled networks refuse to run in other threads unless something
+    is known to be compiling.
+    """
+    with compile_lock, _disable_current_modes():
+        before = torch.compiler._is_compiling_flag
+        torch.compiler._is_compiling_flag = True
+        try:
+            yield
+        finally:
+            torch.compiler._is_compiling_flag = before
 
 
 def compile_with_inductor(

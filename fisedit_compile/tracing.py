@@ -1,13 +1,14 @@
 """From a Dynamo graph to a functional, pre-dispatch ATen graph: what the passes work on.
 
-``trace`` is called by the backend for each graph; ``capture`` runs a model through Dynamo without computing anything.
+The backend calls ``describe`` while Dynamo compiles a graph, and ``trace`` at its first call inside record or edit.
+``capture`` runs a model through Dynamo without computing anything.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +61,24 @@ class TracedGraph:
     numbers: tuple[int, ...] = ()
     steady: tuple[int, ...] = ()
     constants: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class GraphInputs:
+    """What tracing needs to know of a Dynamo graph's inputs. It holds no tensors, and Dynamo forgets most of it.
+
+    Attributes:
+        infos: one for each flat input.
+        values: what to trace each input as.
+        numbers: Python numbers that Dynamo left dynamic, by position. Tracing may have to fix them, to which Dynamo has
+            to add guards: graphs with such inputs must be traced while it compiles.
+        wrapped: positions of Python numbers that Dynamo passes as tensors.
+    """
+
+    infos: tuple[InputInfo, ...]
+    values: tuple[Any, ...]
+    numbers: Mapping[int, Any]
+    wrapped: frozenset[int]
 
 
 @dataclass(frozen=True)
@@ -204,11 +223,8 @@ def _drop_idle_autocast(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def trace(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> TracedGraph:
-    """Trace a Dynamo graph.
-
-    Sizes are fixed (Dynamo guards on them: another resolution is another graph). Python ints that Dynamo left dynamic
-    and that are no sizes stay inputs, unless the graph branches on them.
+def describe(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> GraphInputs:
+    """Take from a Dynamo graph and its example inputs what ``trace`` needs.
 
     Args:
         gm: as Dynamo hands it to a backend.
@@ -219,6 +235,24 @@ def trace(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> TracedGraph:
     """
     _check_before(gm)
     values, numbers = _given(gm, example_inputs)
+    wrapped = frozenset(at for at, node in enumerate(_placeholders(gm.graph)) if private.is_wrapped_number(node))
+    return GraphInputs(describe_inputs(gm, example_inputs), tuple(values), numbers, wrapped)
+
+
+def trace(gm: fx.GraphModule, inputs: GraphInputs) -> TracedGraph:
+    """Trace a Dynamo graph.
+
+    Sizes are fixed (Dynamo guards on them: another resolution is another graph). Python ints that Dynamo left dynamic
+    and that are no sizes stay inputs, unless the graph branches on them.
+
+    Args:
+        gm: as Dynamo handed it to the backend.
+        inputs: what ``describe`` found of it.
+
+    Raises:
+        UntraceableGraph: the graph has to stay dense; the message says why.
+    """
+    infos, values, numbers = inputs.infos, list(inputs.values), dict(inputs.numbers)
     try:
         traced = private.trace_functional(gm, values)
         if traced.specialised:
@@ -228,7 +262,6 @@ def trace(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> TracedGraph:
     except private.UNTRACEABLE as error:
         raise UntraceableGraph(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
     graph = traced.graph_module.graph
-    infos = describe_inputs(gm, example_inputs)
     if traced.mutated:
         names = ", ".join(infos[position].name for position in traced.mutated)
         raise UntraceableGraph(f"it changes its inputs in place: {names}")
@@ -254,7 +287,7 @@ def trace(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> TracedGraph:
             node.target = aten.reshape.default
         node.meta["module_path"] = module_path(node)
     logger.debug("traced a graph of %d nodes with %d inputs", len(graph.nodes), len(infos))
-    wrapped = {at for at, node in enumerate(_placeholders(gm.graph)) if private.is_wrapped_number(node)}
+    wrapped = inputs.wrapped
     steady = wrapped if private.INTEGERS_CHOOSE_GRAPHS else {*numbers, *wrapped}
     constants = frozenset(at for at, value in enumerate(values) if not isinstance(value, dynamic))
     found = tuple(sorted({*numbers, *wrapped}))
@@ -281,7 +314,7 @@ def capture_all(model: Any, *args: Any, **kwargs: Any) -> list[TracedGraph | Den
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         try:
-            found.append(trace(gm, example_inputs))
+            found.append(trace(gm, describe(gm, example_inputs)))
         except UntraceableGraph as error:
             found.append(DenseGraph(str(error)))
         return _without_computing(gm)

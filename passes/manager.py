@@ -53,17 +53,25 @@ def families(options: Options) -> tuple[Family, ...]:
     return (CONVOLUTION, norms.family(options.norm == "cached"), ATTENTION, LINEAR, LAYOUT, POINTWISE, RESAMPLE)
 
 
+def disabled_passes(options: Options) -> frozenset[str]:
+    """Passes that the options or the environment variable ``FISEDIT_DISABLE_PASSES`` leave out.
+
+    Raises:
+        OptionError: a pass that cannot be disabled is named.
+    """
+    named = os.environ.get("FISEDIT_DISABLE_PASSES", "")
+    disabled = options.disabled_passes | {name.strip() for name in named.split(",") if name.strip()}
+    unknown = sorted(disabled - set(OPTIONAL))
+    if unknown:
+        raise OptionError(f"cannot disable {', '.join(unknown)}; passes that can be disabled are {', '.join(OPTIONAL)}")
+    return disabled
+
+
 class _Runner:
     """Times one pass after the other and dumps the graph behind each."""
 
     def __init__(self, options: Options, report: Report) -> None:
-        named = os.environ.get("FISEDIT_DISABLE_PASSES", "")
-        self.disabled = options.disabled_passes | {name.strip() for name in named.split(",") if name.strip()}
-        unknown = sorted(self.disabled - set(OPTIONAL))
-        if unknown:
-            raise OptionError(
-                f"cannot disable {', '.join(unknown)}; passes that can be disabled are {', '.join(OPTIONAL)}"
-            )
+        self.disabled = disabled_passes(options)
         self.report = report
         self.number = 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
+from fisedit_compile.compiled_graph import CompiledGraph
 from fisedit_compile.executable import Executable, GraphIdentity
 from fisedit_compile.passes import GraphInput, InputInfo, Program, Report
 from fisedit_compile.runtime import Domain, PlanInput, Runtime, Site
@@ -101,18 +102,19 @@ def dense(x: Tensor, weight: Tensor, time: Tensor) -> tuple[Tensor]:
 
 
 class Setting:
-    """An executable, its runtime and its parameter."""
+    """A compiled graph, its executable, its runtime and its parameter."""
 
     def __init__(self, program: Program | None = None, identity: GraphIdentity | None = None) -> None:
         self.runtime = Runtime()
         self.program = program or program_of()
         self.identity = identity or GraphIdentity("hash", "the test graph", INFOS)
         self.executable = Executable(dense, self.program, self.runtime, self.identity)
+        self.graph = CompiledGraph(dense, self.runtime, lambda: self.executable)
         self.weight = torch.nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
 
     def __call__(self, seed: int, time: float = 1.0) -> Tensor:
         x = torch.randn(PICTURE, generator=torch.Generator().manual_seed(seed))
-        (output,) = self.executable(x, self.weight, torch.tensor(time))
+        (output,) = self.graph(x, self.weight, torch.tensor(time))
         return output
 
     def dense(self, seed: int, time: float = 1.0) -> Tensor:

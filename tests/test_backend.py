@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import threading
+import weakref
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -14,9 +17,10 @@ from torch.nn import functional
 
 import fisedit_compile as fisedit
 from fisedit_compile import backend
+from fisedit_compile.compiled_graph import CompiledGraph
 from fisedit_compile.errors import CallMismatchError, OptionError
 from fisedit_compile.executable import Executable
-from fisedit_compile.tracing import trace
+from fisedit_compile.tracing import describe, trace
 
 from tolerances import assert_identical
 
@@ -42,9 +46,9 @@ class Keeping:
 
     def __init__(self, **options: Any) -> None:
         self.options = options
-        self.found: list[Executable] = []
+        self.found: list[CompiledGraph] = []
 
-    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Executable:
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> CompiledGraph:
         self.found.append(backend.fisedit(gm, example_inputs, options=self.options))
         return self.found[-1]
 
@@ -56,7 +60,7 @@ def executable_of(module: nn.Module, *inputs: Any, **options: Any) -> Executable
     with torch.no_grad():
         torch.compile(module, backend=keeping)(*inputs)
     (found,) = keeping.found
-    return found
+    return found.executable
 
 
 def hash_of(module: nn.Module, *inputs: Any, **options: Any) -> str:
@@ -114,15 +118,15 @@ def test_wrong_options_leave_a_context_as_themselves() -> None:
     ("mode", "lowering"), [(None, "plain"), ("reduce-overhead", "plain"), ("max-autotune", "inductor")]
 )
 def test_modes(mode: str | None, lowering: str) -> None:
-    seen: list[Executable] = []
+    seen: list[CompiledGraph] = []
 
-    def keeping(gm: fx.GraphModule, example_inputs: Sequence[Any], **settings: Any) -> Executable:
+    def keeping(gm: fx.GraphModule, example_inputs: Sequence[Any], **settings: Any) -> CompiledGraph:
         seen.append(backend.fisedit(gm, example_inputs, **settings))
         return seen[-1]
 
     with torch.no_grad():
         torch.compile(Small(), backend=keeping, mode=mode)(picture())
-    assert seen[0]._lowering == lowering
+    assert seen[0].executable._lowering == lowering
 
 
 def test_without_a_runtime_it_is_the_default_one() -> None:
@@ -145,10 +149,10 @@ def test_the_hash_is_the_same_when_dynamo_made_the_size_dynamic() -> None:
     with torch.no_grad():
         compiled(picture(9))
         compiled(picture(7))
-    assert len(keeping.found[1].identity.constants) > 0, "the size came as an input"
-    assert [found.identity.graph_hash == first for found in keeping.found] == [False, True]
-    assert keeping.found[1].program is not None
-    names = [site.name for site in keeping.found[1].program.sites]
+    assert len(keeping.found[1].executable.identity.constants) > 0, "the size came as an input"
+    assert [found.executable.identity.graph_hash == first for found in keeping.found] == [False, True]
+    assert keeping.found[1].executable.program is not None
+    names = [site.name for site in keeping.found[1].executable.program.sites]
     assert names == [site.name for site in executable_of(Small(), picture(7)).program.sites]
 
 
@@ -259,7 +263,7 @@ def test_constants_count_in_the_hash() -> None:
         torch.compiler.reset()
 
         def keep(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
-            graphs.append(trace(gm, example_inputs))
+            graphs.append(trace(gm, describe(gm, example_inputs)))
             return gm
 
         torch.compile(lambda x, value=value: x + torch.tensor([value, 0.0]), backend=keep)(torch.randn(3, 2))
@@ -270,3 +274,88 @@ def test_constants_count_in_the_hash() -> None:
     assert backend.structural_hash(first.gm, first.input_infos, "a") != backend.structural_hash(
         first.gm, first.input_infos, "b"
     )
+
+
+class Counting:
+    """``backend.trace``, counted."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        monkeypatch.setattr(backend, "trace", self)
+
+    def __call__(self, *arguments: Any) -> Any:
+        self.count += 1
+        return trace(*arguments)
+
+
+def test_a_program_is_made_by_the_first_call_inside_a_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    traced = Counting(monkeypatch)
+    runtime = fisedit.Runtime()
+    compiled = torch.compile(Small(), backend="fisedit", options={"runtime": runtime})
+    with torch.no_grad():
+        compiled(picture())
+        assert traced.count == 0
+        with runtime.record("base"):
+            compiled(picture())
+        assert traced.count == 1
+        with runtime.edit("base", mask=MASK):
+            compiled(picture())
+        compiled(picture())
+    assert traced.count == 1
+
+
+def test_threads_that_come_first_together_make_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    traced = Counting(monkeypatch)
+    runtime = fisedit.Runtime()
+    module = Small()
+    compiled = torch.compile(module, backend="fisedit", options={"runtime": runtime})
+    with torch.no_grad():
+        expected = compiled(picture())
+    barrier = threading.Barrier(3)
+
+    def record(number: int) -> Tensor:
+        barrier.wait()
+        with runtime.record(f"base {number}"), torch.no_grad():
+            output: Tensor = compiled(picture())
+            return output
+
+    with ThreadPoolExecutor(3) as pool:
+        for output in pool.map(record, range(3)):
+            assert_identical(output, expected)
+    assert traced.count == 1
+
+
+def test_numbers_that_may_have_to_be_fixed_are_traced_while_dynamo_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the graph would be used for other numbers than the one that it branched on."""
+    traced = Counting(monkeypatch)
+    module = Small(lambda x, number: x * number if number > 3 else x - number)
+    compiled = torch.compile(module, backend="fisedit", options={"runtime": fisedit.Runtime()}, dynamic=True)
+    with torch.no_grad():
+        for number in (5, 7, 2):
+            assert_identical(compiled(picture(), number), module(picture(), number))
+    assert traced.count > 0
+
+
+def test_a_default_device_around_the_first_recording() -> None:
+    """It is a mode, which must not reach what tracing creates."""
+    runtime = fisedit.Runtime()
+    module = Small(lambda x: x + torch.arange(9))
+    compiled = torch.compile(module, backend="fisedit", options={"runtime": runtime})
+    with torch.no_grad(), torch.device("cpu"):
+        compiled(picture())
+        with runtime.record("base"):
+            recorded = compiled(picture())
+        with runtime.edit("base", mask=torch.ones(13, 9)):
+            edited = compiled(picture() + 1)
+        assert_identical(recorded, module(picture()))
+        torch.testing.assert_close(edited, module(picture() + 1))
+
+
+def test_compiling_keeps_no_inputs_alive() -> None:
+    compiled = torch.compile(Small(), backend="fisedit", options={"runtime": fisedit.Runtime()})
+    x = picture()
+    alive = weakref.ref(x)
+    with torch.no_grad():
+        compiled(x)
+    del x
+    assert alive() is None

@@ -62,7 +62,7 @@ def test_the_recording_does_not_share_memory_with_inputs_or_outputs(setting: Set
     x = torch.randn(PICTURE)
     before = dense(x, setting.weight.detach(), torch.tensor(1.0))[0].clone()
     with setting.runtime.record("base"):
-        (output,) = setting.executable(x, setting.weight, torch.tensor(1.0))
+        (output,) = setting.graph(x, setting.weight, torch.tensor(1.0))
         output.zero_()
         x.zero_()
     with setting.runtime.edit("base", mask=torch.zeros(3, 3)):
@@ -118,7 +118,7 @@ def test_an_input_that_requires_grad_is_refused(setting: Setting, context: str) 
     setting.record()
     entered = setting.runtime.record("next") if context == "record" else setting.runtime.edit("base", mask=MASK)
     with pytest.raises(GradientError, match="input x requires grad"), entered:
-        setting.executable(torch.randn(PICTURE, requires_grad=True), setting.weight, torch.tensor(1.0))
+        setting.graph(torch.randn(PICTURE, requires_grad=True), setting.weight, torch.tensor(1.0))
     assert setting.runtime.bases == ("base",)
 
 

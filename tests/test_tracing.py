@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from fisedit_compile import private, tracing
-from fisedit_compile.tracing import DenseGraph, TracedGraph, UntraceableGraph, capture, capture_all, trace
+from fisedit_compile.tracing import DenseGraph, TracedGraph, UntraceableGraph, capture, capture_all, describe, trace
 
 from diffusers_networks import DIFFUSERS, unet
 from tolerances import assert_identical
@@ -56,7 +56,7 @@ class Comparing:
         self.calls = 0
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        traced = trace(gm, example_inputs)
+        traced = trace(gm, describe(gm, example_inputs))
         self.graphs.append(traced)
 
         def run(*arguments: Any) -> Any:

@@ -15,7 +15,7 @@ LAYERS = (
     ("ops",),
     ("kernels",),
     ("passes",),
-    ("private", "tracing", "lowering", "prologues", "executable", "backend", "explain"),
+    ("private", "tracing", "lowering", "prologues", "executable", "compiled_graph", "backend", "explain"),
     ("models", "scenes", "pipelines", ""),
     ("bench",),
     ("cli",),
