@@ -41,7 +41,8 @@ def poisoned(create: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 @pytest.fixture(autouse=True, scope="session")
 def few_threads() -> None:
     """Small tensors gain nothing from threads, and threads of several workers stand in each other's way."""
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+    several = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1
+    torch.set_num_threads(1 if several else min(2, torch.get_num_threads()))
 
 
 @pytest.fixture(autouse=True, scope="session")

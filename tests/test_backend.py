@@ -304,11 +304,10 @@ def test_a_program_is_made_by_the_first_call_inside_a_context(monkeypatch: pytes
     assert traced.count == 1
 
 
-def test_threads_that_come_first_together_make_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    traced = Counting(monkeypatch)
+def test_threads_that_record_first_together() -> None:
+    """While one traces, the others are inside compiled networks."""
     runtime = fisedit.Runtime()
-    module = Small()
-    compiled = torch.compile(module, backend="fisedit", options={"runtime": runtime})
+    compiled = torch.compile(Small(), backend="fisedit", options={"runtime": runtime})
     with torch.no_grad():
         expected = compiled(picture())
     barrier = threading.Barrier(3)
@@ -322,6 +321,22 @@ def test_threads_that_come_first_together_make_one_program(monkeypatch: pytest.M
     with ThreadPoolExecutor(3) as pool:
         for output in pool.map(record, range(3)):
             assert_identical(output, expected)
+
+
+def test_threads_make_one_program_of_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    traced = Counting(monkeypatch)
+    keeping = Keeping()
+    with torch.no_grad():
+        torch.compile(Small(), backend=keeping)(picture())
+    (graph,) = keeping.found
+    barrier = threading.Barrier(3)
+
+    def first(number: int) -> Executable:
+        barrier.wait()
+        return graph.executable
+
+    with ThreadPoolExecutor(3) as pool:
+        assert len(set(pool.map(first, range(3)))) == 1
     assert traced.count == 1
 
 

@@ -169,7 +169,8 @@ def test_measured_ways_of_the_networks_convolutions_are_shown(tmp_path, monkeypa
     assert explain_with(Options(), module, x).measured_convolutions() == {}
     mine, other = (f"2x32x32 64->{outputs} float32, about 10 rows" for outputs in (64, 96))
     times = {"rows": 2e-3, "tiles": 1e-3}
-    content = {machine(): {f"convolution {case}": times for case in (mine, other)}}
+    entry = {"seconds": times, "processes": 3}
+    content = {machine(): {f"convolution {case}": entry for case in (mine, other)}}
     (tmp_path / "costs.json").write_text(json.dumps(content))
     monkeypatch.setitem(ExplainReport.measured_convolutions.__globals__, "costs", CostTable())
     report = explain_with(Options(), module, x)

@@ -162,14 +162,14 @@ def describe_machine(device: torch.device) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
     """Arguments of one call, as recorded and as edited."""
 
     recorded: tuple[tuple[Any, ...], dict[str, Any]]
     edited: tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def _make_calls(settings: Settings) -> list[_Call]:
+def _make_calls(settings: Settings) -> list[Call]:
     """Calls as of one picture and its edit: each has its own timestep and latents; all recorded calls have one prompt,
     and all edited calls another."""
     prompts = [_example(settings, 0)[1], _example(settings, 1)[1]]
@@ -179,7 +179,7 @@ def _make_calls(settings: Settings) -> list[_Call]:
         for version in range(2):
             (latents, timestep), _ = _example(settings, 2 * number + version)
             versions.append(((latents, timestep - 10 * number), prompts[version]))
-        calls.append(_Call(*versions))
+        calls.append(Call(*versions))
     return calls
 
 
@@ -199,15 +199,26 @@ def _output(result: Any) -> Tensor:
     return result[0] if isinstance(result, tuple) else result.sample
 
 
-class _Bench:
-    """The network, its recording and the calls, ready to be measured."""
+class Bench:
+    """The network, its recording and the calls, ready to be measured.
 
-    def __init__(self, settings: Settings, progress: Callable[[str], object]) -> None:
+    Attributes:
+        model: the network, dense.
+        compiled: the same network, compiled by this package.
+        calls: arguments, as recorded and as edited.
+        recorded: outputs of the recorded calls, once ``record`` has run.
+        result: numbers that do not come from comparing variants.
+    """
+
+    def __init__(self, settings: Settings, progress: Callable[[str], object], model: nn.Module | None = None) -> None:
+        """``model``: shared with another benchmark of the same settings; None: a new one."""
         settings.check()
         self.settings, self.progress = settings, progress
         self.device = torch.device(settings.device)
-        progress("making the network")
-        self.model = build_unet(settings.model, DTYPES[settings.dtype], settings.device, settings.seed)
+        if model is None:
+            progress("making the network")
+            model = build_unet(settings.model, DTYPES[settings.dtype], settings.device, settings.seed)
+        self.model = model
         self.calls = _make_calls(settings)
         self.runtime = Runtime(storage=DTYPES[settings.storage] if settings.storage else None)
         options: dict[str, Any] = {
@@ -215,11 +226,13 @@ class _Bench:
             "norm": settings.norm,
             "lowering": settings.lowering,
         }
-        self.compiled = torch.compile(self.model, backend="fisedit", options=options)
+        # A copy, so that a shared network is compiled for each benchmark.
+        self.compiled = torch.compile(copy.copy(self.model), backend="fisedit", options=options)
         self.result = Result(settings, describe_machine(self.device))
         self.recorded: list[Tensor] = []
 
     def run(self, network: Callable[..., Any], number: int, edited: bool = True) -> Tensor:
+        """Output of the call of that number, with its edited or its recorded inputs."""
         args, kwargs = self.calls[number].edited if edited else self.calls[number].recorded
         return _output(network(*args, **kwargs))
 
@@ -269,6 +282,7 @@ class _Bench:
         return deviation
 
     def dense_variants(self) -> list[Variant]:
+        """The dense network in the ways that the settings name."""
         last = _channels_last(self.model)
         last_calls = [self._as_channels_last(call) for call in self.calls]
 
@@ -288,11 +302,13 @@ class _Bench:
         return variants
 
     @staticmethod
-    def _as_channels_last(call: _Call) -> _Call:
+    def _as_channels_last(call: Call) -> Call:
         (latents, *rest), named = call.edited
         return replace(call, edited=((latents.contiguous(memory_format=torch.channels_last), *rest), named))
 
     def sparse_variant(self, density: float, mask: Tensor) -> Variant:
+        """The compiled network inside an edit with this mask."""
+
         def context() -> AbstractContextManager[object]:
             return self.runtime.edit("base", mask=mask)
 
@@ -313,7 +329,7 @@ def run_unet(settings: Settings, progress: Callable[[str], object] = lambda step
         OptionError: a setting is not possible.
         BenchmarkError: sparse calls are wrong.
     """
-    bench = _Bench(settings, progress)
+    bench = Bench(settings, progress)
     result = bench.result
     with torch.no_grad():
         bench.record()

@@ -1,7 +1,8 @@
 """Which of several ways to compute an operator is the fastest on this machine: measured once, then remembered.
 
 Times are kept in a file of the user's cache folder, one table for each machine (processor, threads, PyTorch), so that
-only the first edit of its kind on a machine measures. The ways differ by rounding errors only.
+only the first edits of their kind on a machine measure. The first few processes measure again and the smallest times
+count, so that a choice made while the machine was busy does not stay. The ways differ by rounding errors only.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +31,8 @@ logger = logging.getLogger(__name__)
 Times = dict[str, float]
 #: Timed runs of each way; the fastest counts, because whatever else the machine does only adds.
 RUNS = 3
+#: Processes that measure a case before its times are taken as they are.
+PROCESSES = 3
 #: Share of the usual way's time below which another way is taken.
 CLEARLY = 0.95
 
@@ -58,6 +63,19 @@ def describe_count(count: int) -> str:
     return f"about {round(2 ** (round(4 * math.log2(max(count, 1))) / 4))}"
 
 
+@dataclass(frozen=True)
+class Measured:
+    """Seconds by way, and in how many processes they were measured."""
+
+    seconds: Times
+    processes: int
+
+    def together_with(self, times: Times) -> Measured:
+        """The smaller times of this and of one more process."""
+        seconds = {name: min(time, self.seconds.get(name, time)) for name, time in times.items()}
+        return Measured(seconds, self.processes + 1)
+
+
 class CostTable:
     """Seconds by operator, case and way. May be used by several threads and processes."""
 
@@ -65,7 +83,8 @@ class CostTable:
         """``path``: of the file; None: ``costs.json`` in the cache folder."""
         self._path = path
         self._lock = threading.Lock()
-        self._known: dict[str, dict[str, Times]] | None = None
+        self._known: dict[str, dict[str, Measured]] | None = None
+        self._measured: set[str] = set()
 
     @property
     def path(self) -> Path:
@@ -74,13 +93,12 @@ class CostTable:
 
     def times(self, operator: str, case: str) -> Times:
         """Seconds by way, as far as measured on this machine."""
-        with self._lock:
-            return dict(self._machine_table().get(f"{operator} {case}", {}))
+        return self.entries().get(f"{operator} {case}", {})
 
     def entries(self) -> dict[str, Times]:
         """Everything measured on this machine, by operator and case."""
         with self._lock:
-            return {key: dict(times) for key, times in self._machine_table().items()}
+            return {key: dict(found.seconds) for key, found in self._machine_table().items()}
 
     def choose(self, operator: str, case: str, ways: Mapping[str, Callable[[], Tensor]]) -> Tensor:
         """Compute an operator in the fastest way.
@@ -92,64 +110,81 @@ class CostTable:
 
         Returns:
             What the fastest way returns; the usual one counts as the fastest unless another is clearly faster. All ways
-            are measured when one of them was never measured in this case.
+            are measured when one of them was never measured in this case, or when only few processes measured it and
+            this one did not.
         """
-        times = self.times(operator, case)
-        if any(name not in times for name in ways):
-            times = _measure(ways)
-            self._remember(f"{operator} {case}", times)
+        key = f"{operator} {case}"
+        with self._lock:
+            found = self._machine_table().get(key)
+            unsure = found is not None and found.processes < PROCESSES and key not in self._measured
+        if found is None or any(name not in found.seconds for name in ways):
+            found = self._remember(key, Measured(_measure(ways), 1))
+        elif unsure:
+            found = self._remember(key, found.together_with(_measure(ways)))
+        times = found.seconds
         usual = next(iter(ways))
         fastest = min(ways, key=times.__getitem__)
         return ways[fastest if times[fastest] < CLEARLY * times[usual] else usual]()
 
-    def _machine_table(self) -> dict[str, Times]:
+    def _machine_table(self) -> dict[str, Measured]:
         if self._known is None:
             self._known = self._read()
         return self._known.setdefault(machine(), {})
 
-    def _read(self) -> dict[str, dict[str, Times]]:
+    def _read(self) -> dict[str, dict[str, Measured]]:
         """The file's content; a file that cannot be used is the same as none, as it can be measured again."""
         try:
-            found = json.loads(self.path.read_text(encoding="utf-8"))
+            return _parse(json.loads(self.path.read_text(encoding="utf-8")))
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:
             logger.warning("cannot read measured times from %s: %s; measuring again", self.path, error)
             return {}
-        return found if _is_table(found) else {}
 
-    def _remember(self, key: str, times: Times) -> None:
-        shown = ", ".join(f"{name} {1000 * seconds:.2f} ms" for name, seconds in times.items())
+    def _remember(self, key: str, found: Measured) -> Measured:
+        shown = ", ".join(f"{name} {1000 * seconds:.2f} ms" for name, seconds in found.seconds.items())
         logger.info("%s: %s", key, shown)
         with self._lock:
             table = self._machine_table()
-            table[key] = times
+            table[key] = found
+            self._measured.add(key)
             # Another process may have written since: what it measured is kept.
             merged = self._read()
-            merged[machine()] = merged.get(machine(), {}) | table
+            own = {name: table[name] for name in self._measured if name in table}
+            merged[machine()] = merged.get(machine(), {}) | own
             try:
                 self._write(merged)
             except OSError as error:
                 logger.warning("cannot keep measured times in %s: %s", self.path, error)
+        return found
 
-    def _write(self, content: dict[str, dict[str, Times]]) -> None:
+    def _write(self, content: Mapping[str, Mapping[str, Measured]]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        plain = {name: {key: asdict(found) for key, found in table.items()} for name, table in content.items()}
         handle, name = tempfile.mkstemp(dir=self.path.parent, suffix=".json")
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
+            json.dump(plain, file, indent=1)
         os.replace(name, self.path)
 
 
-def _is_table(found: object) -> bool:
-    """Whether a file's content has the form of a table."""
-    return isinstance(found, dict) and all(
-        isinstance(cases, dict)
-        and all(
-            isinstance(times, dict) and all(isinstance(seconds, float) for seconds in times.values())
-            for times in cases.values()
-        )
-        for cases in found.values()
-    )
+def _parse(content: Any) -> dict[str, dict[str, Measured]]:
+    """The content of a file as tables.
+
+    Raises:
+        ValueError: it has another form.
+    """
+    try:
+        return {
+            str(name): {
+                str(key): Measured(
+                    {str(way): float(time) for way, time in found["seconds"].items()}, int(found["processes"])
+                )
+                for key, found in table.items()
+            }
+            for name, table in content.items()
+        }
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"expected tables of measured times ({type(error).__name__}: {error})") from error
 
 
 def _measure(ways: Mapping[str, Callable[[], Tensor]]) -> Times:

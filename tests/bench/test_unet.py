@@ -48,10 +48,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def recorded_bench(tiny: str) -> unet._Bench:
+def recorded_bench(tiny: str) -> unet.Bench:
     """A benchmark that has recorded one call."""
     torch.compiler.reset()
-    bench = unet._Bench(Settings(model=tiny, calls=1), lambda step: None)
+    bench = unet.Bench(Settings(model=tiny, calls=1), lambda step: None)
     with torch.no_grad():
         bench.record()
     return bench
@@ -88,7 +88,7 @@ def test_the_command_measures_and_writes_all_numbers(tiny: str, tmp_path: Path) 
     ],
 )
 def test_a_wrong_sparse_call_is_no_result(
-    recorded_bench: unet._Bench, monkeypatch: pytest.MonkeyPatch, change: Any, reason: str
+    recorded_bench: unet.Bench, monkeypatch: pytest.MonkeyPatch, change: Any, reason: str
 ) -> None:
     compiled, recorded = recorded_bench.compiled, recorded_bench.recorded[0]
 
@@ -100,7 +100,7 @@ def test_a_wrong_sparse_call_is_no_result(
         recorded_bench.check(make_mask("square", 0.1, 12, 12))
 
 
-def test_a_change_outside_the_mask_is_no_result(recorded_bench: unet._Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_change_outside_the_mask_is_no_result(recorded_bench: unet.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled, mask, calls = recorded_bench.compiled, make_mask("square", 0.1, 12, 12), []
     (row, column), *_ = (~mask).nonzero().tolist()
 

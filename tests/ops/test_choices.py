@@ -12,7 +12,7 @@ import torch
 
 from fisedit_compile.config import cache_folder
 from fisedit_compile.ops import choices
-from fisedit_compile.ops.choices import RUNS, CostTable, describe_count
+from fisedit_compile.ops.choices import PROCESSES, RUNS, CostTable, describe_count
 
 
 class Clock:
@@ -50,11 +50,17 @@ def test_the_usual_way_wins_unless_another_is_clearly_faster(tmp_path: Path, mon
     assert Clock(monkeypatch, usual=1.0, other=0.9).choose(table, "far") == "other"
 
 
-def test_the_next_process_measures_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_few_processes_measure_and_the_smallest_times_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "folder" / "costs.json"
-    Clock(monkeypatch, usual=3.0, other=2.0).choose(CostTable(path))
-    clock = Clock(monkeypatch, usual=1.0, other=2.0)
-    assert clock.choose(CostTable(path)) == "other" and clock.runs == {"usual": 0, "other": 1}
+    # Something else ran while the first process measured the usual way.
+    assert Clock(monkeypatch, usual=3.0, other=2.0).choose(CostTable(path)) == "other"
+    for _ in range(PROCESSES - 1):
+        clock, table = Clock(monkeypatch, usual=1.0, other=2.5), CostTable(path)
+        assert [clock.choose(table) for _ in range(2)] == ["usual", "usual"]
+        assert clock.runs == {"usual": RUNS + 3, "other": RUNS + 1}
+    assert CostTable(path).times("operator", "case") == pytest.approx({"usual": 1.0, "other": 2.0})
+    clock = Clock(monkeypatch, usual=9.0, other=0.1)
+    assert clock.choose(CostTable(path)) == "usual" and clock.runs == {"usual": 1, "other": 0}
 
 
 def test_a_new_way_measures_all_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +88,7 @@ def test_processes_keep_what_others_measured(tmp_path: Path, monkeypatch: pytest
     assert set(CostTable(path).entries()) == {"operator one", "operator two"}
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"machine": 3}', '{"machine": {"case": {"way": "fast"}}}', "{"])
+@pytest.mark.parametrize("content", ["", "[]", '{"machine": 3}', '{"machine": {"case": {"way": 1.0}}}', "{"])
 def test_a_broken_file_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str) -> None:
     path = tmp_path / "costs.json"
     path.write_text(content)
