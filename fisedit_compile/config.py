@@ -70,8 +70,9 @@ class Options:
             the recorded statistics (what FISEdit section 4 and SIGE section 3 do).
         lowering: ``"plain"`` runs the graphs as FX code over ATen; ``"inductor"`` compiles them.
         packing: most bytes that weights packed for the processor may take; None: no limit, 0: none are packed.
-        convolution: how 3x3 convolutions are computed on a processor: ``"auto"`` in the way that was measured to be the
-            fastest, or always by ``"rows"``, by ``"tiles"`` or ``"dense"`` where that is possible.
+        convolution: how 3x3 convolutions are computed: ``"auto"`` in the way that was measured (on a processor) or is
+            estimated (on a GPU) to be the fastest, or always by ``"rows"``, by ``"tiles"`` (on a processor) or
+            ``"dense"`` where that is possible.
         disabled_passes: names of optional passes to leave out. Their operators stay dense, results stay right.
     """
 

@@ -1,21 +1,22 @@
 """Give convolutions with 3x3 kernels more ways to be computed than row by row.
 
 Why: tiles of 2x2 positions need less than half of the products of four rows, when they are full; and with most
-positions active the dense operator is the cheapest. Which way is the fastest is measured, not decided here.
+positions active the dense operator is the cheapest. Which way is the fastest is measured, or estimated for a chip, when
+the mask is known; it is not decided here.
 
 Before: ``y = conv_rows(rows, recorded, halo, table, pack_conv_weight(w), b, 1)``
 After:  ``y = conv_choice(rows, recorded, halo, table, pack_conv_weight(w), b, [tile plan], [tile weights], index,
-        valid, w, height, width)``
+        valid, w, height, width)``, on a GPU without tiles: ``[], []``
         or, where one way is asked for, ``y = conv_tiles(...)`` or ``y = conv_dense(...)``
 
 Conditions:
 1. The kernel is 3x3 with stride, padding and dilation 1 and one group; the weight depends on parameters only and is on
-   a processor.
-2. Height and width are even, so that tiles cover the map.
-3. Tiles: the dtype is float32 or wider, and with the transformed weight, copies of weights take no more bytes than
-   allowed.
-4. Unless a way is asked for: the map has many positions, and there are many channels. Elsewhere rows are as fast, and
-   transformed weights would take memory for nothing.
+   a processor or a CUDA GPU.
+2. On a processor, height and width are even, so that tiles cover the map.
+3. Tiles: on a processor, the dtype is float32 or wider, and with the transformed weight, copies of weights take no more
+   bytes than allowed.
+4. On a processor, unless a way is asked for: the map has many positions, and there are many channels. Elsewhere rows
+   are as fast, and transformed weights would take memory for nothing.
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ def refusal(node: fx.Node, stencil: Stencil, constant: set[fx.Node], way: str) -
         return "not a 3x3 kernel with stride, padding and dilation 1 and one group"
     if weight is None or weight not in constant:
         return "the weight depends on the inputs"
+    if weight.meta["val"].device.type == "cuda":
+        return "tiles are made for processors" if way == "tiles" else None
     domain = stencil.source
     if domain.height % SIDE or domain.width % SIDE:
         return "the map has an odd height or width"
@@ -93,6 +96,12 @@ def _tile_bytes(weight: fx.Node) -> int:
     return outputs * inputs * PATCH * PATCH * int(weight.meta["val"].itemsize)
 
 
+def _has_tiles(weight: fx.Node) -> bool:
+    """Whether tiles can compute with this weight: they do not pay in half precision."""
+    value = weight.meta["val"]
+    return value.device.type == "cpu" and value.dtype in (torch.float32, torch.float64)
+
+
 def _rewrite(node: fx.Node, domain: Domain, way: str, tiles: Sequence[fx.Node]) -> fx.Node:
     rows, recorded, halo, table, packed, bias, _ = node.args
     weight = _original_weight(packed)
@@ -104,13 +113,15 @@ def _rewrite(node: fx.Node, domain: Domain, way: str, tiles: Sequence[fx.Node]) 
         return builder.call(
             fisedit.conv_dense.default, rows, recorded, *whole, weight, bias, domain.height, domain.width
         )
-    patches, places = tile_stencils(domain)
-    plan = [
-        builder.plan("halo", patches),
-        builder.plan("table", patches),
-        builder.plan("table", places),
-        builder.plan("subposition", places),
-    ]
+    plan: list[fx.Node] = []
+    if weight.meta["val"].device.type == "cpu":
+        patches, places = tile_stencils(domain)
+        plan = [
+            builder.plan("halo", patches),
+            builder.plan("table", patches),
+            builder.plan("table", places),
+            builder.plan("subposition", places),
+        ]
     if way == "tiles":
         return builder.call(fisedit.conv_tiles.default, rows, recorded, *plan, tiles, bias)
     size = (domain.height, domain.width)
@@ -143,7 +154,7 @@ def choose_convolution(
         table = node.args[3]
         assert isinstance(table, fx.Node)
         weight = _original_weight(node.args[4])
-        if weight is not None and weight.meta["val"].device.type != "cpu":
+        if weight is not None and weight.meta["val"].device.type not in ("cpu", "cuda"):
             continue
         stencil = table.meta["plan_input"].of
         reason = refusal(node, stencil, constant, way)
@@ -151,7 +162,7 @@ def choose_convolution(
             report.row_convolutions[reason] += 1
             continue
         tiles: list[fx.Node] = []
-        if weight is not None and way != "dense" and weight.meta["val"].dtype in (torch.float32, torch.float64):
+        if weight is not None and way != "dense" and _has_tiles(weight):
             needed = 0 if weight in weights else _tile_bytes(weight)
             if limit is None or report.packed_bytes + needed <= limit:
                 report.packed_bytes += needed

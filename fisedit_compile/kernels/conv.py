@@ -21,6 +21,7 @@ from fisedit_compile.kernels.launches import Launch
 from fisedit_compile.kernels.pointwise import Chain, add_bias, operand_arguments
 from fisedit_compile.kernels.sources import load_source
 from fisedit_compile.kernels.tuning import best_choice
+from fisedit_compile.ops import paths
 
 NOTHING = Chain()
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -115,21 +116,26 @@ class ConvCall:
 
     def problem(self) -> ConvProblem:
         """What the choice of block sizes depends on."""
-        batch, source_count = self.rows.shape[0], self.rows.shape[1]
-        count, taps = self.reads.shape[1:]
-        # Targets for each source position: 1/4 for stride 2, 4 for a transposed convolution of stride 2.
-        dense_total = round(batch * self.recorded.shape[1] * count / max(1, source_count))
-        return ConvProblem(
-            total=self.total,
-            dense_total=max(self.total, dense_total),
-            source_total=batch * min(self.recorded.shape[1], source_count + count),
-            inputs=self.rows.shape[2],
-            outputs=self.weight.shape[0],
-            taps=taps,
-            groups=self.groups,
-            dtype=self.rows.dtype,
-            tensor_float=tensor_float(),
-        )
+        return problem_of(self.rows, self.recorded, self.reads, self.weight, self.groups)
+
+
+def problem_of(rows: Tensor, recorded: Tensor, table: Tensor, weight: Tensor, groups: int) -> ConvProblem:
+    """What the choice of block sizes depends on; ``table`` is ``[1 or B, N, K]``, the rest as in :class:`ConvCall`."""
+    batch, source_count, inputs = rows.shape
+    count, taps = table.shape[1:]
+    # Targets for each source position: 1/4 for stride 2, 4 for a transposed convolution of stride 2.
+    dense_total = round(batch * recorded.shape[1] * count / max(1, source_count))
+    return ConvProblem(
+        total=batch * count,
+        dense_total=max(batch * count, dense_total),
+        source_total=batch * min(recorded.shape[1], source_count + count),
+        inputs=inputs,
+        outputs=weight.shape[0],
+        taps=taps,
+        groups=groups,
+        dtype=rows.dtype,
+        tensor_float=tensor_float(),
+    )
 
 
 def tensor_float() -> bool:
@@ -290,3 +296,44 @@ def conv_rows_fused(
         epilogue, operands = add_bias(epilogue), (bias, *operands)
     reads = reads_cache.get(halo, table, rows.shape[1])
     return run_conv(ConvCall(rows, recorded, reads, weight, groups, prologue, tuple(inputs), epilogue, tuple(operands)))
+
+
+def supports_choice(
+    rows: Tensor,
+    recorded: Tensor,
+    halo: Tensor,
+    table: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tile_plan: Sequence[Tensor],
+    *others: Any,
+) -> bool:
+    """Whether the kernels compute the operator ``conv_choice``: those of processors have plans of tiles."""
+    return not tile_plan and supports_conv(rows, recorded, halo, table, weight, bias, 1)
+
+
+def prefers_dense(rows: Tensor, recorded: Tensor, table: Tensor, weight: Tensor) -> bool:
+    """Whether convolving the whole map is expected to be faster than the kernel."""
+    problem = problem_of(rows, recorded, table, weight, 1)
+    return problem.total > 0 and best_choice(problem, chip_of(rows.device)).dense
+
+
+def conv_choice(
+    rows: Tensor,
+    recorded: Tensor,
+    halo: Tensor,
+    table: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tile_plan: Sequence[Tensor],
+    tile_weights: Sequence[Tensor],
+    index: Tensor,
+    valid: Tensor | None,
+    dense_weight: Tensor,
+    height: int,
+    width: int,
+) -> Tensor:
+    """The operator ``conv_choice`` by Triton kernels, or on the whole map where that is expected to be faster."""
+    if prefers_dense(rows, recorded, table, weight):
+        return paths.conv_dense(rows, recorded, index, valid, dense_weight, bias, height, width)
+    return conv_rows(rows, recorded, halo, table, weight, bias, 1)

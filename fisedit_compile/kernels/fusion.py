@@ -21,7 +21,8 @@ logger = logging.getLogger(__name__)
 
 aten, fisedit = torch.ops.aten, torch.ops.fisedit
 
-CONV_ARGUMENTS = 7
+#: Convolutions that take what follows into their kernel, and how many arguments they have. The first six are alike.
+CONVOLUTIONS: dict[Any, int] = {fisedit.conv_rows.default: 7, fisedit.conv_choice.default: 13}
 
 
 def fuse(graph_module: fx.GraphModule) -> fx.GraphModule:
@@ -30,7 +31,7 @@ def fuse(graph_module: fx.GraphModule) -> fx.GraphModule:
         return graph_module
     count = 0
     for node in list(graph_module.graph.nodes):
-        if node.target is fisedit.conv_rows.default:
+        if node.target in CONVOLUTIONS:
             count += _fuse_conv(node)
         elif node.target is fisedit.norm_apply.default:
             count += _fuse_activation(node)
@@ -70,7 +71,7 @@ def _step(user: fx.Node, current: fx.Node, operands: list[fx.Node]) -> Step | No
 
 
 def _fuse_conv(node: fx.Node) -> int:
-    if not _positional(node, CONV_ARGUMENTS):
+    if not _positional(node, CONVOLUTIONS[node.target]):
         return 0
     current, steps, replaced = node, [], []
     operands: list[fx.Node] = []
@@ -85,7 +86,7 @@ def _fuse_conv(node: fx.Node) -> int:
         current = user
     if not steps:
         return 0
-    function = fused_conv(tuple(steps), tuple((_operator(user), dict(user.kwargs)) for user in replaced))
+    function = fused_conv(node.target, tuple(steps), tuple((_operator(user), dict(user.kwargs)) for user in replaced))
     _replace(current, function, (*node.args, *operands), [*reversed(replaced), node])
     return 1
 
@@ -110,22 +111,26 @@ def _replace(last: fx.Node, function: Callable[..., Any], arguments: Sequence[An
 Replaced = tuple[tuple[Callable[..., Any], dict[str, Any]], ...]
 
 
-def fused_conv(steps: tuple[Step, ...], replaced: Replaced) -> Callable[..., Tensor]:
+def fused_conv(overload: Any, steps: tuple[Step, ...], replaced: Replaced) -> Callable[..., Tensor]:
     """A function of a convolution's arguments and the operands of what follows it.
 
     Args:
+        overload: the convolution, one of ``CONVOLUTIONS``.
         steps: what follows, for the kernel.
         replaced: the same as operators and keyword arguments.
     """
-    plain = dispatching(fisedit.conv_rows.default)
+    plain, count = dispatching(overload), CONVOLUTIONS[overload]
+    chooses = overload is fisedit.conv_choice.default
 
     def conv_rows_and_more(*arguments: Any) -> Tensor:
-        own, operands = arguments[:CONV_ARGUMENTS], arguments[CONV_ARGUMENTS:]
+        own, operands = arguments[:count], arguments[count:]
         kinds = _kinds(own, operands)
-        if kinds is not None and provider_of(fisedit.conv_rows.default, *own).name == "triton":
-            rows, recorded, halo, table, weight, bias, groups = own
-            chain = Chain(steps, kinds)
-            return conv.conv_rows_fused(rows, recorded, halo, table, weight, bias, groups, chain, operands)
+        if kinds is not None and provider_of(overload, *own).name == "triton":
+            rows, recorded, halo, table, weight, bias, groups = own[:7]
+            if not chooses or not conv.prefers_dense(rows, recorded, table, weight):
+                chain = Chain(steps, kinds)
+                groups = 1 if chooses else groups
+                return conv.conv_rows_fused(rows, recorded, halo, table, weight, bias, groups, chain, operands)
         value = plain(*own)
         for step, (operator, keywords) in zip(steps, replaced, strict=True):
             parts = [operands[part.number] if isinstance(part, Operand) else part for part in step.arguments]

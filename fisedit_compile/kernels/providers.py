@@ -65,6 +65,7 @@ def _on_triton(supports: Callable[..., bool]) -> Callable[..., bool]:
 
 for _overload, _supports, _run in (
     (fisedit.attention_rows.default, attention.supports_attention, attention.attention_rows),
+    (fisedit.conv_choice.default, conv.supports_choice, conv.conv_choice),
     (fisedit.conv_rows.default, conv.supports_conv, conv.conv_rows),
     (fisedit.gather_rows.default, rows.supports_gather, rows.gather_rows),
     (fisedit.gather_taps.default, rows.supports_taps, rows.gather_taps),

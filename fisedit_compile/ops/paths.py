@@ -2,7 +2,8 @@
 
 Which one that is depends on the machine, the channels, how many positions are active and how they lie (FISEdit calls
 choosing among such ways *adaptive pixel-wise sparse convolution*). Whole maps are cheaper per position, but pay for all
-positions: they are tried from a density of ``DENSE_FROM`` on.
+positions: they are tried from a density of ``DENSE_FROM`` on. Off the processor nothing is measured: from that density
+on the whole map is convolved, unless kernels bring a choice of their own (``fisedit_compile.kernels``).
 """
 
 from __future__ import annotations
@@ -122,7 +123,8 @@ def conv_choice(
 
     Args:
         rows, recorded, halo, table, weight, bias: of :func:`conv_rows`.
-        tile_plan: ``halo``, ``table``, ``place`` and ``subposition`` of :func:`conv_tiles`.
+        tile_plan: ``halo``, ``table``, ``place`` and ``subposition`` of :func:`conv_tiles`; empty on other devices than
+            a processor.
         tile_weights: of :func:`conv_tiles`; none when that is no way.
         index, valid: of the rows.
         dense_weight, height, width: of :func:`conv_dense`.
@@ -130,14 +132,19 @@ def conv_choice(
     Returns:
         ``[B, N, Cout]``, contiguous.
     """
+    count = table.shape[1]
+    many = count >= DENSE_FROM * height * width
+    if not tile_plan:
+        if many:
+            return conv_dense(rows, recorded, index, valid, dense_weight, bias, height, width)
+        return conv_rows(rows, recorded, halo, table, weight, bias, 1)
     ways = {"rows": lambda: conv_rows(rows, recorded, halo, table, weight, bias, 1)}
     tile_halo, tile_table, place, subposition = tile_plan
     if tile_weights:
         ways["tiles"] = lambda: conv_tiles(
             rows, recorded, tile_halo, tile_table, place, subposition, tile_weights, bias
         )
-    count = table.shape[1]
-    if count >= DENSE_FROM * height * width:
+    if many:
         ways["dense"] = lambda: conv_dense(rows, recorded, index, valid, dense_weight, bias, height, width)
     if len(ways) == 1:
         return ways["rows"]()

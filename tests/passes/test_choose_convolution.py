@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from fisedit_compile.passes import choose_convolution as module_under_test
 from fisedit_compile.passes.choose_convolution import choose_convolution, tile_stencils
@@ -168,6 +169,35 @@ def test_condition_3_the_limit(limit: int | None, fits: bool, monkeypatch: pytes
     builder = GraphBuilder()
     result, _ = run(builder, convolution(builder), "auto", limit)
     assert result.target is fisedit.conv_choice.default and len(result.args[7]) == (16 if fits else 0)
+
+
+def on_device(builder: GraphBuilder, device: str) -> None:
+    """Pretend that all values are there."""
+    with FakeTensorMode():
+        for node in builder.graph.nodes:
+            value = node.meta["val"]
+            node.meta["val"] = torch.empty(value.shape, dtype=value.dtype, device=device)
+
+
+@pytest.mark.parametrize("domain", [DOMAIN, Domain(5, 7)])
+def test_on_a_gpu_the_choice_has_no_tiles(domain: Domain) -> None:
+    builder = GraphBuilder()
+    node = convolution(builder, domain=domain)
+    on_device(builder, "cuda")
+    result, report = run(builder, node)
+    assert result.target is fisedit.conv_choice.default
+    assert (result.args[6], result.args[7], result.args[11:]) == ([], [], (domain.height, domain.width))
+    assert plans(result.args[8:10]) == [PlanInput("index", domain), PlanInput("valid", domain)]
+    assert spell(result.args[10]) == "weight" and report.packed_bytes == 0
+
+
+def test_on_a_gpu_tiles_are_refused() -> None:
+    builder = GraphBuilder()
+    node = convolution(builder)
+    on_device(builder, "cuda")
+    result, report = run(builder, node, "tiles")
+    assert result.target is fisedit.conv_rows.default
+    assert report.row_convolutions == {"tiles are made for processors": 1}
 
 
 def test_convolutions_on_other_devices_are_passed_over() -> None:
