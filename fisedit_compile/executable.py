@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from fisedit_compile.errors import CallMismatchError, GradientError, GraphError, ScalarMismatchError
 from fisedit_compile.lowering import Lowered, lower, valid_rows
+from fisedit_compile.ops.choices import taken
 from fisedit_compile.passes.program import InputInfo, Program
 from fisedit_compile.prologues import InvariantMemo, prologues
 from fisedit_compile.runtime import EditPhase, PlanSpec, ProgramKey, RecordedCall, RecordPhase, Runtime, Site
@@ -306,7 +307,11 @@ class Executable:
         hoisted = self._hoist(phase, key, arguments)
         invariants = self._compute_invariants(phase, key, arguments, hoisted)
         inputs = self._inputs.assemble(arguments, hoisted, invariants, plan, call)
-        results = self._graph("edit_save" if phase.saving else "edit")(*inputs)
+        graph = self._graph("edit_save" if phase.saving else "edit")
+        # What other calls of this thread left behind, such as dense operators used by themselves, is not of this one.
+        taken.drain()
+        results = graph(*inputs)
+        phase.count_ways(taken.drain())
         outputs = list(results[: program.output_count])
         for number in self._borrowed:
             outputs[number] = outputs[number].clone()

@@ -14,6 +14,8 @@ from torch.nn import functional
 
 from fisedit_compile.config import Options, parse_options
 from fisedit_compile.errors import OptionError
+from fisedit_compile.kernel_report import KernelChoice, kernel_choices
+from fisedit_compile.kernels.chips import Chip
 from fisedit_compile.ops.choices import Times, costs
 from fisedit_compile.ops.paths import describe_shape
 from fisedit_compile.passes import Miss, Program, build_program
@@ -26,6 +28,7 @@ from fisedit_compile.tracing import DenseGraph, capture_all
 
 #: Densities that the printed table shows.
 DENSITIES = (0.01, 0.05, 0.1, 0.2, 0.5)
+KERNEL_DENSITIES = (0.05, 0.2, 0.6)
 #: Operators that read few positions of a recorded map: the argument with the map, and the one with the positions.
 PARTIAL_READS: dict[Any, tuple[int, int]] = {
     torch.ops.fisedit.gather_rows.default: (0, 1),
@@ -73,6 +76,25 @@ def ragged_mask(density: float, domain: Domain, seed: int = 0) -> Tensor:
     mask = torch.zeros(domain.size, dtype=torch.bool)
     mask[order[: max(1, round(density * domain.size))]] = True
     return mask.reshape(size)
+
+
+def fine_mask(program: Program, mask: Any) -> Tensor | None:
+    """A mask, or a ragged one for a density, at the resolution and batch of a program; None without a sparse graph."""
+    if program.edit is None or program.mask_domain is None or program.batch is None:
+        return None
+    given = ragged_mask(mask, program.mask_domain) if isinstance(mask, float | int) else mask
+    return reduce_mask(tile_mask(prepare_mask(given), program.batch), program.mask_domain)
+
+
+def render(tables: Sequence[Any]) -> str:
+    """Tables of rich as text."""
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=110, color_system=None)
+    for table in tables:
+        console.print(table)
+    text: str = console.file.getvalue()  # type: ignore[attr-defined]
+    return "\n".join(line.rstrip() for line in text.splitlines())
 
 
 class ExplainReport:
@@ -148,11 +170,10 @@ class ExplainReport:
         """
         macs, loaded, densities = 0.0, 0, []
         for program in self.programs:
-            if program.edit is None or program.mask_domain is None or program.batch is None:
+            fine = fine_mask(program, mask)
+            if fine is None:
                 macs += program.report.total_macs
                 continue
-            given = ragged_mask(mask, program.mask_domain) if isinstance(mask, float | int) else mask
-            fine = reduce_mask(tile_mask(prepare_mask(given), program.batch), program.mask_domain)
             densities.append(float(fine.float().mean()))
             if not fine.any():
                 continue
@@ -162,18 +183,52 @@ class ExplainReport:
             loaded += bytes_read(program, plan)
         return Cost(max(densities, default=0.0), macs, loaded)
 
+    def kernel_choices(self, mask: Any, chip: Chip) -> list[KernelChoice]:
+        """What computes the sparse convolutions on a GPU.
+
+        Args:
+            mask: as for :meth:`cost`.
+            chip: the GPU; it need not be at hand.
+        """
+        found = []
+        for program in self.programs:
+            fine = fine_mask(program, mask)
+            if fine is not None and fine.any():
+                plan = build_plan(fine, program.domains, program.stencils, torch.device("cpu"))
+                found += kernel_choices(program, plan, chip)
+        return found
+
+    def describe_kernels(self, chip: Chip) -> str:
+        """The choices for a few densities as tables."""
+        from rich.table import Table
+
+        tables = []
+        for density in KERNEL_DENSITIES:
+            choices = self.kernel_choices(density, chip)
+            headings = ("rows", "channels", "taps", "count", "kernel", "microseconds", "dense")
+            total = 1e3 * sum(choice.seconds for choice in choices)
+            title = f"Convolutions on {chip}, ragged mask of {100 * density:g} %: {total:.2f} ms expected"
+            table = Table(*headings, title=title)
+            for found in choices:
+                problem, choice = found.problem, found.choice
+                table.add_row(
+                    f"{problem.total} of {problem.dense_total}",
+                    f"{problem.inputs} to {problem.outputs}",
+                    str(problem.taps),
+                    str(found.count),
+                    "dense" if found.dense else str(choice.blocks),
+                    f"{1e6 * choice.seconds:.0f}",
+                    f"{1e6 * choice.dense_seconds:.0f}",
+                )
+            tables.append(table)
+        return render(tables)
+
     def bytes_loaded(self, density: float) -> int:
         """Recorded bytes that one edit call reads with a ragged mask of this density, at the computed dtypes."""
         return self.cost(density).bytes_loaded
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(file=io.StringIO(), width=110, color_system=None)
-        for table in self._tables():
-            console.print(table)
-        text: str = console.file.getvalue()  # type: ignore[attr-defined]
-        return "\n".join(line.rstrip() for line in text.splitlines())
+        return render(self._tables())
 
     def _tables(self) -> list[Any]:
         from rich.markup import escape

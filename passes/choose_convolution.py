@@ -49,11 +49,16 @@ def _original_weight(packed: object) -> fx.Node | None:
     return None
 
 
+def is_plain(stencil: Stencil) -> bool:
+    """Whether a convolution reads a 3x3 window with stride, padding and dilation 1."""
+    window = stencil.kind == "window" and all(stencil[name] == size for name, size in WINDOW.items())
+    return window and stencil["dilation_y"] == stencil["dilation_x"] == 1
+
+
 def refusal(node: fx.Node, stencil: Stencil, constant: set[fx.Node], way: str) -> str | None:
     """Why a convolution is computed row by row; None when there are other ways."""
     weight = _original_weight(node.args[4])
-    window = stencil.kind == "window" and all(stencil[name] == size for name, size in WINDOW.items())
-    if not window or stencil["dilation_y"] != 1 or stencil["dilation_x"] != 1 or node.args[6] != 1:
+    if not is_plain(stencil) or node.args[6] != 1:
         return "not a 3x3 kernel with stride, padding and dilation 1 and one group"
     if weight is None or weight not in constant:
         return "the weight depends on the inputs"

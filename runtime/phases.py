@@ -254,6 +254,10 @@ class EditPhase(_Phase):
                 self._failure = self._failure or f"an earlier call of the edit of base {self.base.name!r} failed"
         self._store.counter.add_call(kind, time.perf_counter() - started, call.bytes_loaded)
 
+    def count_ways(self, ways: Mapping[str, int]) -> None:
+        """Count in which ways operators of a sparse call were computed."""
+        self._store.counter.add_ways(ways)
+
     def plan(self, spec: PlanSpec) -> IndexPlan | None:
         """The index plan of the mask for a graph; None when nothing is active.
 

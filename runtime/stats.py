@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -32,6 +33,8 @@ class Stats:
         bytes_loaded: bytes of the recorded tensors that edit calls were given.
         seconds: host seconds by phase; ``plan``, for index plans, is a part of ``edit``. Work on CUDA goes on after
             the host's part.
+        ways: how operators that can be computed in several ways were computed in sparse calls, and how often:
+            ``"convolution: rows"``, ``tiles``, ``dense``, or on a GPU the block sizes of the kernel.
     """
 
     calls: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PHASES, 0))
@@ -39,6 +42,7 @@ class Stats:
     bytes_stored: int = 0
     bytes_loaded: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys((*PHASES, "plan"), 0.0))
+    ways: dict[str, int] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """The same as plain dictionaries and numbers."""
@@ -48,10 +52,11 @@ class Stats:
         calls = ", ".join(f"{phase} {count}" for phase, count in self.calls.items())
         density = ", ".join(f"{domain} {100 * part:.1f} %" for domain, part in self.density.items()) or "no mask yet"
         seconds = ", ".join(f"{phase} {spent:.2f}" for phase, spent in self.seconds.items())
+        ways = ", ".join(f"{way} {count}" for way, count in sorted(self.ways.items())) or "none to choose from"
         return (
             f"Stats(\n  calls: {calls}\n  density: {density}\n"
             f"  bytes: stored {format_bytes(self.bytes_stored)}, loaded {format_bytes(self.bytes_loaded)}\n"
-            f"  seconds: {seconds}\n)"
+            f"  seconds: {seconds}\n  ways: {ways}\n)"
         )
 
 
@@ -73,6 +78,12 @@ class StatsCounter:
         """Count the seconds spent on building an index plan."""
         with self._lock:
             self._stats.seconds["plan"] += seconds
+
+    def add_ways(self, ways: Mapping[str, int]) -> None:
+        """Count ways in which operators were computed."""
+        with self._lock:
+            for way, count in ways.items():
+                self._stats.ways[way] = self._stats.ways.get(way, 0) + count
 
     def set_density(self, density: dict[str, float]) -> None:
         """Remember the densities of the mask in use."""

@@ -374,3 +374,23 @@ def test_compiling_keeps_no_inputs_alive() -> None:
         compiled(x)
     del x
     assert alive() is None
+
+
+def test_ways_of_convolutions_are_counted() -> None:
+    runtime = fisedit.Runtime()
+    module = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1))
+    compiled = torch.compile(module, backend="fisedit", options={"runtime": runtime})
+    x = torch.randn(1, 64, 32, 32)
+    with torch.no_grad():
+        with runtime.record("base"):
+            compiled(x)
+            compiled(x)
+        assert runtime.stats.ways == {}
+        with runtime.edit("base", mask=torch.ones(32, 32)):
+            compiled(x)
+            compiled(x)
+    assert sum(runtime.stats.ways.values()) == 4
+    assert set(runtime.stats.ways) <= {"convolution: rows", "convolution: tiles", "convolution: dense"}
+    assert "ways: convolution: " in repr(runtime.stats)
+    runtime.reset_stats()
+    assert runtime.stats.ways == {} and "ways: none to choose from" in repr(runtime.stats)

@@ -266,13 +266,15 @@ def estimate(problem: ConvProblem, blocks: ConvBlocks, chip: Chip) -> float:
 
 
 def estimate_dense(problem: ConvProblem, chip: Chip) -> float:
-    """Seconds that a dense convolution of the whole map is expected to take."""
+    """Seconds that a dense convolution is expected to take, with putting rows into the map and taking them out."""
     size = problem.dtype.itemsize
     operations = problem.operations * problem.dense_total / max(1, problem.total)
     moved = (problem.taps * problem.inputs // problem.groups * problem.outputs) * size
     moved += problem.dense_total * (problem.inputs + problem.outputs) * size
     peak = chip.flops(problem.dtype, problem.tensor_float) * DENSE_SHARE
-    return LAUNCH + max(operations / peak, moved / chip.bandwidth)
+    # The map is copied, rows are written into it; behind the convolution the active ones are gathered.
+    around = 2 * problem.dense_total * problem.inputs * size
+    return 4 * LAUNCH + max(operations / peak, moved / chip.bandwidth) + around / chip.bandwidth
 
 
 def choose(problem: ConvProblem, chip: Chip) -> ConvChoice:

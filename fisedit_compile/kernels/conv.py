@@ -22,6 +22,7 @@ from fisedit_compile.kernels.pointwise import Chain, add_bias, operand_arguments
 from fisedit_compile.kernels.sources import load_source
 from fisedit_compile.kernels.tuning import best_choice
 from fisedit_compile.ops import paths
+from fisedit_compile.ops.choices import taken
 
 NOTHING = Chain()
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -123,17 +124,34 @@ def problem_of(rows: Tensor, recorded: Tensor, table: Tensor, weight: Tensor, gr
     """What the choice of block sizes depends on; ``table`` is ``[1 or B, N, K]``, the rest as in :class:`ConvCall`."""
     batch, source_count, inputs = rows.shape
     count, taps = table.shape[1:]
+    return make_problem(
+        batch, source_count, recorded.shape[1], inputs, count, taps, weight.shape[0], groups, rows.dtype
+    )
+
+
+def make_problem(
+    batch: int,
+    source_count: int,
+    positions: int,
+    inputs: int,
+    count: int,
+    taps: int,
+    outputs: int,
+    groups: int,
+    dtype: torch.dtype,
+) -> ConvProblem:
+    """A problem from what a sample has: ``source_count`` rows on a map of so many ``positions``, ``count`` targets."""
     # Targets for each source position: 1/4 for stride 2, 4 for a transposed convolution of stride 2.
-    dense_total = round(batch * recorded.shape[1] * count / max(1, source_count))
+    dense_total = round(batch * positions * count / max(1, source_count))
     return ConvProblem(
         total=batch * count,
         dense_total=max(batch * count, dense_total),
-        source_total=batch * min(recorded.shape[1], source_count + count),
+        source_total=batch * min(positions, source_count + count),
         inputs=inputs,
-        outputs=weight.shape[0],
+        outputs=outputs,
         taps=taps,
         groups=groups,
-        dtype=rows.dtype,
+        dtype=dtype,
         tensor_float=tensor_float(),
     )
 
@@ -225,6 +243,7 @@ def run_conv(call: ConvCall, blocks: ConvBlocks | None = None) -> Tensor:
         return output
     if blocks is None:
         blocks = best_choice(call.problem(), chip_of(call.rows.device), functools.partial(_timed, call)).blocks
+        taken.note(f"convolution: kernel {blocks}")
     workspace = None
     if blocks.splits > 1:
         workspace = call.rows.new_empty((blocks.splits, batch, count, outputs), dtype=torch.float32)
@@ -335,5 +354,6 @@ def conv_choice(
 ) -> Tensor:
     """The operator ``conv_choice`` by Triton kernels, or on the whole map where that is expected to be faster."""
     if prefers_dense(rows, recorded, table, weight):
+        taken.note("convolution: dense")
         return paths.conv_dense(rows, recorded, index, valid, dense_weight, bias, height, width)
     return conv_rows(rows, recorded, halo, table, weight, bias, 1)

@@ -15,6 +15,7 @@ import platform
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -124,7 +125,9 @@ class CostTable:
         times = found.seconds
         usual = next(iter(ways))
         fastest = min(ways, key=times.__getitem__)
-        return ways[fastest if times[fastest] < CLEARLY * times[usual] else usual]()
+        way = fastest if times[fastest] < CLEARLY * times[usual] else usual
+        taken.note(f"{operator}: {way}")
+        return ways[way]()
 
     def _machine_table(self) -> dict[str, Measured]:
         if self._known is None:
@@ -202,3 +205,22 @@ def _measure(ways: Mapping[str, Callable[[], Tensor]]) -> Times:
 
 #: Of this process.
 costs = CostTable()
+
+
+class Taken(threading.local):
+    """How often each way was taken in this thread, since somebody last asked."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+
+    def note(self, way: str) -> None:
+        """Count a way."""
+        self._counts[way] += 1
+
+    def drain(self) -> Counter[str]:
+        """The counts, which begin anew."""
+        counts, self._counts = self._counts, Counter()
+        return counts
+
+
+taken = Taken()

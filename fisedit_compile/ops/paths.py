@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fisedit_compile.ops.choices import costs, describe_count, describe_dtype
+from fisedit_compile.ops.choices import costs, describe_count, describe_dtype, taken
 from fisedit_compile.ops.library import operator
 from fisedit_compile.ops.rows import scatter_rows, select_rows
 from fisedit_compile.ops.stencils import conv_rows
@@ -135,6 +135,7 @@ def conv_choice(
     count = table.shape[1]
     many = count >= DENSE_FROM * height * width
     if not tile_plan:
+        taken.note(f"convolution: {'dense' if many else 'rows'}")
         if many:
             return conv_dense(rows, recorded, index, valid, dense_weight, bias, height, width)
         return conv_rows(rows, recorded, halo, table, weight, bias, 1)

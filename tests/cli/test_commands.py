@@ -67,6 +67,7 @@ def test_help_does_not_import_torch() -> None:
         (["generate", "--prompt", "a", "--scheduler", "ddpm"], 2, "--scheduler"),
         (["edit", "--base-prompt", "a", "--prompt", "b", "--mask", "/not/there.png"], 2, "--mask"),
         (["explain", "--model", "sd99"], 1, "sd15, sd21, sdxl, scenes"),
+        (["explain", "--chip", "Z80"], 1, "unknown chip 'Z80'; expected one of T4"),
         (["explain", "--model", "scenes", "--size", "30x30"], 1, "multiple of 4"),
     ],
 )
@@ -121,4 +122,10 @@ def test_edit(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 def test_explain_reads_a_folders_configuration(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("explain", "--model", folder, "--size", "64x96") == 0
-    assert "conv" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "conv" in text and "Convolutions on" not in text
+
+
+def test_explain_shows_the_kernels_of_a_chip(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("explain", "--model", folder, "--size", "64x96", "--chip", "a100") == 0
+    assert "Convolutions on A100 (8.0, 108 processors)" in capsys.readouterr().out

@@ -151,6 +151,8 @@ def test_an_edit_of_a_residual_block_by_fused_kernels(kernels_run: None, counted
     assert torch.equal(after[..., outside], before[..., outside])
     assert_near(everything, expected)
     assert not torch.equal(after, before)
+    kernels = [way for way in runtime.stats.ways if way.startswith("convolution: kernel ")]
+    assert sum(runtime.stats.ways.values()) == 4 == sum(runtime.stats.ways[way] for way in kernels)
     # Two edits of two convolutions, two norms and two statistics each.
     assert counted == {"conv_rows_fused": 4, "norm_apply": 4, "norm_update": 4}
 

@@ -133,3 +133,17 @@ def test_where_tables_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_counts_in_words() -> None:
     assert describe_count(0) == describe_count(1) == "about 1" and describe_count(1000) == describe_count(1010)
     assert describe_count(100) != describe_count(130)
+
+
+def test_what_was_taken_is_counted_for_each_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    choices.taken.drain()
+    clock, table = Clock(monkeypatch, usual=3.0, other=2.0), CostTable(tmp_path / "costs.json")
+    clock.choose(table)
+    clock.choose(table)
+    clock.choose(table, "another")
+    seen = []
+    thread = threading.Thread(target=lambda: seen.append(choices.taken.drain()))
+    thread.start()
+    thread.join()
+    assert seen == [{}]
+    assert choices.taken.drain() == {"operator: other": 3} and choices.taken.drain() == {}
