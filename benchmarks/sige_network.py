@@ -47,7 +47,7 @@ def _on_blocks(x: Tensor, convolution: nn.Conv2d) -> Tensor:
     )
 
 
-class _Part(SIGEModule):  # type: ignore[misc]
+class _Part(SIGEModule):
     """A module of the network and, for each recorded call, the scales and shifts of its norms."""
 
     def __init__(self, original: nn.Module) -> None:
@@ -67,7 +67,7 @@ class _Part(SIGEModule):  # type: ignore[misc]
         return self.affine[self.cache_id, name]
 
 
-class _SampleScatterGather(ScatterGather):  # type: ignore[misc]
+class _SampleScatterGather(ScatterGather):
     """As its base, for more than one sample: version 0.3.0 makes room for the blocks of one and writes those of all."""
 
     def forward(self, x: Tensor, scale: Any = None, shift: Any = None) -> Any:
@@ -131,8 +131,8 @@ class Transformer(_Part):
     @staticmethod
     def project(layer: nn.Module, x: Tensor) -> Tensor:
         if isinstance(layer, nn.Conv2d):
-            return layer(x)  # type: ignore[no-any-return]
-        return layer(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # type: ignore[no-any-return]
+            return layer(x)
+        return layer(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def forward(self, x: Tensor, encoder_hidden_states: Tensor, **others: Any) -> tuple[Tensor]:
         block, residual, batch = self.original, x, x.shape[0]
@@ -176,7 +176,7 @@ class Resampling(_Part):
 PARTS = {ResnetBlock2D: Resnet, Transformer2DModel: Transformer, Downsample2D: Resampling, Upsample2D: Resampling}
 
 
-class Network(SIGEModel):  # type: ignore[misc]
+class Network(SIGEModel):
     """A U-Net over the operators of ``sige``.
 
     Weights are shared with the original. The network runs in one of the package's modes: ``full`` records the call that
