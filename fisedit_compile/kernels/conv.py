@@ -337,23 +337,24 @@ def prefers_dense(rows: Tensor, recorded: Tensor, table: Tensor, weight: Tensor)
     return problem.total > 0 and best_choice(problem, chip_of(rows.device)).dense
 
 
-def conv_choice(
+def conv_whole_map(
     rows: Tensor,
     recorded: Tensor,
-    halo: Tensor,
-    table: Tensor,
-    weight: Tensor,
     bias: Tensor | None,
-    tile_plan: Sequence[Tensor],
-    tile_weights: Sequence[Tensor],
     index: Tensor,
     valid: Tensor | None,
     dense_weight: Tensor,
     height: int,
     width: int,
 ) -> Tensor:
+    """The convolution on the whole map; the arguments are those of the operator ``conv_choice`` with these names."""
+    taken.note("convolution: dense")
+    return paths.conv_dense(rows, recorded, index, valid, dense_weight, bias, height, width)
+
+
+def conv_choice(*arguments: Any) -> Tensor:
     """The operator ``conv_choice`` by Triton kernels, or on the whole map where that is expected to be faster."""
+    rows, recorded, halo, table, weight, bias, _, _, *whole = arguments
     if prefers_dense(rows, recorded, table, weight):
-        taken.note("convolution: dense")
-        return paths.conv_dense(rows, recorded, index, valid, dense_weight, bias, height, width)
+        return conv_whole_map(rows, recorded, bias, *whole)
     return conv_rows(rows, recorded, halo, table, weight, bias, 1)

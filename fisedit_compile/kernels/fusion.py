@@ -126,12 +126,13 @@ def fused_conv(overload: Any, steps: tuple[Step, ...], replaced: Replaced) -> Ca
         own, operands = arguments[:count], arguments[count:]
         kinds = _kinds(own, operands)
         if kinds is not None and provider_of(overload, *own).name == "triton":
-            rows, recorded, halo, table, weight, bias, groups = own[:7]
+            rows, recorded, halo, table, weight, bias = own[:6]
             if not chooses or not conv.prefers_dense(rows, recorded, table, weight):
-                chain = Chain(steps, kinds)
-                groups = 1 if chooses else groups
+                chain, groups = Chain(steps, kinds), 1 if chooses else own[6]
                 return conv.conv_rows_fused(rows, recorded, halo, table, weight, bias, groups, chain, operands)
-        value = plain(*own)
+            value = conv.conv_whole_map(rows, recorded, bias, *own[8:])
+        else:
+            value = plain(*own)
         for step, (operator, keywords) in zip(steps, replaced, strict=True):
             parts = [operands[part.number] if isinstance(part, Operand) else part for part in step.arguments]
             value = operator(*[value if part is CURRENT else part for part in parts], **keywords)

@@ -108,11 +108,17 @@ def best_choice(
             is a GPU and nothing was measured yet.
     """
     choice = _choices.get((problem, chip))
-    if choice is None:
+    # Somebody may have asked before without means to measure: that must not keep the model's choice for good.
+    if choice is None or (choice.source == "model" and work is not None and _measures()):
         if len(_choices) >= KEPT:
             _choices.clear()
         choice = _choices[problem, chip] = _find(problem, chip, work)
     return choice
+
+
+def _measures() -> bool:
+    """Whether choices are to be measured, and can be."""
+    return os.environ.get("FISEDIT_AUTOTUNE") == "1" and torch.cuda.is_available()
 
 
 def forget_choices() -> None:
@@ -124,7 +130,7 @@ def forget_choices() -> None:
 def _find(problem: ConvProblem, chip: Chip, work: Callable[[ConvBlocks], Callable[[], Any]] | None) -> ConvChoice:
     table, key = block_table(), problem_key(problem, chip)
     known = table.get(key)
-    if known is None and work is not None and os.environ.get("FISEDIT_AUTOTUNE") == "1" and torch.cuda.is_available():
+    if known is None and work is not None and _measures():
         known = tune(problem, chip, lambda blocks: gpu_seconds(work(blocks)))
         table.put(key, *known)
     if known is not None and known[0] in candidates(problem, chip):

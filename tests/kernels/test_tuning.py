@@ -84,3 +84,14 @@ def test_nothing_is_measured_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> N
     tuning.forget_choices()
     measured = best_choice(PROBLEM, CHIP, lambda blocks: blocks)
     assert measured.source == "measured" and measured.blocks.rows == 16
+
+
+def test_who_asks_without_means_to_measure_does_not_decide_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FISEDIT_AUTOTUNE", "1")
+    monkeypatch.setattr(tuning.torch.cuda, "is_available", lambda: True)
+    runs = []
+    monkeypatch.setattr(tuning, "gpu_seconds", lambda run: runs.append(run) or float(run.rows))
+    assert best_choice(PROBLEM, CHIP).source == "model"
+    assert best_choice(PROBLEM, CHIP, lambda blocks: blocks).source == "measured"
+    measured = len(runs)
+    assert best_choice(PROBLEM, CHIP, lambda blocks: blocks) == best_choice(PROBLEM, CHIP) and len(runs) == measured > 0
