@@ -87,7 +87,7 @@ def check() -> None:
     environment = os.environ | {"FISEDIT_TEST_DEVICE": "cuda", "TRITON_INTERPRET": "0"}
     for tests in (
         ["tests/kernels", "--deselect=tests/kernels/test_compilation.py"],
-        ["tests/semantics/test_properties.py"],
+        ["tests/semantics/test_properties.py", "tests/semantics/test_replay.py"],
     ):
         command = [sys.executable, "-m", "pytest", "-q", *tests]
         if subprocess.run(command, cwd=folder, env=environment, check=False).returncode:
@@ -169,7 +169,8 @@ def networks(run: Run, models: Sequence[str], dense_modes: Sequence[str | None])
         calls = [example_inputs(name, dtype=run.dtype, device=run.device, seed=seed) for seed in range(ROTATED)]
         with torch.no_grad():
             best = _dense(run, name, model, calls, dense_modes)
-            _edits(run, name, model, calls, best)
+            for cuda_graphs in (False, True):
+                _edits(run, name, model, calls, best, cuda_graphs)
 
 
 def _calls(network: Callable[..., object], calls: Sequence) -> list[Callable[[], object]]:
@@ -189,11 +190,21 @@ def _dense(run: Run, name: str, model: nn.Module, calls: Sequence, modes: Sequen
     return best
 
 
-def _edits(run: Run, name: str, model: nn.Module, calls: Sequence, best: float) -> None:
+def _launches(call: Callable[[], object]) -> int:
+    """Kernels that a call launches on the GPU."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    return sum(event.count for event in profile.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA)
+
+
+def _edits(run: Run, name: str, model: nn.Module, calls: Sequence, best: float, cuda_graphs: bool) -> None:
     torch.compiler.reset()
     runtime = fisedit.Runtime()
-    compiled = torch.compile(model, backend="fisedit", options={"runtime": runtime})
+    options = {"runtime": runtime, "cuda_graphs": cuda_graphs}
+    compiled = torch.compile(model, backend="fisedit", options=options)
     latents = calls[0][0][0]
+    variant = "fisedit, CUDA graphs" if cuda_graphs else "fisedit, launches one by one"
     with runtime.record("base"):
         recorded = [compiled(*args, **kwargs)[0].clone() for args, kwargs in calls]
     for mask_shape in SHAPES:
@@ -205,7 +216,14 @@ def _edits(run: Run, name: str, model: nn.Module, calls: Sequence, best: float) 
                     if not float((same - before).abs().max() / before.abs().max()) < 5e-2:
                         sys.exit(f"{name}: an edit that changes nothing changes the output")
             seconds = _edit_seconds(run, runtime, compiled, calls, mask)
-            line(name, "fisedit", mask_shape, f"{density:g}", f"{seconds * 1e3:.2f}", f"{best / seconds:.2f}x")
+            line(name, variant, mask_shape, f"{density:g}", f"{seconds * 1e3:.2f}", f"{best / seconds:.2f}x")
+    print(f"{variant}: ways of the sparse calls: {dict(runtime.stats.ways)}", flush=True)
+    if run.device.type == "cuda":
+        with runtime.edit("base", mask=make_mask("square", 0.05, *latents.shape[-2:])):
+            args, kwargs = calls[0]
+            print(f"{variant}: {_launches(partial(compiled, *args, **kwargs))} kernels in a call at 0.05", flush=True)
+            for args, kwargs in calls[1:]:
+                compiled(*args, **kwargs)
 
 
 def _edit_seconds(run: Run, runtime: fisedit.Runtime, compiled: Callable, calls: Sequence, mask: Tensor) -> float:

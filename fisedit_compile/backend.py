@@ -17,6 +17,7 @@ from fisedit_compile.config import Options, parse_options
 from fisedit_compile.errors import OptionError
 from fisedit_compile.executable import Executable, GraphIdentity
 from fisedit_compile.passes import InputInfo, Program, build_program, disabled_passes
+from fisedit_compile.replay import capturer_for
 from fisedit_compile.runtime import Runtime, default_runtime
 from fisedit_compile.tracing import GraphInputs, UntraceableGraph, describe, describe_inputs, trace
 
@@ -135,7 +136,9 @@ def _build(
     identity = GraphIdentity(
         digest, label, inputs.infos, traced.numbers, traced.constants, program.report.dense_reason, traced.steady
     )
-    return Executable(gm, program, runtime, identity, options.lowering)
+    devices = [value.device for value in inputs.values if isinstance(value, private.StaticTensor)]
+    capturer = capturer_for(devices) if options.cuda_graphs else None
+    return Executable(gm, program, runtime, identity, options.lowering, capturer)
 
 
 def _stays_dense(
@@ -165,7 +168,7 @@ def fisedit(
         example_inputs: its flat inputs.
         mode: one of ``config.MODES``.
         options: ``runtime`` (a ``Runtime``; None: ``default_runtime()``), ``norm``, ``lowering``, ``packing``,
-            ``convolution``, ``disable_passes``.
+            ``convolution``, ``cuda_graphs``, ``disable_passes``.
 
     Returns:
         What Dynamo calls in place of the graph.

@@ -22,7 +22,7 @@ MODES = {
     "max-autotune-no-cudagraphs": "inductor",
 }
 CONVOLUTIONS = ("auto", "rows", "tiles", "dense")
-VALID_OPTIONS = ("runtime", "norm", "lowering", "packing", "convolution", "disable_passes")
+VALID_OPTIONS = ("runtime", "norm", "lowering", "packing", "convolution", "cuda_graphs", "disable_passes")
 
 
 def cache_folder() -> Path:
@@ -73,6 +73,7 @@ class Options:
         convolution: how 3x3 convolutions are computed: ``"auto"`` in the way that was measured (on a processor) or is
             estimated (on a GPU) to be the fastest, or always by ``"rows"``, by ``"tiles"`` (on a processor) or
             ``"dense"`` where that is possible.
+        cuda_graphs: on CUDA, capture the launches of sparse calls and replay them for later calls of the same form.
         disabled_passes: names of optional passes to leave out. Their operators stay dense, results stay right.
     """
 
@@ -80,6 +81,7 @@ class Options:
     lowering: str = "plain"
     packing: int | None = None
     convolution: str = "auto"
+    cuda_graphs: bool = True
     disabled_passes: frozenset[str] = frozenset()
 
 
@@ -108,7 +110,10 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> tuple[
     convolution = given.get("convolution", "auto")
     if convolution not in CONVOLUTIONS:
         raise OptionError(f"option convolution must be one of {', '.join(CONVOLUTIONS)}, got {convolution!r}")
+    cuda_graphs = given.get("cuda_graphs", mode != "max-autotune-no-cudagraphs")
+    if not isinstance(cuda_graphs, bool):
+        raise OptionError(f"option cuda_graphs must be True or False, got {cuda_graphs!r}")
     disabled = given.get("disable_passes", ())
     if isinstance(disabled, str):
         disabled = tuple(name.strip() for name in disabled.split(",") if name.strip())
-    return given.get("runtime"), Options(norm, lowering, limit, convolution, frozenset(disabled))
+    return given.get("runtime"), Options(norm, lowering, limit, convolution, cuda_graphs, frozenset(disabled))

@@ -16,8 +16,9 @@ from torch import Tensor, fx
 from fisedit_compile.errors import CallMismatchError, GradientError, GraphError, ScalarMismatchError
 from fisedit_compile.lowering import Lowered, lower, valid_rows
 from fisedit_compile.ops.choices import taken
-from fisedit_compile.passes.program import InputInfo, Program
+from fisedit_compile.passes.program import GraphInput, InputInfo, Program
 from fisedit_compile.prologues import InvariantMemo, prologues
+from fisedit_compile.replay import Capturer, ReplayedGraph, Roles
 from fisedit_compile.runtime import EditPhase, PlanSpec, ProgramKey, RecordedCall, RecordPhase, Runtime, Site
 from fisedit_compile.runtime.plans import IndexPlan
 from fisedit_compile.runtime.spec import PlanInput
@@ -147,7 +148,13 @@ class Executable:
     """A graph and its program, as they run inside record and edit."""
 
     def __init__(
-        self, dense: Dense, program: Program | None, runtime: Runtime, identity: GraphIdentity, lowering: str = "plain"
+        self,
+        dense: Dense,
+        program: Program | None,
+        runtime: Runtime,
+        identity: GraphIdentity,
+        lowering: str = "plain",
+        capturer: Capturer | None = None,
     ) -> None:
         """Args:
         dense: the graph as Dynamo made it.
@@ -155,12 +162,14 @@ class Executable:
         runtime: whose recordings these are.
         identity: names the graph in recordings and messages.
         lowering: of the record and edit graphs.
+        capturer: captures and replays the launches of edit graphs; None: they are launched one by one.
         """
         self.dense = dense
         self.program = program
         self.identity = identity
         self._runtime = runtime
         self._lowering = lowering
+        self._capturer = capturer
         self._lock = threading.Lock()
         self._lowered: dict[str, Lowered] = {}
         self._sites: tuple[Site, ...] = program.sites if program is not None else ()
@@ -177,7 +186,8 @@ class Executable:
         self._key: ProgramKey | None = None
         self._warned = False
         if program is not None and self._sparse:
-            self._inputs = EditInputs(program, len(identity.input_infos), every_valid=lowering == "inductor")
+            every_valid = lowering == "inductor" or capturer is not None
+            self._inputs = EditInputs(program, len(identity.input_infos), every_valid)
             self._borrowed = _borrowed_outputs(program)
             self._output_names = tuple(f"output:{number}" for number in range(program.output_count))
             self._prologue_parameters = _picker(_used_inputs(program.prologue) if program.prologue else ())
@@ -247,7 +257,21 @@ class Executable:
         sources = self.program.edit_inputs if name in ("edit", "edit_save") else None
         # The prologue and the invariants run once: compiling them costs more than it saves.
         lowering = "plain" if name in ("prologue", "invariants") else self._lowering
-        return lower(getattr(self.program, name), lowering, sources)
+        lowered = lower(getattr(self.program, name), lowering, sources)
+        if sources is None or self._capturer is None:
+            return lowered
+        return ReplayedGraph(lowered, self._roles(sources), self._capturer, self.identity.label)
+
+    def _roles(self, sources: Sequence[GraphInput]) -> Roles:
+        """What a captured graph may read in place, and what it needs to copy once only."""
+        parameters = self.identity.positions("parameter")
+        held, stable = set(), set()
+        for position, source in enumerate(sources):
+            if source.kind == "hoisted" or (source.kind == "argument" and source.reference in parameters):
+                held.add(position)
+            elif source.kind != "argument":
+                stable.add(position)
+        return Roles(frozenset(held), frozenset(stable))
 
     def _dense_and_sites(self, arguments: Sequence[Any]) -> tuple[Sequence[Tensor], dict[str, Tensor]]:
         """Run densely; the outputs, and what a recorded call stores."""
@@ -299,7 +323,10 @@ class Executable:
         if program is None or program.mask_domain is None or program.batch is None:
             raise GraphError("a graph without spatial inputs was asked to run sparsely")
         device = arguments[self._picture].device
-        plan = phase.plan(PlanSpec(program.mask_domain, program.domains, program.stencils, program.batch, device))
+        bucketed = self._capturer is not None
+        plan = phase.plan(
+            PlanSpec(program.mask_domain, program.domains, program.stencils, program.batch, device, bucketed)
+        )
         if plan is None:
             if phase.saving:
                 phase.commit(key, dict(zip(call, call.stored(), strict=True)), self._sites)

@@ -27,6 +27,7 @@ class PlanSpec(NamedTuple):
         domains, stencils: what its graph inputs refer to.
         batch: batch size of its spatial inputs.
         device: where its tensors are.
+        bucketed: whether rows and halos are padded, see ``plans.bucket``.
     """
 
     mask_domain: Domain
@@ -34,6 +35,7 @@ class PlanSpec(NamedTuple):
     stencils: tuple[Stencil, ...]
     batch: int
     device: torch.device
+    bucketed: bool = False
 
 
 class PlanCache:
@@ -72,7 +74,7 @@ class PlanCache:
         if plan is None:
             # Kept for later runs, which may be outside inference mode.
             with torch.inference_mode(False):
-                plan = build_plan(fine.clone(), spec.domains, spec.stencils, spec.device)
+                plan = build_plan(fine.clone(), spec.domains, spec.stencils, spec.device, spec.bucketed)
             with self._lock:
                 self._plans[content] = plan
                 while len(self._plans) > KEPT:

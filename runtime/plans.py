@@ -6,7 +6,7 @@ in the rows of the source, in the halo (recorded positions next to the active on
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,18 @@ from fisedit_compile.runtime.taps import OUTSIDE, axis_taps, subpositions
 
 # A size that can be 0 or 1 forces a compiler to specialise on it, so no index is shorter than this.
 MINIMUM_ROWS = 2
+#: Least step from one bucket to the next.
+BUCKET = 16
+
+
+def bucket(count: int) -> int:
+    """The smallest bucket that holds ``count``: multiples of 16, and from 256 on eight to each doubling.
+
+    Captured launches hold for one size only. Padding up to a bucket makes masks of about the same size one size, for at
+    most an eighth more rows.
+    """
+    step = max(BUCKET, 1 << max(0, (count - 1).bit_length() - 4))
+    return -(-max(count, 1) // step) * step
 
 
 @dataclass(frozen=True)
@@ -83,7 +95,11 @@ class IndexPlan:
 
 
 def build_plan(
-    fine_mask: Tensor, domains: Iterable[Domain], stencils: Iterable[Stencil], device: torch.device | str
+    fine_mask: Tensor,
+    domains: Iterable[Domain],
+    stencils: Iterable[Stencil],
+    device: torch.device | str,
+    bucketed: bool = False,
 ) -> IndexPlan:
     """Build the index plan of a mask.
 
@@ -94,6 +110,7 @@ def build_plan(
         stencils: stencils to plan for.
         device: where the plan's tensors go. The plan itself is made on the CPU: it needs the counts of active
             positions on the host.
+        bucketed: pad rows and halos to the sizes of :func:`bucket`.
 
     Returns:
         The plan. A mask without any active position is allowed; all rows are padding then.
@@ -103,28 +120,33 @@ def build_plan(
         mask = mask[:1]
     stencils = tuple(dict.fromkeys(stencils))
     ends = [domain for stencil in stencils for domain in (stencil.source, stencil.target)]
-    plans = {domain: _plan_domain(reduce_mask(mask, domain)) for domain in dict.fromkeys([*domains, *ends])}
+    padded = bucket if bucketed else _unpadded
+    plans = {domain: _plan_domain(reduce_mask(mask, domain), padded) for domain in dict.fromkeys([*domains, *ends])}
     tensors: dict[PlanInput, Tensor | None] = {}
     for domain, plan in plans.items():
         tensors[PlanInput("index", domain)] = plan.index
         tensors[PlanInput("valid", domain)] = plan.valid
     for stencil in stencils:
-        for kind, tensor in _plan_stencil(stencil, plans[stencil.source], plans[stencil.target]).items():
+        for kind, tensor in _plan_stencil(stencil, plans[stencil.source], plans[stencil.target], padded).items():
             tensors[PlanInput(kind, stencil)] = tensor
     if torch.device(device).type != "cpu":
         tensors = {key: None if tensor is None else tensor.to(device) for key, tensor in tensors.items()}
     return IndexPlan(plans, tensors)
 
 
-def _plan_domain(mask: Tensor) -> DomainPlan:
-    """Plan one domain from its mask, bool ``[b, height, width]``."""
+def _unpadded(count: int) -> int:
+    return max(count, MINIMUM_ROWS)
+
+
+def _plan_domain(mask: Tensor, padded: Callable[[int], int]) -> DomainPlan:
+    """Plan one domain from its mask, bool ``[b, height, width]``; ``padded`` says how many rows so many need."""
     active = mask.flatten(1)
     batch, size = active.shape
     order = active.cumsum(1)  # [b, size]: number of active positions up to and with each one
     counts = order[:, -1]
     slot = torch.where(active, order - 1, -1)
     density = int(counts.sum()) / (batch * size)
-    rows = min(size, max(int(counts.max()), MINIMUM_ROWS))
+    rows = min(size, padded(int(counts.max())))
     if bool((counts == rows).all()):
         return DomainPlan((active.nonzero()[:, 1]).view(batch, rows), None, slot, density)
     positions = torch.arange(size)
@@ -151,7 +173,9 @@ def _tap_positions(stencil: Stencil, index: Tensor) -> tuple[Tensor, Tensor | No
     return positions, weights.view(batch, rows, -1)
 
 
-def _plan_stencil(stencil: Stencil, source: DomainPlan, target: DomainPlan) -> dict[str, Tensor]:
+def _plan_stencil(
+    stencil: Stencil, source: DomainPlan, target: DomainPlan, padded: Callable[[int], int]
+) -> dict[str, Tensor]:
     positions, weights = _tap_positions(stencil, target.index)
     batch, size, source_rows = positions.shape[0], stencil.source.size, source.index.shape[1]
     flat = positions.flatten(1)  # [b, N * K]
@@ -159,7 +183,7 @@ def _plan_stencil(stencil: Stencil, source: DomainPlan, target: DomainPlan) -> d
     needed = torch.zeros(batch, size + 1, dtype=torch.bool).scatter_(1, flat, True)[:, :size] & (source.slot < 0)
     order = needed.cumsum(1)
     counts = order[:, -1]
-    length = max(int(counts.max()), MINIMUM_ROWS)
+    length = padded(int(counts.max()))
     halo = torch.zeros(batch, length, dtype=torch.int64)
     sample, position = needed.nonzero(as_tuple=True)
     halo[sample, order[needed] - 1] = position

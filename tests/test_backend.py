@@ -89,24 +89,6 @@ def test_outside_of_contexts_outputs_and_gradients_are_those_of_eager() -> None:
         assert_identical(got.grad, wanted.grad, "gradient")
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"options": {"speed": 11}}, "unknown option 'speed'; valid options are runtime, norm, lowering"),
-        ({"options": {"lowering": "fast"}}, "lowering must be one of plain, inductor"),
-        ({"options": {"runtime": "mine"}}, "runtime must be a fisedit_compile.Runtime, got a str"),
-        ({"options": {"disable_passes": "verify"}}, "cannot disable verify"),
-        ({"options": {"packing": "lots"}}, "option packing must be a positive number of bytes"),
-        ({"options": {"packing": -1}}, "option packing must be a positive number of bytes"),
-        ({"options": {"convolution": "fast"}}, "must be one of auto, rows, tiles, dense, got 'fast'"),
-        ({"mode": "fastest"}, "unknown mode 'fastest'; valid modes are default"),
-    ],
-)
-def test_wrong_options(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(OptionError, match=message):
-        backend.fisedit(fx.symbolic_trace(lambda x: (x + 1,)), [picture()], **settings)
-
-
 def test_wrong_options_leave_a_context_as_themselves() -> None:
     runtime = fisedit.Runtime()
     module = torch.compile(Small(), backend="fisedit", options={"runtime": runtime, "norm": "wrong"})

@@ -6,7 +6,8 @@ import functools
 import math
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -53,30 +54,52 @@ def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
+#: By ``id`` of the table: table, halo, their state, and what they were resolved to.
+Entries = dict[int, tuple[weakref.ref[Tensor], weakref.ref[Tensor], tuple[int, ...], Tensor]]
+
+
 class ReadsCache:
     """Resolved reads by table and halo, for as long as the table lives; all convolutions of a stencil share them."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._entries: dict[int, tuple[weakref.ref[Tensor], weakref.ref[Tensor], tuple[int, ...], Tensor]] = {}
+        self._shared: Entries = {}
+        self._local = threading.local()
+
+    @property
+    def _entries(self) -> Entries:
+        own: Entries | None = getattr(self._local, "entries", None)
+        return self._shared if own is None else own
+
+    @contextmanager
+    def fresh(self) -> Iterator[None]:
+        """Compute everything anew in this thread: while launches are captured, so that resolving is captured too and
+        every replay resolves what its tables hold by then."""
+        before = getattr(self._local, "entries", None)
+        self._local.entries = {}
+        try:
+            yield
+        finally:
+            self._local.entries = before
 
     def get(self, halo: Tensor, table: Tensor, source_count: int) -> Tensor:
         """The result of :func:`resolve_reads`, computed once for tensors that do not change."""
         key, state = id(table), (source_count, _version(halo), _version(table))
+        entries = self._entries
         with self._lock:
-            entry = self._entries.get(key)
+            entry = entries.get(key)
         if entry is not None and entry[0]() is table and entry[1]() is halo and entry[2] == state:
             return entry[3]
         reads = resolve_reads(halo, table, source_count)
 
         def forget(reference: weakref.ref[Tensor]) -> None:
             # Another table may have the same id by now.
-            known = self._entries.get(key)
+            known = entries.get(key)
             if known is not None and known[0] is reference:
-                self._entries.pop(key, None)
+                entries.pop(key, None)
 
         with self._lock:
-            self._entries[key] = (weakref.ref(table, forget), weakref.ref(halo), state, reads)
+            entries[key] = (weakref.ref(table, forget), weakref.ref(halo), state, reads)
         return reads
 
     def __len__(self) -> int:

@@ -16,7 +16,8 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -216,6 +217,19 @@ class Taken(threading.local):
     def note(self, way: str) -> None:
         """Count a way."""
         self._counts[way] += 1
+
+    def add(self, counts: Mapping[str, int]) -> None:
+        """Count several ways."""
+        self._counts.update(counts)
+
+    @contextmanager
+    def apart(self) -> Iterator[Counter[str]]:
+        """Count what is taken inside by itself; the counts are what is yielded."""
+        before, self._counts = self._counts, Counter()
+        try:
+            yield self._counts
+        finally:
+            self._counts = before
 
     def drain(self) -> Counter[str]:
         """The counts, which begin anew."""

@@ -41,8 +41,10 @@ def test_networks(benchmark: ModuleType, capsys: pytest.CaptureFixture) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[1:4] for line in lines if line.startswith("| scenes")] == [
         ["eager, channels last", "", ""],
-        ["fisedit", "square", "0.1"],
-        ["fisedit", "ragged", "0.1"],
+        ["fisedit, launches one by one", "square", "0.1"],
+        ["fisedit, launches one by one", "ragged", "0.1"],
+        ["fisedit, CUDA graphs", "square", "0.1"],
+        ["fisedit, CUDA graphs", "ragged", "0.1"],
     ]
 
 

@@ -16,6 +16,7 @@ LAYERS = (
     ("kernels",),
     ("passes",),
     ("private", "tracing", "lowering", "prologues"),
+    ("replay",),
     ("executable", "compiled_graph", "backend", "kernel_report", "explain"),
     ("models", "scenes", "pipelines", ""),
     ("bench",),

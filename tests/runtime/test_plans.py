@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from fisedit_compile.errors import GraphError
 from fisedit_compile.runtime.masks import reduce_mask
-from fisedit_compile.runtime.plans import build_plan
+from fisedit_compile.runtime.plans import bucket, build_plan
 from fisedit_compile.runtime.spec import Domain, PlanInput, Stencil
 
 from sparse_maps import Case, masks, take, window
@@ -210,6 +210,45 @@ def test_domain_invariants(data: st.DataObject) -> None:
             assert positions.unique().numel() == positions.numel()
             assert positions[flags].tolist() == active[sample].nonzero().flatten().tolist()
             assert not active[sample][positions[~flags]].any()
+
+
+def test_buckets_hold_their_counts_and_waste_little() -> None:
+    sizes = [bucket(count) for count in range(5000)]
+    assert all(size >= count for count, size in enumerate(sizes))
+    assert all(size <= max(count * 9 / 8, count + 15) for count, size in enumerate(sizes) if count)
+    assert all(bucket(size) == size and size % 16 == 0 for size in sizes)
+    assert len(set(sizes)) == 16 + 4 * 8 + 2  # to 256; to 4096; beyond
+
+
+@settings(max_examples=50, deadline=None)
+@given(data=st.data())
+def test_bucketed_plans_are_padded_ones(data: st.DataObject) -> None:
+    """The same rows and taps as without buckets, then padding; positions stay distinct."""
+    domain = Domain(data.draw(st.integers(1, 9)), data.draw(st.integers(1, 9)))
+    mask = data.draw(masks(domain, 2))
+    stencil = window(domain)
+    plain, padded = (build_plan(mask, [], [stencil], "cpu", bucketed) for bucketed in (False, True))
+    index, valid = (padded.tensor(PlanInput(kind, domain)) for kind in ("index", "valid"))
+    halo, table = (padded.tensor(PlanInput(kind, stencil)) for kind in ("halo", "table"))
+    assert index.shape[1] == min(domain.size, bucket(plain.count(domain)))
+    assert halo.shape[1] == bucket(halo.shape[1])
+    count = plain.count(domain)
+    plain_index, plain_halo = plain.tensor(PlanInput("index", domain)), plain.tensor(PlanInput("halo", stencil))
+    for sample in range(index.shape[0]):
+        assert index[sample].unique().numel() == index.shape[1]
+        assert valid is None or int(valid[sample].sum()) == int(mask.expand(2, -1, -1)[sample].sum())
+        assert index[sample, :count].tolist() == plain_index[sample].tolist()
+        read = [
+            _positions(each.tensor(PlanInput("table", stencil))[sample, :count], own_index[sample], own_halo[sample])
+            for each, own_index, own_halo in ((plain, plain_index, plain_halo), (padded, index, halo))
+        ]
+        # Padding rows of the source stand for recorded values as halo positions do.
+        assert torch.equal(*read)
+
+
+def _positions(table: Tensor, index: Tensor, halo: Tensor) -> Tensor:
+    """The position of the map that each tap reads; -1 outside."""
+    return torch.cat([index, halo, torch.tensor([-1])])[table]
 
 
 @settings(max_examples=50, deadline=None)

@@ -1,0 +1,267 @@
+"""Edit graphs whose launches are captured once as a CUDA graph and replayed, for every later call of the same form.
+
+A sparse call launches about a thousand small kernels; asking for them one by one takes longer than running them. A
+captured graph is asked for at once, but reads and writes the memory that it was captured with. So what changes from
+call to call is copied into static tensors first: latents, timesteps, prompts, index tables and recorded inputs. Weights
+and what is made from them stay where they are, and their addresses are part of the form. Index tables are padded to a
+few sizes (:func:`fisedit_compile.runtime.plans.bucket`), so that another mask of about the same size has the same form.
+
+The first call of a form runs as usual: many forms come only once. The second one is captured.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fisedit_compile.kernels.conv import reads_cache
+from fisedit_compile.lowering import Lowered
+from fisedit_compile.ops.choices import taken
+
+logger = logging.getLogger(__name__)
+
+#: Captured forms of a graph that are kept; each holds its inputs and the memory of its intermediates.
+KEPT = 8
+#: Replays of a form that are compared with launches one by one: with the inputs of the capture, and with others.
+CHECKED = 2
+#: Largest difference between them, as a share of the largest value. The kernels are the same, so are nearly all bits.
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A captured run: ``replay`` computes ``outputs`` again, from whatever its inputs hold by then."""
+
+    replay: Callable[[], None]
+    outputs: Sequence[Any]
+
+
+class Capturer(Protocol):
+    """What can capture launches."""
+
+    device: torch.device
+
+    def available(self) -> bool:
+        """Whether something can be captured now: not while somebody else captures."""
+
+    def capture(self, run: Callable[[], Sequence[Any]]) -> Captured:
+        """Capture what ``run`` launches.
+
+        Raises:
+            RuntimeError: it did something that cannot be captured, such as reading a value back.
+        """
+
+    def ordered(self) -> AbstractContextManager[None]:
+        """Uses of one captured graph by several streams wait for each other."""
+
+
+class CudaCapturer:
+    """Captures CUDA graphs. All graphs of one capturer share memory for intermediates; replays take turns."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._pool: Any = None
+        self._last: torch.cuda.Event | None = None
+
+    def available(self) -> bool:
+        """See ``Capturer``."""
+        return not torch.cuda.is_current_stream_capturing()
+
+    def capture(self, run: Callable[[], Sequence[Any]]) -> Captured:
+        """See ``Capturer``."""
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may allocate meanwhile.
+        with (
+            torch.cuda.device(self.device),
+            torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+        ):
+            outputs = run()
+        return Captured(graph.replay, outputs)
+
+    @contextmanager
+    def ordered(self) -> Iterator[None]:
+        """See ``Capturer``."""
+        stream = torch.cuda.current_stream(self.device)
+        if self._last is not None:
+            stream.wait_event(self._last)
+        try:
+            yield
+        finally:
+            self._last = stream.record_event()
+
+
+def capturer_for(devices: Iterable[torch.device]) -> Capturer | None:
+    """What captures graphs with inputs on these devices; None where nothing does: without CUDA."""
+    for device in devices:
+        if device.type == "cuda" and torch.version.hip is None:
+            return CudaCapturer(device)
+    return None
+
+
+@dataclass(frozen=True)
+class Roles:
+    """What the inputs of a graph are, by position.
+
+    Attributes:
+        held: tensors that stay where they are, such as parameters: read in place.
+        stable: tensors that keep their values for as long as they exist, such as index tables and recorded maps. The
+            others may be changed in place by anybody, and are copied at every call.
+    """
+
+    held: frozenset[int]
+    stable: frozenset[int]
+
+
+class ReplayedGraph:
+    """A lowered graph that is captured at the second call with inputs of one form, and replayed from then on."""
+
+    def __init__(self, run: Lowered, roles: Roles, capturer: Capturer, label: str) -> None:
+        """Args:
+        run: the graph.
+        roles: of its inputs.
+        capturer: for the device of its tensors.
+        label: the graph in words, for messages.
+        """
+        self._run = run
+        self._roles = roles
+        self._capturer = capturer
+        self._label = label
+        self._lock = threading.Lock()
+        self._forms: OrderedDict[Hashable, _Form | None] = OrderedDict()
+        self.refusal: str | None = None
+
+    def __call__(self, *inputs: Any) -> Sequence[Any]:
+        """What the graph computes; tensors are the caller's own."""
+        if self.refusal is not None or not self._capturer.available():
+            return self._run_plainly(inputs)
+        with self._lock, self._capturer.ordered():
+            form = self._form(inputs)
+            if form is None:
+                return self._run_plainly(inputs)
+            if form not in self._forms:
+                self._forms[form] = None
+                while len(self._forms) > KEPT:
+                    self._forms.popitem(last=False)
+                return self._run_plainly(inputs)
+            self._forms.move_to_end(form)
+            captured = self._forms[form]
+            if captured is None:
+                captured = self._forms[form] = _Form(inputs, self._roles)
+            return self._replay(captured, inputs)
+
+    def _run_plainly(self, inputs: Sequence[Any]) -> Sequence[Any]:
+        taken.note("edit graph: launched one by one")
+        return self._run(*inputs)
+
+    def _form(self, inputs: Sequence[Any]) -> Hashable:
+        """What a captured graph depends on besides the values of its static tensors; None: it cannot be captured."""
+        form: list[Hashable] = []
+        for position, value in enumerate(inputs):
+            if not isinstance(value, Tensor):
+                form.append(value)
+            elif position in self._roles.held:
+                form.append(value.data_ptr())
+            else:
+                if value.device != self._capturer.device:
+                    # Its value would become part of the captured launches.
+                    self._refuse(f"input {position} lies on {value.device}, not on {self._capturer.device}")
+                    return None
+                form.append((value.dtype, value.shape, value.stride()))
+        return tuple(form)
+
+    def _refuse(self, reason: str) -> None:
+        self.refusal = reason
+        self._forms.clear()
+        logger.warning("%s runs without CUDA graphs: %s", self._label, reason)
+
+    def _replay(self, form: _Form, inputs: Sequence[Any]) -> Sequence[Any]:
+        form.fill(inputs)
+        expected: Sequence[Any] | None = None
+        if form.unchecked:
+            with taken.apart() as form.ways:
+                expected = self._run(*form.statics)
+            if form.captured is None:
+                try:
+                    with reads_cache.fresh(), taken.apart():
+                        form.captured = self._capturer.capture(lambda: self._run(*form.statics))
+                except RuntimeError as error:
+                    self._refuse(str(error).partition("\n")[0])
+                    return expected
+        if form.captured is None:
+            raise RuntimeError(f"{self._label} was to be replayed but never captured")
+        form.captured.replay()
+        outputs = [value.clone() if isinstance(value, Tensor) else value for value in form.captured.outputs]
+        if expected is not None:
+            form.unchecked -= 1
+            if reason := difference(outputs, expected):
+                self._refuse(f"a replay differs from launches one by one: {reason}")
+                return expected
+        taken.add(form.ways)
+        taken.note("edit graph: replayed")
+        return outputs
+
+
+class _Form:
+    """Static tensors for inputs of one form, and the graph captured with them."""
+
+    def __init__(self, inputs: Sequence[Any], roles: Roles) -> None:
+        with torch.inference_mode(False):
+            self.statics = [
+                torch.empty_like(value, requires_grad=False)
+                if isinstance(value, Tensor) and position not in roles.held
+                else value
+                for position, value in enumerate(inputs)
+            ]
+        self._copied = [at for at, value in enumerate(inputs) if isinstance(value, Tensor) and at not in roles.held]
+        self._stable = roles.stable
+        self._last: dict[int, weakref.ref[Tensor]] = {}
+        self.captured: Captured | None = None
+        self.ways: Counter[str] = Counter()
+        self.unchecked = CHECKED
+
+    def fill(self, inputs: Sequence[Any]) -> None:
+        """Copy what is not there already."""
+        targets, sources = [], []
+        for position in self._copied:
+            value = inputs[position]
+            if position in self._stable:
+                last = self._last.get(position)
+                if last is not None and last() is value:
+                    continue
+                self._last[position] = weakref.ref(value)
+            targets.append(self.statics[position])
+            sources.append(value)
+        for dtype in dict.fromkeys(value.dtype for value in sources):
+            # One launch for all tensors of a dtype.
+            same = [at for at, value in enumerate(sources) if value.dtype == dtype]
+            torch.ops.aten._foreach_copy_([targets[at] for at in same], [sources[at] for at in same])
+
+
+def difference(outputs: Sequence[Any], expected: Sequence[Any]) -> str | None:
+    """Where two lists of results differ by more than rounding, in words; None: nowhere."""
+    for number, (value, wanted) in enumerate(zip(outputs, expected, strict=True)):
+        if not isinstance(wanted, Tensor):
+            continue
+        if value.shape != wanted.shape or value.dtype != wanted.dtype:
+            return f"output {number} is {value.dtype} {list(value.shape)}, not {wanted.dtype} {list(wanted.shape)}"
+        if not wanted.is_floating_point():
+            if not torch.equal(value, wanted):
+                return f"output {number} is another"
+            continue
+        first, second = value.double().nan_to_num(), wanted.double().nan_to_num()
+        error, largest = float((first - second).abs().amax()) if first.numel() else 0.0, 0.0
+        if error:
+            largest = float(second.abs().amax())
+        if error > TOLERANCES.get(wanted.dtype, 0.0) * largest or not torch.equal(value.isnan(), wanted.isnan()):
+            return f"output {number} is off by {error:.3g}, its largest value is {largest:.3g}"
+    return None

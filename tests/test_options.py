@@ -1,0 +1,54 @@
+"""Options of the backend: which are refused, and what they switch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+
+from fisedit_compile import backend
+from fisedit_compile.errors import OptionError
+
+
+def picture() -> torch.Tensor:
+    return torch.randn(1, 3, 13, 9)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"options": {"speed": 11}}, "unknown option 'speed'; valid options are runtime, norm, lowering"),
+        ({"options": {"lowering": "fast"}}, "lowering must be one of plain, inductor"),
+        ({"options": {"runtime": "mine"}}, "runtime must be a fisedit_compile.Runtime, got a str"),
+        ({"options": {"disable_passes": "verify"}}, "cannot disable verify"),
+        ({"options": {"packing": "lots"}}, "option packing must be a positive number of bytes"),
+        ({"options": {"packing": -1}}, "option packing must be a positive number of bytes"),
+        ({"options": {"cuda_graphs": 1}}, "option cuda_graphs must be True or False, got 1"),
+        ({"options": {"convolution": "fast"}}, "must be one of auto, rows, tiles, dense, got 'fast'"),
+        ({"mode": "fastest"}, "unknown mode 'fastest'; valid modes are default"),
+    ],
+)
+def test_wrong_options(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        backend.fisedit(fx.symbolic_trace(lambda x: (x + 1,)), [picture()], **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "captured"),
+    [
+        ({}, True),
+        ({"options": {"cuda_graphs": False}}, False),
+        ({"mode": "reduce-overhead"}, True),
+        ({"mode": "max-autotune-no-cudagraphs"}, False),
+    ],
+)
+def test_launches_are_captured_unless_switched_off(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], captured: bool
+) -> None:
+    asked: list[list[torch.device]] = []
+    monkeypatch.setattr(backend, "capturer_for", asked.append)
+    compiled = backend.fisedit(fx.symbolic_trace(lambda x: (x + 1,)), [picture()], **settings)
+    assert compiled.executable.program is not None
+    assert asked == ([[torch.device("cpu")]] if captured else [])

@@ -1,0 +1,203 @@
+"""Capturing a graph by the form of its inputs: when, what is copied, and when it is left alone."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from tape import TapeCapturer
+from torch import Tensor
+
+from fisedit_compile.replay import KEPT, Captured, ReplayedGraph, Roles, capturer_for, difference
+
+from tolerances import assert_identical
+
+#: Inputs: a weight (held), a table (stable), a latent (copied), a number.
+ROLES = Roles(held=frozenset({0}), stable=frozenset({1}))
+
+
+def compute(weight: Tensor, table: Tensor, latent: Tensor, number: float) -> tuple[Tensor, None]:
+    return latent[table] * weight + number, None
+
+
+class Setting:
+    """A graph that is captured, its inputs, and how often it ran."""
+
+    def __init__(self, run: Callable[..., Sequence[Any]] = compute, capturer: TapeCapturer | None = None) -> None:
+        self.capturer = capturer or TapeCapturer()
+        self.runs = 0
+        self._run = run
+        self.graph = ReplayedGraph(self.run, ROLES, self.capturer, "the test graph")
+        self.weight = torch.tensor([2.0, 3.0])
+
+    def run(self, *inputs: Any) -> Sequence[Any]:
+        self.runs += 1
+        return self._run(*inputs)
+
+    def check(self, seed: int, table: Tensor, number: float = 1.0) -> None:
+        """One call, compared with what it must compute."""
+        latent = torch.randn(5, 2, generator=torch.Generator().manual_seed(seed))
+        result, nothing = self.graph(self.weight, table, latent, number)
+        assert_identical(result, compute(self.weight, table, latent, number)[0], f"call {seed}")
+        assert nothing is None
+        result.fill_(float("nan"))
+
+
+def test_the_second_call_is_captured_and_later_ones_only_replayed() -> None:
+    setting, table = Setting(), torch.tensor([0, 3])
+    setting.check(0, table)
+    assert (setting.capturer.captures, setting.capturer.replays, setting.runs) == (0, 0, 1)
+    setting.check(1, table)
+    # Once for the launches one by one that the replay is compared with, once for the capture.
+    assert (setting.capturer.captures, setting.capturer.replays, setting.runs) == (1, 1, 3)
+    setting.check(2, table)
+    assert (setting.capturer.replays, setting.runs) == (2, 4)
+    for seed in range(3, 6):
+        setting.check(seed, torch.tensor([1, seed - 1]))
+    assert (setting.capturer.captures, setting.capturer.replays, setting.runs) == (1, 5, 4)
+
+
+def test_other_forms_are_captured_by_themselves() -> None:
+    setting = Setting()
+    for table in (torch.tensor([0, 3]), torch.tensor([4, 1, 0])):
+        for seed in range(3):
+            setting.check(seed, table)
+    assert setting.capturer.captures == 2
+    for number in (2.0, 3.0):
+        # Numbers are part of captured launches.
+        setting.check(7, torch.tensor([0, 3]), number)
+    assert setting.capturer.captures == 2
+
+
+def test_a_parameter_that_moved_is_another_form() -> None:
+    setting, table = Setting(), torch.tensor([0, 3])
+    for seed in range(4):
+        setting.check(seed, table)
+    setting.weight.data = torch.tensor([5.0, 7.0])
+    for seed in range(4):
+        setting.check(seed, table)
+    assert setting.capturer.captures == 2
+
+
+def test_a_parameter_changed_in_place_is_read_where_it_is() -> None:
+    setting, table = Setting(), torch.tensor([0, 3])
+    for seed in range(4):
+        setting.check(seed, table)
+    setting.weight.data += 1.0
+    setting.check(5, table)
+    assert setting.capturer.captures == 1
+
+
+def test_what_anybody_may_change_is_copied_at_every_call() -> None:
+    setting, table = Setting(), torch.tensor([0, 3])
+    latent = torch.ones(5, 2)
+    for _ in range(5):
+        latent.data += 1.0
+        result, _ = setting.graph(setting.weight, table, latent, 0.0)
+        assert_identical(result, latent[table] * setting.weight)
+    assert setting.capturer.replays == 4
+
+
+def test_only_a_few_forms_are_kept() -> None:
+    setting = Setting()
+    for _ in range(2):
+        for count in range(1, KEPT + 2):
+            setting.check(count, torch.zeros(count, dtype=torch.int64))
+    assert setting.capturer.captures == 0
+    setting.check(0, torch.zeros(KEPT + 1, dtype=torch.int64))
+    assert setting.capturer.captures == 1
+
+
+def test_what_cannot_be_captured_runs_as_before_and_says_why(caplog: pytest.LogCaptureFixture) -> None:
+    def reads_back(weight: Tensor, table: Tensor, latent: Tensor, number: float) -> tuple[Tensor, None]:
+        return compute(weight, table, latent, number + 0.0 * latent.sum().item())
+
+    setting, table = Setting(reads_back), torch.tensor([0, 3])
+    with caplog.at_level(logging.WARNING):
+        for seed in range(4):
+            setting.check(seed, table)
+    assert setting.capturer.replays == 0
+    (record,) = [record for record in caplog.records if record.name == "fisedit_compile.replay"]
+    assert "the test graph runs without CUDA graphs" in record.message and "reads a value back" in record.message
+
+
+class Forgetful(TapeCapturer):
+    """Its replays compute nothing, from the given one on."""
+
+    def __init__(self, works: int) -> None:
+        super().__init__()
+        self._works = works
+
+    def capture(self, run: Callable[[], Sequence[Any]]) -> Captured:
+        captured = super().capture(run)
+
+        def replay() -> None:
+            if self.replays < self._works:
+                captured.replay()
+
+        return Captured(replay, captured.outputs)
+
+
+@pytest.mark.parametrize("works", [0, 1])
+def test_a_wrong_replay_is_noticed_and_never_returned(works: int, caplog: pytest.LogCaptureFixture) -> None:
+    setting, table = Setting(capturer=Forgetful(works)), torch.tensor([0, 3])
+    with caplog.at_level(logging.WARNING):
+        for seed in range(5):
+            setting.check(seed, table)
+    assert setting.capturer.replays == works
+    assert "a replay differs from launches one by one" in caplog.text
+
+
+def test_tensors_on_another_device_are_not_captured() -> None:
+    setting = Setting(lambda weight, table, latent, number: (weight, None))
+    for _ in range(3):
+        setting.graph(setting.weight, torch.tensor([0]), torch.empty(5, 2, device="meta"), 1.0)
+    assert setting.capturer.captures == 0
+    assert setting.graph.refusal == "input 2 lies on meta, not on cpu"
+
+
+def test_nothing_is_captured_while_somebody_else_captures() -> None:
+    setting, table = Setting(), torch.tensor([0, 3])
+    setting.capturer.busy = True
+    for seed in range(4):
+        setting.check(seed, table)
+    assert setting.capturer.captures == 0
+    setting.capturer.busy = False
+    for seed in range(4):
+        setting.check(seed, table)
+    assert setting.capturer.captures == 1
+
+
+def test_captures_are_usable_in_and_outside_of_inference_mode() -> None:
+    setting, table = Setting(), torch.tensor([0, 3])
+    for seed in range(6):
+        with torch.inference_mode(seed % 2 == 1):
+            setting.check(seed, table)
+    assert setting.capturer.replays == 5
+
+
+def test_processors_capture_nothing() -> None:
+    assert capturer_for([torch.device("cpu")]) is None
+    assert capturer_for([]) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "expected", "reason"),
+    [
+        (torch.ones(2), torch.ones(2), None),
+        (torch.ones(2), torch.ones(3), "output 0 is torch.float32 [2], not torch.float32 [3]"),
+        (torch.ones(2).half(), torch.ones(2), "output 0 is torch.float16 [2], not torch.float32 [2]"),
+        (torch.ones(2), torch.ones(2) * 1.001, "output 0 is off by 0.001, its largest value is 1"),
+        (torch.ones(2), torch.ones(2) * (1 + 1e-6), None),
+        (torch.tensor([1.0, float("nan")]), torch.tensor([1.0, float("nan")]), None),
+        (torch.tensor([0.0, float("nan")]), torch.tensor([0.0, 0.0]), "output 0 is off by 0, its largest value is 0"),
+        (torch.tensor([1]), torch.tensor([2]), "output 0 is another"),
+        (torch.empty(0), torch.empty(0), None),
+        (None, None, None),
+    ],
+)
+def test_differences_are_told(value: Any, expected: Any, reason: str | None) -> None:
+    assert difference([value], [expected]) == reason
