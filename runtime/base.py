@@ -13,6 +13,7 @@ from fisedit_compile.errors import BudgetError, OptionError
 from fisedit_compile.runtime.fingerprint import Weights
 from fisedit_compile.runtime.spec import Site
 from fisedit_compile.runtime.stats import format_bytes
+from fisedit_compile.runtime.tiers import Lane, Loading
 
 STORAGE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """What spatial sites may be stored as."""
@@ -47,18 +48,27 @@ class RecordedCall(Mapping[str, Tensor]):
 
     Attributes:
         scalars: copies of the call's scalar inputs.
+        lane: brings those tensors to the device that lie on the host; None: all lie where they are used.
         bytes_loaded: bytes of the tensors that were taken from this object.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], scalars: tuple[Scalar, ...]) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], scalars: tuple[Scalar, ...], lane: Lane | None = None) -> None:
         self._tensors = dict(tensors)
+        self.lane = lane
+        self._loading: Loading | None = None
         self.scalars = scalars
         self.bytes_loaded = 0
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self._tensors[name]
         self.bytes_loaded += tensor.numel() * tensor.element_size()
-        return tensor
+        self.load()
+        return tensor if self._loading is None else self._loading[name]
+
+    def load(self) -> None:
+        """Start to bring the tensors to the device, unless they are there or on their way."""
+        if self.lane is not None and self._loading is None:
+            self._loading = Loading(self._tensors, self.lane)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -67,11 +77,11 @@ class RecordedCall(Mapping[str, Tensor]):
         return len(self._tensors)
 
     def reader(self) -> RecordedCall:
-        """The same tensors with a counter of its own, for one edit call."""
-        return RecordedCall(self._tensors, self.scalars)
+        """The same tensors with a counter of its own, for one edit call; what it brings to the device goes with it."""
+        return RecordedCall(self._tensors, self.scalars, self.lane)
 
     def stored(self) -> Iterable[Tensor]:
-        """The tensors, not counted as loaded."""
+        """The tensors as they are kept, not counted as loaded; they may lie on the host."""
         return self._tensors.values()
 
     @property

@@ -172,6 +172,8 @@ class EditPhase(_Phase):
         self._plans: dict[PlanSpec, IndexPlan | None] = {}
         self._scalars = ScalarCheck(base.name)
         self._current: dict[ProgramKey, RecordedCall] = {}
+        self._ahead: dict[ProgramKey, RecordedCall] = {}
+        self._active = False
         self._closed = False
         self.density: float | None = None
 
@@ -201,6 +203,7 @@ class EditPhase(_Phase):
         prepared = prepare_mask(mask).cpu()
         self._plans = {}
         self._mask = prepared
+        self._active = bool(prepared.any())
         self.density = float(prepared.float().mean())
 
     def begin(self, key: ProgramKey, parameters: Sequence[Tensor], scalars: Sequence[Scalar]) -> RecordedCall:
@@ -236,7 +239,14 @@ class EditPhase(_Phase):
             self._reserve(call.bytes, ordinal, key)
         self._ordinals[key] = ordinal + 1
         self._current[key] = call
-        return call.reader()
+        reader = self._ahead.pop(key, None) or call.reader()
+        if self._active:
+            reader.load()
+            if ordinal + 1 < len(recording.calls):
+                # On its way while this call computes.
+                following = self._ahead[key] = recording.calls[ordinal + 1].reader()
+                following.load()
+        return reader
 
     @contextmanager
     def running(self, call: RecordedCall, dense: bool = False) -> Iterator[RecordedCall]:
@@ -287,6 +297,7 @@ class EditPhase(_Phase):
             BudgetError: the budget does not leave the copies.
         """
         recorded = dict(zip(call, call.stored(), strict=True))
+        bytes_loaded = call.bytes_loaded
         changed = [site for site, update in zip(sites, updates, strict=True) if update is not None]
         self._reserve(sum(recorded[site.name].nbytes for site in changed), None, None)
         result: dict[str, Tensor] = {}
@@ -301,7 +312,9 @@ class EditPhase(_Phase):
                     valid = plan.tensor(PlanInput("valid", site.domain))
                     if index is None:
                         raise GraphError(f"the plan has no index of {site.domain}")
-                    result[site.name] = write_rows(recorded[site.name], site, update, index, valid)
+                    result[site.name] = write_rows(call[site.name], site, update, index, valid)
+        # Not for computing.
+        call.bytes_loaded = bytes_loaded
         return result
 
     def commit(
@@ -319,7 +332,7 @@ class EditPhase(_Phase):
         parent = self._current[key]
         shared = frozenset(id(tensor) for tensor in parent.stored())
         weights = self.base.recordings[key].weights
-        self.writer.append(key, weights, parent.scalars, tensors, sites, protected, shared)
+        self.writer.append(key, weights, parent.scalars, tensors, sites, protected, shared, parent.lane)
 
     def fingerprint(self, key: ProgramKey) -> Fingerprint:
         """The fingerprint of a graph's parameters in this context; known after ``begin``."""
@@ -351,6 +364,7 @@ class EditPhase(_Phase):
         self.writer = None
         self._closed = True
         self._current = {}
+        self._ahead = {}
         self._plans = {}
 
     def _reserve(self, needed: int, ordinal: int | None, key: ProgramKey | None) -> None:

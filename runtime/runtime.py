@@ -18,6 +18,7 @@ from fisedit_compile.runtime.phases import EditPhase, RecordPhase
 from fisedit_compile.runtime.spec import Site
 from fisedit_compile.runtime.stats import Stats, format_bytes
 from fisedit_compile.runtime.store import BaseWriter, Store
+from fisedit_compile.runtime.tiers import check_tier
 
 Phase = RecordPhase | EditPhase
 
@@ -97,18 +98,22 @@ class Runtime:
     """Makers of context managers that are entered with every record and edit; the backend adds one that turns silent
     fallbacks of the tracer into errors."""
 
-    def __init__(self, storage: torch.dtype | None = None, budget: int | str | None = None) -> None:
+    def __init__(
+        self, storage: torch.dtype | None = None, budget: int | str | None = None, tier: str = "device"
+    ) -> None:
         """Make an empty runtime.
 
         Args:
             storage: type in which recorded feature maps are stored (``torch.float16`` halves a float32 network's
                 bytes); None: as computed. Outputs and statistics are always stored as computed.
+            tier: where recordings are kept: ``"device"``, where they are computed, or ``"host"``: on CUDA in pinned
+                memory of the host. They are copied there, and back for the next call, while the device computes.
             budget: most bytes all bases may take: a number, ``"8GB"`` or ``"512MiB"``; None: no limit.
 
         Raises:
-            OptionError: another type, or no positive number of bytes.
+            OptionError: another type or tier, or no positive number of bytes.
         """
-        self._store = Store(check_storage(storage), parse_bytes("budget", budget))
+        self._store = Store(check_storage(storage), parse_bytes("budget", budget), tier=check_tier(tier))
         self._lock = threading.RLock()
         self._local = threading.local()
 
@@ -129,6 +134,11 @@ class Runtime:
         return self._store.storage
 
     @property
+    def tier(self) -> str:
+        """Where recordings are kept: ``"device"`` or ``"host"``."""
+        return self._store.tier
+
+    @property
     def budget(self) -> int | None:
         """Most bytes all bases may take; None: no limit."""
         return self._store.ledger.budget
@@ -136,11 +146,11 @@ class Runtime:
     def expendable(self) -> Runtime:
         """A second runtime for recordings that can be done without.
 
-        It has the same storage type and counts towards the same budget; its bases are dropped when this runtime needs
-        the room. ``stats.bytes_stored`` of either is what both hold. Contexts of the two may be nested.
+        It has the same storage type and tier and counts towards the same budget; its bases are dropped when this
+        runtime needs the room. ``stats.bytes_stored`` of either is what both hold. Contexts of the two may be nested.
         """
-        other = Runtime(self.storage)
-        other._store = Store(self.storage, None, self._store.ledger)
+        other = Runtime()
+        other._store = Store(self.storage, None, self._store.ledger, self._store.tier)
 
         def reclaim() -> bool:
             names = other.bases
@@ -271,6 +281,7 @@ class Runtime:
         try:
             yield
             if writer is not None:
+                self._store.finish()
                 with self._lock:
                     replaced = self._store.bases.pop(writer.base.name, None)
                     self._store.bases[writer.base.name] = writer.base

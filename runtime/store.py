@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from fisedit_compile.errors import FisEditError, GraphError
+from fisedit_compile.runtime import tiers
 from fisedit_compile.runtime.base import (
     Base,
     Ledger,
@@ -22,22 +24,44 @@ from fisedit_compile.runtime.fingerprint import Weights
 from fisedit_compile.runtime.plancache import PlanCache
 from fisedit_compile.runtime.spec import Site
 from fisedit_compile.runtime.stats import StatsCounter
+from fisedit_compile.runtime.tiers import Lane
 
 
 class Store:
-    """What all phases of a runtime share: its bases, settings, ledger, counters and plans.
+    """What all phases of a runtime share: its bases, settings, ledger, counters, plans and lanes.
 
-    ``ledger``: the one of another store, when both count towards one budget; None: its own. ``reclaim`` makes room in
-    the budget by dropping what can be done without, and says whether there was something to drop.
+    ``tier``: where recordings are kept, see :mod:`fisedit_compile.runtime.tiers`. ``ledger``: the one of another store,
+    when both count towards one budget; None: its own. ``reclaim`` makes room in the budget by dropping what can be done
+    without, and says whether there was something to drop.
     """
 
-    def __init__(self, storage: torch.dtype | None, budget: int | None, ledger: Ledger | None = None) -> None:
+    def __init__(
+        self, storage: torch.dtype | None, budget: int | None, ledger: Ledger | None = None, tier: str = "device"
+    ) -> None:
         self.bases: dict[str, Base] = {}
         self.storage = storage
+        self.tier = tier
+        self._lanes: dict[torch.device, Lane | None] = {}
+        self._lock = threading.Lock()
         self.ledger = ledger if ledger is not None else Ledger(budget)
         self.counter = StatsCounter()
         self.plans = PlanCache(self.counter)
         self.reclaim: Callable[[], bool] = lambda: False
+
+    def lane(self, device: torch.device) -> Lane | None:
+        """What brings recordings from a device to the host and back; None: they stay where they are."""
+        if self.tier == "device":
+            return None
+        with self._lock:
+            if device not in self._lanes:
+                self._lanes[device] = tiers.lane_for(device)
+            return self._lanes[device]
+
+    def finish(self) -> None:
+        """Wait until all recordings are where they are kept."""
+        for lane in self._lanes.values():
+            if lane is not None:
+                lane.finish()
 
 
 class BaseWriter:
@@ -74,9 +98,10 @@ class BaseWriter:
         sites: Sequence[Site],
         protected: Sequence[Tensor],
         shared: frozenset[int] = frozenset(),
+        lane: Lane | None = None,
     ) -> None:
         """Take ownership of a call's tensors. Those whose ``id`` is in ``shared`` belong to another base already and
-        are kept as they are. What ``reserve`` set aside is given back.
+        are kept as they are, brought by ``lane`` where they lie on the host. What ``reserve`` set aside is given back.
 
         Raises:
             GraphError: the tensors are not those of the sites.
@@ -102,7 +127,11 @@ class BaseWriter:
                 known[form] = own_tensor(tensor, site, self._store.storage, memory)
             owned[site.name] = known[form]
         self._unreserve()
-        call = RecordedCall(owned, scalars)
+        for tensor in owned.values():
+            lane = lane or self._store.lane(tensor.device)
+        if lane is not None:
+            owned = tiers.offload(owned, lane)
+        call = RecordedCall(owned, scalars, lane)
         self.base.recordings.setdefault(key, Recording(weights)).calls.append(call)
         self._store.ledger.retain(call.stored())
         self.reserve(0, f"base {self.base.name!r}")

@@ -153,10 +153,11 @@ def compile_network(
     dtype: torch.dtype = torch.float32,
     storage: torch.dtype | None = None,
     lowering: str = "plain",
+    tier: str = "device",
     **options: Any,
 ) -> Case:
     """Compile a network with a runtime of its own and record the base from the inputs of seed 0."""
-    runtime = fisedit.Runtime(storage=storage)
+    runtime = fisedit.Runtime(storage=storage, tier=tier)
     module = compiled(network.module(dtype), runtime, norm=norm, lowering=lowering, **options)
     reference = reference_of(network, dtype).with_norm(norm)
     base = network.inputs(0, dtype)

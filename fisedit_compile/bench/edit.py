@@ -44,6 +44,7 @@ class Settings:
         device: of the networks.
         norm: option of the backend.
         storage: dtype in which feature maps are recorded; None: as computed.
+        tier: where they are kept, device or host.
         decoder: how edits are decoded, see ``EditSession``.
         repeats: runs of each kind.
         seed: of weights, noise and mask.
@@ -59,6 +60,7 @@ class Settings:
     device: str = "cpu"
     norm: str = "exact"
     storage: str | None = None
+    tier: str = "device"
     decoder: str = "auto"
     repeats: int = 3
     seed: int = 0
@@ -170,6 +172,7 @@ def run_edit(settings: Settings, progress: Callable[[str], object] = lambda step
     session = EditSession(
         pipe,
         storage=DTYPES[settings.storage] if settings.storage else None,
+        tier=settings.tier,
         norm=settings.norm,
         decoder=settings.decoder,
     )

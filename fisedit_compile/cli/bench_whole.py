@@ -39,6 +39,7 @@ def edit(
     storage: Annotated[
         options.ShortType | None, typer.Option(help="Type in which feature maps are recorded; as computed if left out.")
     ] = None,
+    tier: Annotated[options.Tier, typer.Option(help="Where feature maps are kept.")] = options.Tier.DEVICE,
     decoder: Annotated[options.Decoder, typer.Option(help="How edits are decoded.")] = options.Decoder.AUTO,
     repeats: Repeats = 3,
     device: options.Device = None,
@@ -70,6 +71,7 @@ def edit(
         device=str(options.choose_device(device)),
         norm=norm.value,
         storage=None if storage is None else storage.value,
+        tier=tier.value,
         decoder=decoder.value,
         repeats=repeats,
         seed=seed,

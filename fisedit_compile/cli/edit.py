@@ -38,6 +38,9 @@ def edit(
         options.Precision | None, typer.Option(help="Type in which feature maps are recorded; as computed if left out.")
     ] = None,
     budget: Annotated[str | None, typer.Option(help="Most memory for recorded feature maps, such as 8GB.")] = None,
+    tier: Annotated[
+        options.Tier, typer.Option(help="Where feature maps are kept: on the device, or in the host's memory.")
+    ] = options.Tier.DEVICE,
     mask_steps: Annotated[int, typer.Option(help="Of 50 steps, how many run densely to find the mask.", min=1)] = 10,
     mask_threshold: Annotated[
         float | None, typer.Option(help="Threshold of the mask from 0 to 1; Otsu's method when left out.")
@@ -67,6 +70,7 @@ def edit(
         pipe,
         storage=None if storage is None else getattr(torch, storage.value),
         budget=budget,
+        tier=tier.value,
         norm=norm.value,
         automatic_mask=automatic,
         decoder=decoder.value,

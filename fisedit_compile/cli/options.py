@@ -65,6 +65,13 @@ class MaskShape(StrEnum):
     RAGGED = "ragged"
 
 
+class Tier(StrEnum):
+    """Where recordings are kept; a test holds this list to the one of the runtime."""
+
+    DEVICE = "device"
+    HOST = "host"
+
+
 class Decoder(StrEnum):
     """How edits are decoded; a test holds this list to the one of the edit session."""
 

@@ -60,6 +60,7 @@ class EditSession:
         pipe: the pipeline.
         storage: type in which recorded feature maps are stored, such as ``torch.float16``; None: as computed.
         budget: most bytes the recorded runs may take together: a number or a text such as ``"8GB"``; None: no limit.
+        tier: where recordings are kept: ``"device"``, or ``"host"`` where a GPU has no room for them.
         norm: ``"exact"`` or ``"cached"`` group norm statistics, see the backend's options.
         lowering: ``"plain"`` or ``"inductor"``, see the backend's options.
         automatic_mask: how masks are found when none is given.
@@ -70,7 +71,7 @@ class EditSession:
 
     Raises:
         PipelineError: the pipeline has no U-Net or no ``callback_on_step_end``.
-        OptionError: a storage, budget, norm, lowering or decoder that does not exist, or a negative halo.
+        OptionError: a storage, budget, tier, norm, lowering or decoder that does not exist, or a negative halo.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class EditSession:
         *,
         storage: torch.dtype | None = None,
         budget: int | str | None = None,
+        tier: str = "device",
         norm: str = "exact",
         lowering: str = "plain",
         automatic_mask: AutomaticMask | None = None,
@@ -86,7 +88,7 @@ class EditSession:
         decoder_halo: int = 1,
     ) -> None:
         self.pipe = pipe
-        self.runtime = Runtime(storage=storage, budget=budget)
+        self.runtime = Runtime(storage=storage, budget=budget, tier=tier)
         self.automatic_mask = automatic_mask or AutomaticMask()
         options = {"runtime": self.runtime, "norm": norm, "lowering": lowering}
         # Wrong options are told now, not in the middle of the first U-Net call.

@@ -21,6 +21,7 @@ from fisedit_compile.errors import OptionError
 from fisedit_compile.passes.manager import OPTIONAL
 from fisedit_compile.pipelines.decoding import DECODERS
 from fisedit_compile.pipelines.picture import Picture
+from fisedit_compile.runtime.tiers import TIERS
 
 
 def result(**changes: Any) -> edit.Result:
@@ -98,6 +99,7 @@ def test_choices_of_the_command_line_are_those_of_the_code() -> None:
     assert tuple(shape.value for shape in options.MaskShape) == SHAPES
     assert {dtype.value for dtype in options.ShortType} == set(DTYPES)
     assert tuple(decoder.value for decoder in options.Decoder) == DECODERS
+    assert tuple(tier.value for tier in options.Tier) == TIERS
 
 
 @pytest.mark.parametrize("name", ["edit", "ablation"])

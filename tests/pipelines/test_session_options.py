@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
+from lanes import LateLane
 
 from fisedit_compile import EditSession
 from fisedit_compile.errors import BudgetError, OptionError, PipelineError
+from fisedit_compile.runtime import tiers
 
 from tiny_pipelines import HEIGHT, WIDTH, picture_arguments, tiny_pipeline
 
@@ -38,6 +40,20 @@ def test_storage_and_norm_take_less_memory() -> None:
     edited = session.edit(FIRST, mask=box())
     outside = ~edited.pixel_mask.unsqueeze(1).expand_as(edited.pixels)
     assert torch.equal(edited.pixels[outside], base.pixels[outside])
+
+
+def test_recordings_on_the_host_give_the_same_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies come as late as they may; decodes are recorded there as well."""
+    monkeypatch.setattr(tiers, "lane_for", lambda device: LateLane())
+    pipe = tiny_pipeline()
+    here, there = EditSession(pipe), EditSession(pipe, tier="host")
+    for session in (here, there):
+        generate(session)
+        session.edit(FIRST, mask=box())
+        session.edit(BASE, mask=box().flip(1))
+    for expected, found in zip(here.history, there.history, strict=True):
+        assert torch.equal(found.pixels, expected.pixels)
+        assert found.report.decoder == expected.report.decoder
 
 
 def test_a_budget_that_is_too_small() -> None:
