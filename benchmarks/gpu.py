@@ -1,4 +1,4 @@
-"""Check and measure on a machine with an NVIDIA GPU: operators, tests, convolutions alone, whole networks.
+"""Check and measure on a machine with an NVIDIA GPU: operators, tests, convolutions alone, networks, whole edits.
 
 python benchmarks/gpu.py                       # everything; about an hour, most of it compiling dense networks
 python benchmarks/gpu.py check convolutions    # parts of it
@@ -25,9 +25,10 @@ import torch
 from torch import Tensor, nn
 
 import fisedit_compile as fisedit
+from fisedit_compile.bench import edit as whole
 from fisedit_compile.bench.conv_shapes import MODELS, ConvShape, conv_shapes
 from fisedit_compile.bench.masks import make_mask
-from fisedit_compile.bench.unet import describe_machine
+from fisedit_compile.bench.unet import DTYPES, describe_machine
 from fisedit_compile.kernels import conv, naive
 from fisedit_compile.kernels.chips import chip_of
 from fisedit_compile.kernels.tuning import best_choice
@@ -36,8 +37,9 @@ from fisedit_compile.ops import conv_rows as conv_rows_aten
 from fisedit_compile.ops import pack_conv_weight
 from fisedit_compile.runtime.plans import build_plan
 from fisedit_compile.runtime.spec import Domain, PlanInput, Stencil
+from fisedit_compile.runtime.tiers import TIERS
 
-PARTS = ("check", "convolutions", "networks")
+PARTS = ("check", "convolutions", "networks", "edits")
 DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.6)
 SHAPES = ("square", "ragged")
 #: Different inputs that a measurement goes through, so that none finds its own in the caches.
@@ -113,10 +115,12 @@ def _plan(shape: ConvShape, mask_shape: str, density: float, device: torch.devic
 
 
 def convolutions(run: Run, shapes: Sequence[ConvShape]) -> None:
-    """Sparse convolutions alone: against cuDNN on the whole map, gathering with a matrix product, and the roofline."""
+    """Sparse convolutions alone: against cuDNN on the whole map, gathering with a matrix product, the product alone of
+    factors that lie side by side, and the roofline."""
     chip = chip_of(run.device)
-    line("channels", "positions", "mask", "active", "dense us", "gathered us", "kernel us", "roofline us", "choice")
-    line(*["---"] * 9)
+    times = ("dense us", "gathered us", "kernel us", "product us", "roofline us")
+    line("channels", "positions", "mask", "active", *times, "choice")
+    line(*["---"] * 10)
     for shape in (shape for shape in shapes if shape.taps == 9):
         side = int(shape.source**0.5)
         weight = torch.randn(shape.outputs, shape.inputs, 3, 3, device=run.device, dtype=run.dtype)
@@ -141,11 +145,14 @@ def convolutions(run: Run, shapes: Sequence[ConvShape]) -> None:
                 _agree(conv.conv_rows(*calls[0]), calls[0])
                 gathered = run.seconds([partial(conv_rows_aten, *call) for call in calls])
                 kernel = run.seconds([partial(conv.conv_rows, *call) for call in calls])
+                factors = [torch.randn(2 * table.shape[1], packed.shape[1], device=run.device, dtype=run.dtype)]
+                factors += [torch.randn_like(factors[0]) for _ in range(ROTATED - 1)]
+                product = run.seconds([partial(torch.nn.functional.linear, factor, packed, bias) for factor in factors])
                 reads = conv.reads_cache.get(halo, table, count)
                 problem = conv.ConvCall(calls[0][0], calls[0][1], reads, packed).problem()
                 moved = (packed.numel() + problem.source_total * problem.inputs + problem.total * problem.outputs) * 2
                 limit = max(problem.operations / chip.flops(run.dtype, True), moved / chip.bandwidth)
-                times = [f"{seconds * 1e6:.1f}" for seconds in (dense, gathered, kernel, limit)]
+                times = [f"{seconds * 1e6:.1f}" for seconds in (dense, gathered, kernel, product, limit)]
                 channels = f"{shape.inputs} to {shape.outputs}"
                 line(channels, shape.source, mask_shape, f"{density:g}", *times, best_choice(problem, chip))
 
@@ -246,6 +253,22 @@ def _edit_seconds(run: Run, runtime: fisedit.Runtime, compiled: Callable, calls:
     return statistics.median(times[len(calls) :])
 
 
+def edits(run: Run, models: Sequence[str]) -> None:
+    """Whole edits of 50 steps through pipelines, by where recordings are kept."""
+    line("pipeline", "recordings", "stage", "dense pipeline s", "given mask s", "automatic mask s")
+    line(*["---"] * 6)
+    dtype = next(name for name, known in DTYPES.items() if known == run.dtype)
+    for name in models:
+        for tier in TIERS:
+            settings = whole.Settings(
+                model=name, device=str(run.device), dtype=dtype, tier=tier, timed_steps=50, repeats=2
+            )
+            seconds = whole.run_edit(settings).seconds
+            for stage in (*whole.STAGES, "total"):
+                taken = [seconds[variant].get(stage) for variant in (whole.DENSE, whole.USER, whole.AUTOMATIC)]
+                line(name, tier, stage, *("" if each is None else f"{each:.3f}" for each in taken))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the parts that were asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -276,6 +299,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         convolutions(run, list(shapes))
     if "networks" in parts:
         networks(run, ["scenes"] if chosen.dry_run else chosen.models, [] if chosen.dry_run else [None, "max-autotune"])
+    if "edits" in parts and not chosen.dry_run:
+        edits(run, chosen.models)
 
 
 if __name__ == "__main__":

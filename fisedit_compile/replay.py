@@ -29,7 +29,7 @@ from fisedit_compile.ops.choices import taken
 
 logger = logging.getLogger(__name__)
 
-#: Captured forms of a graph that are kept; each holds its inputs and the memory of its intermediates.
+#: Captured forms of a graph that are kept.
 KEPT = 8
 #: Replays of a form that are compared with launches one by one: with the inputs of the capture, and with others.
 CHECKED = 2
@@ -138,6 +138,7 @@ class ReplayedGraph:
         self._label = label
         self._lock = threading.Lock()
         self._forms: OrderedDict[Hashable, _Form | None] = OrderedDict()
+        self._statics: weakref.WeakValueDictionary[Hashable, _Static] = weakref.WeakValueDictionary()
         self.refusal: str | None = None
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
@@ -156,7 +157,7 @@ class ReplayedGraph:
             self._forms.move_to_end(form)
             captured = self._forms[form]
             if captured is None:
-                captured = self._forms[form] = _Form(inputs, self._roles)
+                captured = self._forms[form] = _Form(inputs, self._roles, self._statics)
             return self._replay(captured, inputs)
 
     def _run_plainly(self, inputs: Sequence[Any]) -> Sequence[Any]:
@@ -211,40 +212,58 @@ class ReplayedGraph:
         return outputs
 
 
-class _Form:
-    """Static tensors for inputs of one form, and the graph captured with them."""
+class _Static:
+    """Memory that captured launches read in place of an input.
 
-    def __init__(self, inputs: Sequence[Any], roles: Roles) -> None:
+    Attributes:
+        tensor: the memory.
+        last: what was copied there last, where that keeps its values for as long as it exists.
+    """
+
+    def __init__(self, like: Tensor) -> None:
         with torch.inference_mode(False):
-            self.statics = [
-                torch.empty_like(value, requires_grad=False)
-                if isinstance(value, Tensor) and position not in roles.held
-                else value
-                for position, value in enumerate(inputs)
-            ]
-        self._copied = [at for at, value in enumerate(inputs) if isinstance(value, Tensor) and at not in roles.held]
+            self.tensor = torch.empty_like(like, requires_grad=False)
+        self.last: weakref.ref[Tensor] | None = None
+
+
+class _Form:
+    """Static tensors for inputs of one form, and the graph captured with them.
+
+    Forms of one graph share static tensors: most inputs do not depend on the mask's size.
+    """
+
+    def __init__(
+        self, inputs: Sequence[Any], roles: Roles, known: weakref.WeakValueDictionary[Hashable, _Static]
+    ) -> None:
+        self.statics = list(inputs)
+        self._copied: list[tuple[int, _Static]] = []
+        for position, value in enumerate(inputs):
+            if isinstance(value, Tensor) and position not in roles.held:
+                key = (position, value.dtype, value.shape, value.stride())
+                static = known.get(key)
+                if static is None:
+                    static = known[key] = _Static(value)
+                self.statics[position] = static.tensor
+                self._copied.append((position, static))
         self._stable = roles.stable
-        self._last: dict[int, weakref.ref[Tensor]] = {}
         self.captured: Captured | None = None
         self.ways: Counter[str] = Counter()
         self.unchecked = CHECKED
 
     def fill(self, inputs: Sequence[Any]) -> None:
         """Copy what is not there already."""
-        targets, sources = [], []
-        for position in self._copied:
+        targets: dict[torch.dtype, list[Tensor]] = {}
+        sources: dict[torch.dtype, list[Tensor]] = {}
+        for position, static in self._copied:
             value = inputs[position]
-            if position in self._stable:
-                last = self._last.get(position)
-                if last is not None and last() is value:
-                    continue
-                self._last[position] = weakref.ref(value)
-            targets.append(self.statics[position])
-            sources.append(value)
-        for dtype in dict.fromkeys(value.dtype for value in sources):
+            if static.last is not None and static.last() is value:
+                continue
+            static.last = weakref.ref(value) if position in self._stable else None
+            targets.setdefault(value.dtype, []).append(static.tensor)
+            sources.setdefault(value.dtype, []).append(value)
+        for dtype, values in sources.items():
             # One launch for all tensors of a dtype.
-            same = [at for at, value in enumerate(sources) if value.dtype == dtype]
-            torch.ops.aten._foreach_copy_([targets[at] for at in same], [sources[at] for at in same])
+            torch.ops.aten._foreach_copy_(targets[dtype], values)
 
 
 def difference(outputs: Sequence[Any], expected: Sequence[Any]) -> str | None:

@@ -72,6 +72,16 @@ def test_other_forms_are_captured_by_themselves() -> None:
     assert setting.capturer.captures == 2
 
 
+def test_forms_share_static_tensors_and_know_what_is_in_them() -> None:
+    setting = Setting()
+    tables = [torch.tensor([0, 3]), torch.tensor([4, 1, 0]), torch.tensor([2, 1])]
+    for seed in range(12):
+        # The first and the last table share memory, the latent all of them.
+        setting.check(seed, tables[seed % 3])
+    assert setting.capturer.captures == 2
+    assert len(setting.graph._statics) == 3
+
+
 def test_a_parameter_that_moved_is_another_form() -> None:
     setting, table = Setting(), torch.tensor([0, 3])
     for seed in range(4):

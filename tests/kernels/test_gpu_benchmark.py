@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fisedit_compile.bench.conv_shapes import ConvShape
+from fisedit_compile.bench.edit import Result, Settings
 
 
 @pytest.fixture
@@ -46,6 +47,23 @@ def test_networks(benchmark: ModuleType, capsys: pytest.CaptureFixture) -> None:
         ["fisedit, CUDA graphs", "square", "0.1"],
         ["fisedit, CUDA graphs", "ragged", "0.1"],
     ]
+
+
+def test_whole_edits(benchmark: ModuleType, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = benchmark.whole
+
+    def run_edit(settings: Settings) -> Result:
+        settings.check()
+        seconds = {"dense steps": 2.0 if settings.tier == "host" else 1.0, "total": 3.0}
+        return Result(settings, {}, dict.fromkeys((whole.DENSE, whole.USER, whole.AUTOMATIC), seconds))
+
+    monkeypatch.setattr(whole, "run_edit", run_edit)
+    benchmark.edits(benchmark.Run(torch.device("cpu"), torch.float16, 1), ["sd15"])
+    lines = capsys.readouterr().out.splitlines()
+    for tier, taken in (("device", "1.000"), ("host", "2.000")):
+        assert f"| sd15 | {tier} | dense steps | {taken} | {taken} | {taken} |" in lines
+        assert f"| sd15 | {tier} | total | 3.000 | 3.000 | 3.000 |" in lines
+        assert f"| sd15 | {tier} | decode |  |  |  |" in lines
 
 
 def test_wrong_use(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
