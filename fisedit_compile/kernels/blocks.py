@@ -186,13 +186,16 @@ def _step_inputs(problem: ConvProblem, chip: Chip) -> int:
     return min(widest, max(LEAST_BLOCK, _power_of_two(available)))
 
 
-def shared_bytes(blocks: ConvBlocks, dtype: torch.dtype, chip: Chip) -> int:
-    """Shared memory a program is expected to need, in bytes."""
+def shared_bytes(blocks: ConvBlocks, problem: ConvProblem, chip: Chip) -> int:
+    """Shared memory a program is expected to need at most, in bytes."""
+    dtype = problem.dtype
     # Matrix instructions from capability 9.0 on read shared memory while the next step is written to it.
     buffers = blocks.ahead + (1 if chip.capability >= (9, 0) else 0) if chip.matrix_units else 1
     # Factors of float32 may be kept as they are multiplied on 7.5: both factors.
     staged = buffers * (blocks.rows + blocks.outputs) * blocks.inputs * (dtype.itemsize if chip.matrix_units else 4)
-    return max(staged, blocks.rows * blocks.outputs * 4) + blocks.ahead * 8 * blocks.rows
+    # Where to read: an address for each row, or for each element when a step goes over several taps.
+    addresses = 8 * blocks.rows * (blocks.inputs if problem.flat else 1)
+    return max(staged, blocks.rows * blocks.outputs * 4) + blocks.ahead * addresses
 
 
 def candidates(problem: ConvProblem, chip: Chip) -> tuple[ConvBlocks, ...]:
@@ -203,9 +206,9 @@ def candidates(problem: ConvProblem, chip: Chip) -> tuple[ConvBlocks, ...]:
     for rows, outputs, warps in _tiles(problem, chip):
         blocks = ConvBlocks(rows, outputs, inputs, 1, warps, 3 if chip.matrix_units and not problem.flat else 1)
         # Two programs on a processor hide each other's waiting better than one that loads further ahead.
-        while blocks.ahead > 2 and shared_bytes(blocks, problem.dtype, chip) > chip.shared_limit // 2:
+        while blocks.ahead > 2 and shared_bytes(blocks, problem, chip) > chip.shared_limit // 2:
             blocks = replace(blocks, ahead=blocks.ahead - 1)
-        if shared_bytes(blocks, problem.dtype, chip) > chip.shared_limit:
+        if shared_bytes(blocks, problem, chip) > chip.shared_limit:
             continue
         # A part of fewer than four steps is over before its loads arrive.
         found += [replace(blocks, splits=splits) for splits in SPLITS if splits == 1 or steps // splits >= 4]
@@ -228,12 +231,12 @@ def _tile_share(blocks: ConvBlocks, chip: Chip) -> float:
     return share / 2 if chip.capability >= (9, 0) and blocks.rows < 64 else share
 
 
-def _resident(blocks: ConvBlocks, dtype: torch.dtype, chip: Chip) -> int:
+def _resident(blocks: ConvBlocks, problem: ConvProblem, chip: Chip) -> int:
     """Programs a processor holds at a time."""
     threads = 32 * blocks.warps
     registers = min(THREAD_REGISTERS, 64 + 2 * blocks.rows * blocks.outputs / threads)
     by_registers = int(REGISTERS / (registers * threads))
-    by_shared = chip.shared_total // shared_bytes(blocks, dtype, chip)
+    by_shared = chip.shared_total // shared_bytes(blocks, problem, chip)
     return max(1, min(by_registers, by_shared, 1024 // threads))
 
 
@@ -251,7 +254,7 @@ def estimate(problem: ConvProblem, blocks: ConvBlocks, chip: Chip) -> float:
     arithmetic = 2.0 * blocks.rows * blocks.outputs * blocks.inputs / peak
     reading = (blocks.rows + blocks.outputs) * blocks.inputs * size / (CACHE_BYTES * chip.clock)
     waiting = LATENCY / blocks.ahead
-    places = chip.processors * _resident(blocks, problem.dtype, chip)
+    places = chip.processors * _resident(blocks, problem, chip)
     seconds = 0.0
     for running in [places] * (programs // places) + [programs % places]:
         if running:

@@ -289,13 +289,15 @@ def supports_conv(
 ) -> bool:
     """Whether the kernels compute this convolution; the arguments are those of the operator.
 
-    They do not for other dtypes, autocast, channels that do not lie side by side, and depthwise convolutions, where
-    15 of 16 products of a tensor core would be wasted.
+    They do not for other dtypes, autocast, channels that do not lie side by side, recorded maps of a wider dtype than
+    the rows (blocks that fit were chosen for that of the rows), and depthwise convolutions, where 15 of 16 products of a
+    tensor core would be wasted.
     """
     return (
         rows.dtype in DTYPES
         and chip_of(rows.device).supports(rows.dtype)
         and recorded.dtype in DTYPES
+        and recorded.dtype.itemsize <= rows.dtype.itemsize
         and weight.dtype == rows.dtype
         and weight.is_contiguous()
         and weight.numel() < 2**31

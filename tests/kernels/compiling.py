@@ -91,13 +91,13 @@ def conv_variants(capability: Capability, dtypes: tuple[torch.dtype, ...], every
     for dtype in dtypes:
         if not chip.supports(dtype):
             continue
-        for blocks, (shape, _) in chosen(chip, dtype).items():
-            expected = shared_bytes(blocks, dtype, chip)
+        for blocks, (shape, problem) in chosen(chip, dtype).items():
+            expected = shared_bytes(blocks, problem, chip)
             for epilogue in EPILOGUES if everything else ("residual",):
                 for launch in conv_variant(shape, blocks, dtype, epilogue, dtype):
                     yield Variant(f"{dtype} {blocks} {epilogue} {shape}", capability, launch, expected)
-            if everything:
-                recorded = torch.float32 if dtype != torch.float32 else torch.float16
+            # Stored in half precision; nothing is stored in a wider type than it is computed in.
+            for recorded in (torch.float16, torch.bfloat16) if everything and dtype == torch.float32 else ():
                 for launch in conv_variant(shape, blocks, dtype, "bias", recorded):
                     yield Variant(f"{dtype} {blocks} recorded as {recorded}", capability, launch, 2 * expected)
 

@@ -22,10 +22,11 @@ def problem(density: float, channels: int = 320, positions: int = POSITIONS, **c
 @pytest.mark.parametrize("chip", KNOWN_CHIPS.values(), ids=str)
 def test_candidates_fit_the_chip(chip: Chip) -> None:
     for dtype in (torch.float16, torch.float32):
-        found = candidates(problem(0.3, dtype=dtype), chip)
+        asked = problem(0.3, dtype=dtype)
+        found = candidates(asked, chip)
         assert len({blocks.rows for blocks in found}) >= 3
         for blocks in found:
-            assert shared_bytes(blocks, dtype, chip) <= chip.shared_limit
+            assert shared_bytes(blocks, asked, chip) <= chip.shared_limit
             assert min(blocks.rows, blocks.outputs, blocks.inputs) >= 16
             assert blocks.splits == 1 or 9 * 320 / blocks.inputs / blocks.splits >= 4
 

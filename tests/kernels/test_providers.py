@@ -45,7 +45,8 @@ def test_what_no_kernel_takes_falls_back(kernels_run: None) -> None:
         part.double() if isinstance(part, torch.Tensor) and part.is_floating_point() else part
         for part in conv_tensors()
     )
-    for tensors in (depthwise, double):
+    wider = conv_tensors(dtype=torch.float16, recorded_dtype=torch.float32)
+    for tensors in (depthwise, double, wider):
         assert provider_of(CONV, *tensors).name == "aten"
         assert_near(implementation(CONV)(*tensors), IMPLEMENTATIONS[CONV](*tensors))
     with torch.autocast(DEVICE, torch.bfloat16):
