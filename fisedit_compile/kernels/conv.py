@@ -290,8 +290,8 @@ def supports_conv(
     """Whether the kernels compute this convolution; the arguments are those of the operator.
 
     They do not for other dtypes, autocast, channels that do not lie side by side, recorded maps of a wider dtype than
-    the rows (blocks that fit were chosen for that of the rows), and depthwise convolutions, where 15 of 16 products of a
-    tensor core would be wasted.
+    the rows (blocks that fit were chosen for that of the rows), and depthwise convolutions, where 15 of 16 products of
+    a tensor core would be wasted.
     """
     return (
         rows.dtype in DTYPES
