@@ -12,7 +12,7 @@ Supported releases: 2.11 and newer. What the rest of the package needs from insi
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,6 +71,7 @@ __all__ = [
     "compile_with_inductor",
     "compiling",
     "dynamo_limits",
+    "end_failed_capture",
     "hint_of",
     "input_source",
     "is_module_state",
@@ -246,8 +247,7 @@ def strict_recompiles() -> Iterator[None]:
     """
     settings: dict[str, Any] = {"fail_on_recompile_limit_hit": True, "suppress_errors": False}
     if INTEGERS_CHOOSE_GRAPHS:
-        # Otherwise which of two graphs runs depends on which ran last, and edited calls do not line up with recorded
-        # ones.
+        # Otherwise which of two graphs runs depends on which ran last, and edits do not line up with recordings.
         settings["automatic_dynamic_exclusion_guard"] = True
     with torch._dynamo.config.patch(settings):
         try:
@@ -269,12 +269,8 @@ def strict_recompiles() -> Iterator[None]:
 @contextmanager
 def dynamo_limits(limit: int) -> Iterator[None]:
     """Inside, Dynamo may compile ``limit`` graphs of one function and raises beyond them."""
-    with torch._dynamo.config.patch(
-        recompile_limit=limit,
-        accumulated_recompile_limit=limit,
-        fail_on_recompile_limit_hit=True,
-        suppress_errors=False,
-    ):
+    limits = {"recompile_limit": limit, "accumulated_recompile_limit": limit}
+    with torch._dynamo.config.patch({**limits, "fail_on_recompile_limit_hit": True, "suppress_errors": False}):
         yield
 
 
@@ -282,8 +278,7 @@ def dynamo_limits(limit: int) -> Iterator[None]:
 def compiling() -> Iterator[None]:
     """What holds while Dynamo compiles, for tracing at another time: one thread at a time, none of the user's modes.
 
-    Tracing sets a flag of the whole process, on which compiled networks refuse to run in other threads unless something
-    is known to be compiling.
+    Tracing sets a flag of the process, on which compiled networks refuse to run in other threads unless this is known.
     """
     with compile_lock, _disable_current_modes():
         before = torch.compiler._is_compiling_flag
@@ -354,8 +349,6 @@ def compile_with_inductor(
     fixed = {symbol: value for symbol, value in shape_env.replacements.items() if symbol in expressions.values()}
 
     def holds(sizes: Mapping[Hashable, int]) -> bool:
-        if not guards and not fixed:
-            return True
         values = {expression: sizes[name] for name, expression in expressions.items()}
         if any(values[symbol] != value.xreplace(values) for symbol, value in fixed.items()):
             return False
@@ -367,11 +360,17 @@ def compile_with_inductor(
     return run, holds
 
 
+def end_failed_capture(device: torch.device, pool: Any) -> None:
+    """Tell a GPU's allocator that a capture into ``pool`` is over; PyTorch before 2.13 forgets to when one fails."""
+    with suppress(RuntimeError):  # it was told
+        torch._C._cuda_endAllocateToPool(device.index, pool)
+
+
 def compile_frozen(module: torch.nn.Module) -> Callable[..., Any]:
     """The module compiled by inductor with its weights frozen into the code, for inference without gradients.
 
-    Inductor's setting must hold while Dynamo traces: as an option of ``torch.compile`` it comes too late to matter. And
-    the backend must be another function than inductor's own, whose code for the same network Dynamo would use again.
+    Inductor's setting must hold while Dynamo traces: an option of ``torch.compile`` comes too late. And the backend
+    must not be inductor's own function, whose code for the same network Dynamo would use again.
     """
     import torch._inductor.config
     from torch._inductor.compile_fx import compile_fx  # takes seconds to import

@@ -18,11 +18,13 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from fisedit_compile import private
 from fisedit_compile.kernels.conv import reads_cache
 from fisedit_compile.lowering import Lowered
 from fisedit_compile.ops.choices import taken
@@ -61,7 +63,12 @@ class Capturer(Protocol):
         """
 
     def ordered(self) -> AbstractContextManager[None]:
-        """Uses of one captured graph by several streams wait for each other."""
+        """Uses of captured graphs by several threads and streams wait for each other, copies of their results
+        included."""
+
+
+#: One capture at a time in the whole process.
+_capturing = threading.Lock()
 
 
 class CudaCapturer:
@@ -69,8 +76,12 @@ class CudaCapturer:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._pool: Any = None
+        self._lock = threading.RLock()
         self._last: torch.cuda.Event | None = None
+        self._stream: torch.cuda.Stream | None = None
+        self._pool: Any = None
+        # The pool lives as long as a graph that uses it does: this one, until the capturer goes.
+        self._keeper: Captured | None = None
 
     def available(self) -> bool:
         """See ``Capturer``."""
@@ -78,26 +89,65 @@ class CudaCapturer:
 
     def capture(self, run: Callable[[], Sequence[Any]]) -> Captured:
         """See ``Capturer``."""
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may allocate meanwhile.
-        with (
-            torch.cuda.device(self.device),
-            torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
-        ):
-            outputs = run()
+        with _capturing:
+            if self._keeper is None:
+                self._stream, self._pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
+                self._keeper = self._capture(lambda: [torch.zeros(1, device=self.device)])
+            return self._capture(run)
+
+    def _capture(self, run: Callable[[], Sequence[Any]]) -> Captured:
+        graph, stream, captured = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device), False
+        try:
+            # Other threads may allocate meanwhile.
+            with (
+                torch.cuda.device(self.device),
+                torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"),
+            ):
+                outputs = run()
+            captured = True
+        finally:
+            if not captured:
+                # PyTorch leaves a failed capture on its stream, and its allocator believing that it goes on.
+                torch.cuda.set_stream(stream)
+                private.end_failed_capture(self.device, self._pool)
+                self._keeper = None
         return Captured(graph.replay, outputs)
 
     @contextmanager
     def ordered(self) -> Iterator[None]:
         """See ``Capturer``."""
-        stream = torch.cuda.current_stream(self.device)
-        if self._last is not None:
-            stream.wait_event(self._last)
-        try:
-            yield
-        finally:
-            self._last = stream.record_event()
+        with self._lock:
+            stream = torch.cuda.current_stream(self.device)
+            if self._last is not None:
+                stream.wait_event(self._last)
+            try:
+                yield
+            finally:
+                self._last = stream.record_event()
+
+
+@contextmanager
+def _casts_not_kept() -> Iterator[None]:
+    """Autocast keeps casts of weights until its region ends; a captured graph has to make its own."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
+@lru_cache(maxsize=4096)
+def is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether a tensor takes as much memory as it has elements, in any order of its dimensions."""
+    if 0 in shape:
+        return True
+    expected = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(strides, shape, strict=True) if size != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 def capturer_for(devices: Iterable[torch.device]) -> Capturer | None:
@@ -141,8 +191,18 @@ class ReplayedGraph:
         self._statics: weakref.WeakValueDictionary[Hashable, _Static] = weakref.WeakValueDictionary()
         self.refusal: str | None = None
 
-    def __call__(self, *inputs: Any) -> Sequence[Any]:
+    def _dense(self, inputs: Sequence[Any]) -> Sequence[Any]:
+        """The inputs without gaps or overlaps in memory: static tensors then have the very same strides."""
+        return [
+            value
+            if position in self._roles.held or not isinstance(value, Tensor) or is_dense(value.shape, value.stride())
+            else value.contiguous()
+            for position, value in enumerate(inputs)
+        ]
+
+    def __call__(self, *given: Any) -> Sequence[Any]:
         """What the graph computes; tensors are the caller's own."""
+        inputs = self._dense(given)
         if self.refusal is not None or not self._capturer.available():
             return self._run_plainly(inputs)
         with self._lock, self._capturer.ordered():
@@ -170,13 +230,15 @@ class ReplayedGraph:
         for position, value in enumerate(inputs):
             if not isinstance(value, Tensor):
                 form.append(value)
+            elif value.device != self._capturer.device:
+                # Its value becomes part of the captured launches.
+                if position not in self._roles.held or value.dim() > 0:
+                    self._refuse(f"input {position} lies on {value.device}, not on {self._capturer.device}")
+                    return None
+                form.append(value.item())
             elif position in self._roles.held:
                 form.append(value.data_ptr())
             else:
-                if value.device != self._capturer.device:
-                    # Its value would become part of the captured launches.
-                    self._refuse(f"input {position} lies on {value.device}, not on {self._capturer.device}")
-                    return None
                 form.append((value.dtype, value.shape, value.stride()))
         return tuple(form)
 
@@ -189,14 +251,16 @@ class ReplayedGraph:
         form.fill(inputs)
         expected: Sequence[Any] | None = None
         if form.unchecked:
+            arguments = form.arguments(inputs)
             with taken.apart() as form.ways:
-                expected = self._run(*form.statics)
+                expected = self._run(*arguments)
             if form.captured is None:
                 try:
-                    with reads_cache.fresh(), taken.apart():
-                        form.captured = self._capturer.capture(lambda: self._run(*form.statics))
+                    with reads_cache.fresh(), _casts_not_kept(), taken.apart():
+                        form.captured = self._capturer.capture(lambda: self._run(*arguments))
                 except RuntimeError as error:
-                    self._refuse(str(error).partition("\n")[0])
+                    # What ends a capture says less than what made it fail.
+                    self._refuse(str(error.__context__ or error).partition("\n")[0])
                     return expected
         if form.captured is None:
             raise RuntimeError(f"{self._label} was to be replayed but never captured")
@@ -235,7 +299,7 @@ class _Form:
     def __init__(
         self, inputs: Sequence[Any], roles: Roles, known: weakref.WeakValueDictionary[Hashable, _Static]
     ) -> None:
-        self.statics = list(inputs)
+        # Held tensors are not kept: a network that is deleted takes its weights along.
         self._copied: list[tuple[int, _Static]] = []
         for position, value in enumerate(inputs):
             if isinstance(value, Tensor) and position not in roles.held:
@@ -243,12 +307,18 @@ class _Form:
                 static = known.get(key)
                 if static is None:
                     static = known[key] = _Static(value)
-                self.statics[position] = static.tensor
                 self._copied.append((position, static))
         self._stable = roles.stable
         self.captured: Captured | None = None
         self.ways: Counter[str] = Counter()
         self.unchecked = CHECKED
+
+    def arguments(self, inputs: Sequence[Any]) -> list[Any]:
+        """The inputs with static tensors in place of those that are copied."""
+        arguments = list(inputs)
+        for position, static in self._copied:
+            arguments[position] = static.tensor
+        return arguments
 
     def fill(self, inputs: Sequence[Any]) -> None:
         """Copy what is not there already."""

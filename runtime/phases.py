@@ -237,15 +237,16 @@ class EditPhase(_Phase):
         self._scalars.compare(f"call {ordinal} of {key}", call.scalars, scalars)
         if self.writer is not None and self.dense_call:
             self._reserve(call.bytes, ordinal, key)
-        self._ordinals[key] = ordinal + 1
-        self._current[key] = call
         reader = self._ahead.pop(key, None) or call.reader()
         if self._active:
             reader.load()
             if ordinal + 1 < len(recording.calls):
                 # On its way while this call computes.
-                following = self._ahead[key] = recording.calls[ordinal + 1].reader()
+                following = recording.calls[ordinal + 1].reader()
                 following.load()
+                self._ahead[key] = following
+        self._ordinals[key] = ordinal + 1
+        self._current[key] = call
         return reader
 
     @contextmanager

@@ -8,6 +8,7 @@ computes, so the device holds two calls at most.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -20,6 +21,8 @@ from fisedit_compile.errors import OptionError
 TIERS = ("device", "host")
 #: Most bytes of a block, unless one tensor is larger: pinned memory is handed out in powers of two.
 BLOCK = 1 << 24
+#: Calls whose copies may be under way.
+AHEAD = 2
 #: Bytes that tensors in a block begin at a multiple of.
 ALIGNMENT = 64
 
@@ -40,6 +43,9 @@ class Lane(Protocol):
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether a recorded tensor lies on the host because of this lane."""
+
+    def takes(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies on the lane's device."""
 
     def allocate(self, size: int) -> Tensor:
         """``size`` bytes of the host's memory, uint8."""
@@ -74,10 +80,22 @@ class CudaLane:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
+        self._pending: deque[torch.cuda.Event] = deque()
 
     def holds(self, tensor: Tensor) -> bool:
         """See ``Lane``."""
         return tensor.device.type == "cpu" and tensor.is_pinned()
+
+    def takes(self, tensor: Tensor) -> bool:
+        """See ``Lane``."""
+        return tensor.device == self._device
+
+    def _keep_pace(self, event: torch.cuda.Event) -> None:
+        """Wait until at most ``AHEAD`` events are to come, this one included: a host that runs ahead of the device
+        would ask for memory for more and more copies."""
+        self._pending.append(event)
+        while len(self._pending) > AHEAD:
+            self._pending.popleft().synchronize()
 
     def allocate(self, size: int) -> Tensor:
         """See ``Lane``."""
@@ -91,9 +109,12 @@ class CudaLane:
                 target.copy_(source, non_blocking=True)
                 # Its memory is not handed out again before the copy is done.
                 source.record_stream(self._stream)
+            copied = self._stream.record_event()
+        self._keep_pace(copied)
 
     def copy_in(self, sources: Sequence[Tensor]) -> Arrival:
         """See ``Lane``."""
+        self._keep_pace(torch.cuda.current_stream(self._device).record_event())
         with torch.cuda.stream(self._stream):
             blocks = [source.to(self._device, non_blocking=True) for source in sources]
             arrived = self._stream.record_event()
@@ -135,14 +156,14 @@ def offload(tensors: Mapping[str, Tensor], lane: Lane) -> dict[str, Tensor]:
     """The tensors on the host; copies are under way until ``lane.finish``.
 
     Args:
-        tensors: by name, each alone in its memory and without gaps; equal ones are copied once. Those on the host
-            already stay as they are.
+        tensors: by name, each alone in its memory and without gaps; equal ones are copied once. Those that lie
+            elsewhere than on the lane's device stay as they are.
         lane: of their device.
 
     Returns:
         Tensors of the same shapes, strides and types, several to a block of memory.
     """
-    distinct = {id(tensor): tensor for tensor in tensors.values() if not lane.holds(tensor)}
+    distinct = {id(tensor): tensor for tensor in tensors.values() if lane.takes(tensor)}
     blocks: list[list[tuple[Tensor, int]]] = []
     sizes: list[int] = []
     for tensor in distinct.values():

@@ -29,6 +29,9 @@ class LateLane:
     def holds(self, tensor: Tensor) -> bool:
         return any(tensor.untyped_storage().data_ptr() == block.untyped_storage().data_ptr() for block in self._blocks)
 
+    def takes(self, tensor: Tensor) -> bool:
+        return not self.holds(tensor)
+
     def allocate(self, size: int) -> Tensor:
         # Kept, so that no other tensor is ever taken for one of them.
         self._blocks.append(torch.full((size,), NAN, dtype=torch.uint8))

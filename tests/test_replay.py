@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from tape import TapeCapturer
 from torch import Tensor
 
-from fisedit_compile.replay import KEPT, Captured, ReplayedGraph, Roles, capturer_for, difference
+from fisedit_compile.replay import KEPT, Captured, ReplayedGraph, Roles, capturer_for, difference, is_dense
 
 from tolerances import assert_identical
 
@@ -179,6 +181,91 @@ def test_nothing_is_captured_while_somebody_else_captures() -> None:
     for seed in range(4):
         setting.check(seed, table)
     assert setting.capturer.captures == 1
+
+
+def test_deleted_weights_are_not_kept() -> None:
+    class Forgetting(TapeCapturer):
+        """As a CUDA graph, it keeps no tensors but results."""
+
+        def capture(self, run: Callable[[], Sequence[Any]]) -> Captured:
+            self.captures += 1
+            outputs = run()
+            return Captured(lambda: None, outputs)
+
+    setting, table = Setting(capturer=Forgetting()), torch.tensor([0, 3])
+    for _ in range(3):
+        setting.check(1, table)
+    assert setting.capturer.captures == 1 and setting.graph.refusal is None
+    alive = weakref.ref(setting.weight)
+    del setting.weight
+    gc.collect()
+    assert alive() is None
+
+
+def test_casts_of_autocast_are_captured() -> None:
+    """Autocast keeps casts of weights for its region; a captured graph would read them after it."""
+
+    def multiply(weight: Tensor, table: Tensor, latent: Tensor, number: float) -> tuple[Tensor, None]:
+        return torch.nn.functional.linear(latent[table], weight), None
+
+    graph = ReplayedGraph(multiply, ROLES, TapeCapturer(), "the test graph")
+    weight, table = torch.nn.Parameter(torch.randn(3, 2)), torch.tensor([0, 3])
+    for region in range(3):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            for _ in range(3):
+                latent = torch.randn(5, 2)
+                result, _ = graph(weight, table, latent, 1.0)
+                assert_identical(result, multiply(weight, table, latent, 1.0)[0], f"region {region}")
+        weight.data += 1.0
+    assert graph.refusal is None
+    assert torch.is_autocast_cache_enabled()
+
+
+@pytest.mark.parametrize("form", ["expanded", "part"])
+def test_inputs_with_gaps_and_overlaps_are_made_dense(form: str) -> None:
+    strides = []
+
+    def noting(weight: Tensor, table: Tensor, latent: Tensor, number: float) -> tuple[Tensor, None]:
+        strides.append(latent.stride())
+        return compute(weight, table, latent, number)
+
+    graph = ReplayedGraph(noting, ROLES, TapeCapturer(), "the test graph")
+    weight, table = torch.tensor([2.0, 3.0]), torch.tensor([0, 3])
+    for seed in range(4):
+        whole = torch.randn(5, 4, generator=torch.Generator().manual_seed(seed))
+        latent = whole[:, :1].expand(5, 2) if form == "expanded" else whole[:, 1:3]
+        result, _ = graph(weight, table, latent, 1.0)
+        assert_identical(result, compute(weight, table, latent, 1.0)[0], f"call {seed}")
+    assert set(strides) == {(2, 1)}
+
+
+@pytest.mark.parametrize(
+    ("tensor", "dense"),
+    [
+        (torch.empty(2, 3, 4), True),
+        (torch.empty(2, 3, 4).permute(2, 0, 1), True),
+        (torch.empty(2, 3, 4)[:, :, 1:], False),
+        (torch.empty(2, 1).expand(2, 3), False),
+        (torch.empty(()), True),
+        (torch.empty(0, 5)[:, ::2], True),
+        (torch.empty(4, 1, 2).as_strided((4, 1, 2), (2, 99, 1)), True),
+    ],
+)
+def test_dense_tensors_are_told(tensor: Tensor, dense: bool) -> None:
+    assert is_dense(tensor.shape, tensor.stride()) is dense
+
+
+def test_values_of_held_numbers_on_the_processor_are_part_of_the_form() -> None:
+    class Elsewhere(TapeCapturer):
+        device = torch.device("meta")
+
+    graph = ReplayedGraph(lambda weight, table, latent, number: (None,), ROLES, Elsewhere(), "the test graph")
+    empty = torch.empty(1, device="meta")
+    for value in (0.5, 0.5, 0.8):
+        graph(torch.tensor(value), empty, empty, 1.0)
+    assert graph.refusal is None and len(graph._forms) == 2
+    graph(torch.tensor([0.5]), empty, empty, 1.0)
+    assert graph.refusal == "input 0 lies on cpu, not on meta"
 
 
 def test_captures_are_usable_in_and_outside_of_inference_mode() -> None:

@@ -24,14 +24,26 @@ def supports_attention(
 ) -> bool:
     """Whether the kernels update these keys and values; the arguments are those of the operator.
 
-    They do not when both maps share memory: the launch would write one place twice in no order.
+    They do not when both maps overlap in memory: the launch would write one place twice in no order.
     """
     return (
         supports_write(recorded_key, key, index, valid)
         and supports_write(recorded_value, value, index, valid)
-        and recorded_key.untyped_storage().data_ptr() != recorded_value.untyped_storage().data_ptr()
+        and _apart(recorded_key, recorded_value)
         and not torch.is_autocast_enabled(query.device.type)
     )
+
+
+def _apart(first: Tensor, second: Tensor) -> bool:
+    """Whether the memory from the first to the last element of one does not meet that of the other."""
+    (start, end), (other_start, other_end) = _reach(first), _reach(second)
+    return end <= other_start or other_end <= start
+
+
+def _reach(tensor: Tensor) -> tuple[int, int]:
+    """Addresses of the first element, and behind the last."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
 def attention_rows(

@@ -122,3 +122,7 @@ def test_what_is_left_to_aten() -> None:
     heads, recorded = new.unflatten(2, (2, 3)), map.unflatten(2, (2, 3))
     assert attention.supports_attention(heads, heads, heads, recorded, recorded.clone(), index, None, None)
     assert not attention.supports_attention(heads, heads, heads, recorded, recorded, index, None, None)
+    both = torch.stack([recorded, recorded])
+    assert attention.supports_attention(heads, heads, heads, both[0], both[1], index, None, None)
+    shifted = both.flatten()[1 : 1 + recorded.numel()].view_as(recorded)
+    assert not attention.supports_attention(heads, heads, heads, both[0], shifted, index, None, None)

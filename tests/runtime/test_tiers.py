@@ -147,6 +147,38 @@ def test_tensors_keep_shapes_strides_and_types(lane: LateLane) -> None:
         assert loading[name].data_ptr() != parked[name].data_ptr() or tensor.numel() == 0
 
 
+def test_what_lies_elsewhere_than_on_the_device_stays_there(lane: LateLane, monkeypatch: pytest.MonkeyPatch) -> None:
+    number, map = torch.tensor(3.0), torch.randn(4)
+    monkeypatch.setattr(lane, "takes", lambda tensor: tensor is map)
+    parked = offload({"number": number, "map": map}, lane)
+    lane.finish()
+    assert parked["number"] is number
+    loading = Loading(parked, lane)
+    assert loading["number"] is number
+    assert_identical(loading["map"], map)
+
+
+def test_a_look_ahead_without_memory_leaves_the_call_where_it_was(
+    lane: LateLane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, calls = recorded(), inputs(CALLS)
+    expected = edited(recorded("device"), left_half())
+    copy_in, asked = lane.copy_in, []
+
+    def sometimes(sources: list[Tensor]) -> object:
+        asked.append(len(sources))
+        if len(asked) == 2:
+            raise torch.OutOfMemoryError("no room")
+        return copy_in(sources)
+
+    monkeypatch.setattr(lane, "copy_in", sometimes)
+    with network.runtime.edit("base", mask=left_half()):
+        with pytest.raises(torch.OutOfMemoryError):
+            network(calls[0][0] + 1.0, calls[0][1])
+        for (x, time), wanted in zip(calls, expected, strict=True):
+            assert_identical(network(x + 1.0, time), wanted)
+
+
 def test_blocks_are_small_and_few(lane: LateLane, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiers, "BLOCK", 1000)
     parked = offload({str(number): torch.full((50,), float(number)) for number in range(10)}, lane)
