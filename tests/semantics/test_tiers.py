@@ -20,7 +20,7 @@ from tolerances import assert_identical
 KEEPS_DYNAMO = True  # the tests of a network share one compilation
 
 NETWORKS: list[Network] = [
-    *BLOCKS[::8],
+    *BLOCKS[::20],
     *(network for network in ATTENTION if network.name == "self-attention"),
     *(network for network in COMPOSITES if network.name in ("skip network strided", "many outputs")),
     *(network for network in DIFFUSERS if network.name == "sd15"),
