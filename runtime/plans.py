@@ -27,7 +27,7 @@ def bucket(count: int) -> int:
     """The smallest bucket that holds ``count``: multiples of 16, and from 256 on eight to each doubling.
 
     Captured launches hold for one size only. Padding up to a bucket makes masks of about the same size one size, for at
-    most an eighth more rows.
+    most 15 more rows, or an eighth where that is more.
     """
     step = max(BUCKET, 1 << max(0, (count - 1).bit_length() - 4))
     return -(-max(count, 1) // step) * step

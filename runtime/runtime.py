@@ -106,9 +106,9 @@ class Runtime:
         Args:
             storage: type in which recorded feature maps are stored (``torch.float16`` halves a float32 network's
                 bytes); None: as computed. Outputs and statistics are always stored as computed.
+            budget: most bytes all bases may take: a number, ``"8GB"`` or ``"512MiB"``; None: no limit.
             tier: where recordings are kept: ``"device"``, where they are computed, or ``"host"``: on CUDA in pinned
                 memory of the host. They are copied there, and back for the next call, while the device computes.
-            budget: most bytes all bases may take: a number, ``"8GB"`` or ``"512MiB"``; None: no limit.
 
         Raises:
             OptionError: another type or tier, or no positive number of bytes.

@@ -34,7 +34,8 @@ class Stats:
         seconds: host seconds by phase; ``plan``, for index plans, is a part of ``edit``. Work on CUDA goes on after
             the host's part.
         ways: how operators that can be computed in several ways were computed in sparse calls, and how often:
-            ``"convolution: rows"``, ``tiles``, ``dense``, or on a GPU the block sizes of the kernel.
+            ``"convolution: rows"``, ``tiles``, ``dense``, or on a GPU the block sizes of the kernel; and there
+            ``"edit graph: replayed"`` or ``launched one by one``.
     """
 
     calls: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PHASES, 0))

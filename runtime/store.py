@@ -59,7 +59,9 @@ class Store:
 
     def finish(self) -> None:
         """Wait until all recordings are where they are kept."""
-        for lane in self._lanes.values():
+        with self._lock:
+            lanes = list(self._lanes.values())
+        for lane in lanes:
             if lane is not None:
                 lane.finish()
 

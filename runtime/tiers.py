@@ -3,7 +3,7 @@
 A recorded call of a large network takes hundreds of megabytes, and a picture fifty of them: more than most devices
 have left. With ``Runtime(tier="host")`` each call's tensors are packed into a few blocks of pinned memory. Copies in
 both directions run on a lane of their own, in order: what the next call of an edit needs is on its way while one
-computes, so the device holds two calls at most.
+computes. The host waits when it is more than two calls ahead, so the device holds the tensors of a few calls only.
 """
 
 from __future__ import annotations
