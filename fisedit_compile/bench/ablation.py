@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -28,28 +29,33 @@ PUBLISHED: tuple[tuple[str, float], ...] = (
     ("+ adaptive tile", 3.61),
     ("+ approx. attention", 8.13),
 )
-"""FISEdit's ablation (arXiv 2305.17423): iterations a second at 768x768 on its authors' GPU. Its steps are others than
-ours: only the first and the last row mean the same, and only their ratio can be compared."""
+"""FISEdit's ablation (arXiv 2305.17423): iterations a second at 768x768 on its authors' GPU. Only ratios can be
+compared, as its kernels and its machine are others than ours."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A group of passes that is switched on.
+    """Passes that are switched on.
 
     Attributes:
-        name: what runs on rows.
+        name: what they add to the stage before.
         disabled: passes that are off.
+        convolution: the backend's option of that name.
+        published: which row of ``PUBLISHED`` adds the same; None when none does.
     """
 
     name: str
     disabled: tuple[str, ...]
+    convolution: str
+    published: int | None
 
 
 _ROWS = ("sparsify_norm", "sparsify_linear", "sparsify_layout", "sparsify_pointwise", "resample")
 STAGES: tuple[Stage, ...] = (
-    Stage("convolution on rows", (*_ROWS, "sparsify_attention")),
-    Stage("+ norms, linear, etc.", ("sparsify_attention",)),
-    Stage("+ attention (all)", ()),
+    Stage("convolutions row by row", (*_ROWS, "sparsify_attention"), "rows", None),
+    Stage("+ norms, linear, etc.", ("sparsify_attention",), "rows", 2),
+    Stage("+ adaptive convolutions", ("sparsify_attention",), "auto", 3),
+    Stage("+ attention (all)", (), "auto", 4),
 )
 
 
@@ -65,6 +71,8 @@ class Settings:
         dtype: fp32, bf16 or fp16.
         device: of the network.
         batch: of one call; 2 is one picture with guidance.
+        inductor: compile the second dense row with PyTorch's compiler, which takes minutes for large networks;
+            otherwise it is the backend's dense graph.
         calls: different recorded calls.
         repeats: rounds over all variants.
         seed: of weights, inputs and mask.
@@ -77,6 +85,7 @@ class Settings:
     dtype: str = "fp32"
     device: str = "cpu"
     batch: int = 2
+    inductor: bool = False
     calls: int = 2
     repeats: int = 3
     seed: int = 0
@@ -100,12 +109,14 @@ class Row:
         seconds: median of a call.
         ratio: the first row's seconds over these.
         on_rows: share of the multiply-accumulates that runs on active rows, 0 to 1.
+        published: which row of ``PUBLISHED`` it stands beside; None: none.
     """
 
     name: str
     seconds: float
     ratio: float
     on_rows: float
+    published: int | None = None
 
 
 @dataclass
@@ -146,14 +157,21 @@ def run_ablation(settings: Settings, progress: Callable[[str], object] = lambda 
     height, width = recorded[0][0][0].shape[-2:]
     mask = make_mask(settings.shape, settings.density, height, width, settings.seed)
     variants = [_variant("dense", model, edited)]
-    shares = [0.0, 0.0]
+    shares: list[float] = [0.0, 0.0]
+    if settings.inductor:
+        # A module of its own: otherwise it would share compiled code with the stages.
+        variants.append(_variant("dense, inductor", torch.compile(copy.copy(model)), edited))
     with torch.no_grad():
         for stage in STAGES:
             progress(f"recording: {stage.name}")
             runtime = Runtime()
-            options: dict[str, Any] = {"runtime": runtime, "disable_passes": stage.disabled}
-            network = torch.compile(model, backend="fisedit", options=options)
-            if stage is STAGES[0]:
+            options: dict[str, Any] = {
+                "runtime": runtime,
+                "disable_passes": stage.disabled,
+                "convolution": stage.convolution,
+            }
+            network = torch.compile(copy.copy(model), backend="fisedit", options=options)
+            if len(variants) == 1:
                 variants.append(_variant("dense, compiled", network, edited))
             _record_and_check(settings, runtime, network, recorded, edited, mask)
             variants.append(_variant(stage.name, network, edited, runtime, mask))
@@ -165,9 +183,10 @@ def run_ablation(settings: Settings, progress: Callable[[str], object] = lambda 
         timings = measure(variants, settings.calls, settings.repeats, device, progress)
     result = Result(settings, describe_machine(device))
     baseline = timings[variants[0].name].median
-    for variant, share in zip(variants, shares, strict=True):
+    places = (0, 1, *(stage.published for stage in STAGES))
+    for variant, share, published in zip(variants, shares, places, strict=True):
         seconds = timings[variant.name].median
-        result.rows.append(Row(variant.name, seconds, baseline / seconds, share))
+        result.rows.append(Row(variant.name, seconds, baseline / seconds, share, published))
     return result
 
 

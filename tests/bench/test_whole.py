@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from typer.testing import CliRunner
 
 from fisedit_compile.bench import ablation, edit, pipelines
@@ -82,11 +82,13 @@ def test_pipelines_of_unknown_models() -> None:
         pipelines.build_pipeline("sd99")
 
 
-def test_every_stage_of_the_ablation_switches_passes_on() -> None:
+def test_every_stage_of_the_ablation_adds_something() -> None:
     disabled = [set(stage.disabled) for stage in ablation.STAGES]
     assert all(names <= set(OPTIONAL) for names in disabled) and disabled[-1] == set()
-    assert all(after < before for before, after in zip(disabled, disabled[1:], strict=False))
-    assert len(ablation.PUBLISHED) == len(ablation.STAGES) + 2
+    assert all(after <= before for before, after in zip(disabled, disabled[1:], strict=False))
+    assert len({(stage.disabled, stage.convolution) for stage in ablation.STAGES}) == len(ablation.STAGES)
+    beside = [0, 1, *(stage.published for stage in ablation.STAGES if stage.published is not None)]
+    assert beside == list(range(len(ablation.PUBLISHED)))
 
 
 @pytest.mark.parametrize("change", [{"dtype": "fp8"}, {"calls": 0}, {"repeats": 0}, {"batch": 0}])
@@ -123,15 +125,53 @@ def test_the_edit_command(tmp_path: Path) -> None:
         assert min(stages.values()) >= 0 and stages["decode"] > 0 and stages["text"] > 0
 
 
-def test_the_ablation_command(tmp_path: Path) -> None:
-    words = ["ablation", "--model", "scenes", "--calls", "1", "--repeats", "1", "--device", "cpu"]
+@pytest.fixture
+def small_unet(tmp_path: Path) -> str:
+    """The folder of a U-Net of one resolution."""
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        down_block_types=("CrossAttnDownBlock2D",),
+        mid_block_type=None,
+        up_block_types=("CrossAttnUpBlock2D",),
+        block_out_channels=(8,),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=8,
+        attention_head_dim=4,
+    )
+    unet.save_config(tmp_path)
+    return str(tmp_path)
+
+
+def test_the_ablation_command(small_unet: str, tmp_path: Path) -> None:
+    words = ["ablation", "--model", small_unet, "--size", "128", "--calls", "1", "--repeats", "1", "--device", "cpu"]
     output = tmp_path / "numbers.json"
     done = CliRunner().invoke(command.app, [*words, "--output", str(output)], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     rows = json.loads(output.read_text())["rows"]
-    assert [row["name"] for row in rows][2:] == [stage.name for stage in ablation.STAGES]
+    assert [row["name"] for row in rows] == ["dense", "dense, compiled", *(stage.name for stage in ablation.STAGES)]
     shares = [row["on_rows"] for row in rows]
-    assert shares[:2] == [0, 0] and 0 < shares[2] < shares[3] < shares[4] <= 1
+    assert shares[:2] == [0, 0] and 0 < shares[2] < shares[3] == shares[4] < shares[5] <= 1
     assert all(row["ratio"] == pytest.approx(rows[0]["seconds"] / row["seconds"]) for row in rows)
-    for published in ("1.83", "2.73", "3.17", "3.61", "8.13", "4.4x"):
-        assert published in done.output
+    lines = {
+        row["name"]: line for row in rows for line in done.output.splitlines() if line.startswith(row["name"] + " ")
+    }
+    for name, published in zip(lines, ("1.83", "2.73", None, "3.17", "3.61", "8.13"), strict=True):
+        assert published is None or published in lines[name]
+    assert "it/s" in done.output and "4.4x" in lines["+ attention (all)"] and "FISEdit" in done.output
+
+
+def test_the_ablation_beside_another_compiler(monkeypatch: pytest.MonkeyPatch, small_unet: str) -> None:
+    compiled: list[object] = []
+
+    def spied(model: Any, backend: Any = "inductor", **given: Any) -> Any:
+        compiled.append(backend)
+        return compile_it(model, backend="eager" if backend == "inductor" else backend, **given)
+
+    compile_it = torch.compile
+    monkeypatch.setattr(torch, "compile", spied)
+    monkeypatch.setattr(ablation, "STAGES", ablation.STAGES[-1:])
+    settings = ablation.Settings(model=small_unet, size=64, calls=1, repeats=1, inductor=True, density=0.3)
+    rows = ablation.run_ablation(settings).rows
+    assert [row.name for row in rows] == ["dense", "dense, inductor", "+ attention (all)"]
+    assert compiled[:2] == ["inductor", "fisedit"]
