@@ -115,7 +115,7 @@ def _autocast(example_inputs: Sequence[Any]) -> list[str]:
 def _surroundings(example_inputs: Sequence[Any], options: Options) -> str:
     """What a program depends on besides its graph."""
     return (
-        f"norm={options.norm} packing={options.packing} convolution={options.convolution} "
+        f"norm={options.norm} packing={options.packing} {options.pack_all} convolution={options.convolution} "
         f"disabled={sorted(options.disabled_passes)} autocast={_autocast(example_inputs)}"
     )
 

@@ -70,6 +70,7 @@ class Options:
             the recorded statistics (what FISEdit section 4 and SIGE section 3 do).
         lowering: ``"plain"`` runs the graphs as FX code over ATen; ``"inductor"`` compiles them.
         packing: most bytes that weights packed for the processor may take; None: no limit, 0: none are packed.
+        pack_all: pack weights whether or not products with packed weights were measured to be faster.
         convolution: how 3x3 convolutions are computed: ``"auto"`` in the way that was measured (on a processor) or is
             estimated (on a GPU) to be the fastest, or always by ``"rows"``, by ``"tiles"`` (on a processor) or
             ``"dense"`` where that is possible.
@@ -80,6 +81,7 @@ class Options:
     norm: str = "exact"
     lowering: str = "plain"
     packing: int | None = None
+    pack_all: bool = False
     convolution: str = "auto"
     cuda_graphs: bool = True
     disabled_passes: frozenset[str] = frozenset()
@@ -105,8 +107,11 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> tuple[
     lowering = given.get("lowering", MODES[mode or "default"])
     if lowering not in LOWERINGS:
         raise OptionError(f"option lowering must be one of {', '.join(LOWERINGS)}, got {lowering!r}")
-    packing = given.get("packing", True)
-    limit = (None if packing else 0) if isinstance(packing, bool) else parse_bytes("option packing", packing)
+    packing = given.get("packing", "auto")
+    if isinstance(packing, bool):
+        limit = None if packing else 0
+    else:
+        limit = None if packing == "auto" else parse_bytes("option packing", packing)
     convolution = given.get("convolution", "auto")
     if convolution not in CONVOLUTIONS:
         raise OptionError(f"option convolution must be one of {', '.join(CONVOLUTIONS)}, got {convolution!r}")
@@ -116,4 +121,6 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> tuple[
     disabled = given.get("disable_passes", ())
     if isinstance(disabled, str):
         disabled = tuple(name.strip() for name in disabled.split(",") if name.strip())
-    return given.get("runtime"), Options(norm, lowering, limit, convolution, cuda_graphs, frozenset(disabled))
+    return given.get("runtime"), Options(
+        norm, lowering, limit, packing is True, convolution, cuda_graphs, frozenset(disabled)
+    )

@@ -27,6 +27,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
+from fisedit_compile.ops.packed import TYPICAL_ROWS
 from fisedit_compile.ops.tiles import PATCH, SIDE
 from fisedit_compile.passes.hoist_parameters import constant_nodes
 from fisedit_compile.passes.ir import RowsBuilder, copy_provenance, shape_of
@@ -87,10 +88,12 @@ def tile_stencils(domain: Domain) -> tuple[Stencil, Stencil]:
     return patches, Stencil.of("pixel_shuffle", tiles, domain, factor=SIDE)
 
 
-def _tile_weights(weight: fx.Node, builder: RowsBuilder, known: dict[fx.Node, list[fx.Node]]) -> list[fx.Node]:
+def _tile_weights(
+    weight: fx.Node, rows: int | None, builder: RowsBuilder, known: dict[fx.Node, list[fx.Node]]
+) -> list[fx.Node]:
     """The 16 matrices of a transformed weight; transformed once."""
     if weight not in known:
-        transformed = builder.call(torch.ops.fisedit.pack_tile_weights.default, weight)
+        transformed = builder.call(torch.ops.fisedit.pack_tile_weights.default, weight, rows)
         known[weight] = [builder.call(operator.getitem, transformed, number) for number in range(PATCH * PATCH)]
     return known[weight]
 
@@ -140,6 +143,7 @@ def choose_convolution(
     report: Report,
     way: str = "auto",
     limit: int | None = None,
+    measured: bool = True,
 ) -> fx.GraphModule:
     """Run the pass in place and return the module.
 
@@ -149,6 +153,7 @@ def choose_convolution(
         report: counts what got other ways, and the bytes of transformed weights in ``packed_bytes``.
         way: ``auto``, ``tiles`` or ``dense``.
         limit: most bytes of copies of weights; None: no limit.
+        measured: pack transformed weights only where that is measured to be faster.
     """
     graph = graph_module.graph
     constant = constant_nodes(graph, infos)
@@ -171,7 +176,8 @@ def choose_convolution(
             needed = 0 if weight in weights else _tile_bytes(weight)
             if limit is None or report.packed_bytes + needed <= limit:
                 report.packed_bytes += needed
-                tiles = _tile_weights(weight, RowsBuilder(node), weights)
+                count = max(1, node.meta.get("likely_rows", TYPICAL_ROWS) // SIDE**2) if measured else None
+                tiles = _tile_weights(weight, count, RowsBuilder(node), weights)
             elif way == "tiles":
                 report.row_convolutions[f"copies of weights would take more than {limit} bytes"] += 1
                 continue

@@ -9,6 +9,8 @@ Markers are ordinary ``call_function`` nodes whose targets are the functions bel
     load(site), store(value, site)   what recorded tensors become once their cache sites are known
     update(recorded, new)            what a saved edit stores in place of a recorded tensor
     plan(kind, of)                   a tensor made from the mask; ``meta["plan_input"]`` is its specification
+
+``meta["likely_rows"]`` of what ``RowsBuilder.replace`` was given says how many rows it is likely to have, all samples.
 """
 
 from __future__ import annotations
@@ -40,6 +42,8 @@ update = _marker("update")
 plan = _marker("plan")
 load = _marker("load")
 store = _marker("store")
+#: Of the masks that edits are likely to have, for what is chosen before the mask is known.
+TYPICAL_DENSITY = 0.08
 MARKERS = (to_rows, to_map, recorded, update, plan, load, store)
 
 
@@ -80,6 +84,11 @@ def copy_provenance(source: fx.Node, target: fx.Node) -> None:
     for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
         if key in source.meta:
             target.meta[key] = source.meta[key]
+
+
+def likely_rows(domain: Domain) -> int:
+    """How many rows of a sample an edit is likely to compute at a resolution."""
+    return max(1, round(TYPICAL_DENSITY * domain.size))
 
 
 class RowsBuilder:
@@ -169,6 +178,8 @@ class RowsBuilder:
     def replace(self, rows: fx.Node, node: fx.Node | None = None) -> None:
         """Let ``to_map(rows)`` stand for the node from now on, and erase it."""
         node = node or self.node
+        spatial = node.meta["spatial"]
+        rows.meta["likely_rows"] = shape_of(node)[spatial.batch_dim] * likely_rows(spatial.domain)
         with self.graph.inserting_before(node):
             value = self.graph.call_function(to_map, (rows,))
         copy_provenance(node, value)

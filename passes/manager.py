@@ -134,11 +134,11 @@ def build_program(graph_module: fx.GraphModule, inputs: Sequence[InputInfo], opt
     eliminate_dead_code(edit.graph)
     runner.run("insert_cache_ops", edit, lambda: insert_cache_ops(edit, record, report))
     runner.run("hoist_invariants", edit, lambda: hoist_invariants(edit, record, inputs, report))
-    if options.lowering == "plain" and options.convolution != "rows":
-        way = options.convolution
-        runner.run("choose_convolution", edit, lambda: choose_convolution(edit, inputs, report, way, options.packing))
-    if options.lowering == "plain" and options.packing != 0:
-        runner.run("pack_weights", edit, lambda: pack_weights(edit, inputs, report, options.packing))
+    way, limit, measured = options.convolution, options.packing, not options.pack_all
+    if options.lowering == "plain" and way != "rows":
+        runner.run("choose_convolution", edit, lambda: choose_convolution(edit, inputs, report, way, limit, measured))
+    if options.lowering == "plain" and limit != 0:
+        runner.run("pack_weights", edit, lambda: pack_weights(edit, inputs, report, limit, measured))
     prologue: list[fx.GraphModule | None] = []
     runner.run("hoist_parameters", edit, lambda: prologue.append(hoist_parameters(edit, inputs, report)[1]))
     started = time.perf_counter()

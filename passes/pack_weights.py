@@ -4,10 +4,11 @@ Why: a product with few rows spends much of its time on bringing the weight into
 once, the weight serves all calls until it changes. Measured, products of float32 rows take half the time and less.
 
 Before: ``y = linear(rows, w, b)``
-After:  ``y = linear_rows(rows, pack_matrix(w), b)``
+After:  ``y = linear_rows(rows, pack_matrix(w, n), b)``
 Before: ``y = conv_rows(..., pack_conv_weight(w), b, 1)``
-After:  ``y = conv_rows(..., pack_matrix(pack_conv_weight(w)), b, 1)``
-``hoist_parameters`` moves ``pack_matrix`` to the prologue.
+After:  ``y = conv_rows(..., pack_matrix(pack_conv_weight(w), n), b, 1)``
+``hoist_parameters`` moves ``pack_matrix`` to the prologue. There products of ``n`` rows, as many as edits are likely to
+have, are measured with and without packing; without ``n`` the weight is packed in any case.
 
 Conditions:
 1. The weight depends on parameters only and has two dimensions.
@@ -24,10 +25,10 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from fisedit_compile.ops.packed import packs
+from fisedit_compile.ops.packed import TYPICAL_ROWS, packs
 from fisedit_compile.passes.arguments import read_arguments
 from fisedit_compile.passes.hoist_parameters import constant_nodes
-from fisedit_compile.passes.ir import copy_provenance
+from fisedit_compile.passes.ir import copy_provenance, likely_rows
 from fisedit_compile.passes.program import InputInfo
 from fisedit_compile.passes.report import Report
 from fisedit_compile.passes.targets import aten
@@ -67,8 +68,27 @@ def refusal(node: fx.Node, weight: fx.Node, constant: set[fx.Node]) -> str | Non
     return None
 
 
+def rows_of_product(node: fx.Node) -> int:
+    """How many rows a product is likely to have."""
+    if node.target in (CONV_ROWS, CONV_CHOICE):
+        table = node.args[3]
+        assert isinstance(table, fx.Node)
+        specification = table.meta.get("plan_input")
+        # One product for each sample.
+        return TYPICAL_ROWS if specification is None else likely_rows(specification.of.target)
+    rows = node.args[0]
+    assert isinstance(rows, fx.Node)
+    value = rows.meta.get("val")
+    exactly = value.numel() // max(value.shape[-1], 1) if isinstance(value, torch.Tensor) else TYPICAL_ROWS
+    return int(node.meta.get("likely_rows", max(exactly, 1)))
+
+
 def pack_weights(
-    graph_module: fx.GraphModule, infos: Sequence[InputInfo], report: Report, limit: int | None = None
+    graph_module: fx.GraphModule,
+    infos: Sequence[InputInfo],
+    report: Report,
+    limit: int | None = None,
+    measured: bool = True,
 ) -> fx.GraphModule:
     """Run the pass in place and return the module.
 
@@ -77,6 +97,7 @@ def pack_weights(
         infos: what its placeholders are.
         report: counts what was packed, and its bytes in ``packed_bytes``.
         limit: most bytes of copies of weights, those of other passes included; None: no limit.
+        measured: pack only where products are then measured to be faster.
     """
     graph = graph_module.graph
     constant = constant_nodes(graph, infos)
@@ -97,7 +118,8 @@ def pack_weights(
             else:
                 report.packed_bytes += value.nbytes
                 with graph.inserting_after(weight):
-                    packed[weight] = graph.call_function(torch.ops.fisedit.pack_matrix.default, (weight,))
+                    arguments = (weight, rows_of_product(node)) if measured else (weight,)
+                    packed[weight] = graph.call_function(torch.ops.fisedit.pack_matrix.default, arguments)
                 copy_provenance(node, packed[weight])
         if reason is not None:
             report.miss(NAME, node, reason)

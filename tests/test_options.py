@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from fisedit_compile import backend
+from fisedit_compile.config import parse_options
 from fisedit_compile.errors import OptionError
 
 
@@ -33,6 +34,16 @@ def picture() -> torch.Tensor:
 def test_wrong_options(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         backend.fisedit(fx.symbolic_trace(lambda x: (x + 1,)), [picture()], **settings)
+
+
+@pytest.mark.parametrize(
+    ("given", "limit", "every"),
+    [({}, None, False), ({"packing": "auto"}, None, False), ({"packing": True}, None, True)]
+    + [({"packing": False}, 0, False), ({"packing": "1KB"}, 1000, False)],
+)
+def test_what_is_packed(given: dict[str, Any], limit: int | None, every: bool) -> None:
+    _, options = parse_options(None, given)
+    assert (options.packing, options.pack_all) == (limit, every)
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,13 @@ class CostTable:
             return {key: dict(found.seconds) for key, found in self._machine_table().items()}
 
     def choose(self, operator: str, case: str, ways: Mapping[str, Callable[[], Tensor]]) -> Tensor:
-        """Compute an operator in the fastest way.
+        """What the fastest way returns, which is counted in ``taken``; arguments are those of :meth:`fastest`."""
+        way = self.fastest(operator, case, ways)
+        taken.note(f"{operator}: {way}")
+        return ways[way]()
+
+    def fastest(self, operator: str, case: str, ways: Mapping[str, Callable[[], Tensor]]) -> str:
+        """The fastest way to compute an operator.
 
         Args:
             operator: its name.
@@ -111,9 +117,9 @@ class CostTable:
             ways: by name, functions that compute the same; the first is the usual one.
 
         Returns:
-            What the fastest way returns; the usual one counts as the fastest unless another is clearly faster. All ways
-            are measured when one of them was never measured in this case, or when only few processes measured it and
-            this one did not.
+            The name of a way; the usual one counts as the fastest unless another is clearly faster. All ways are
+            measured when one of them was never measured in this case, or when only few processes measured it and this
+            one did not.
         """
         key = f"{operator} {case}"
         with self._lock:
@@ -126,9 +132,7 @@ class CostTable:
         times = found.seconds
         usual = next(iter(ways))
         fastest = min(ways, key=times.__getitem__)
-        way = fastest if times[fastest] < CLEARLY * times[usual] else usual
-        taken.note(f"{operator}: {way}")
-        return ways[way]()
+        return fastest if times[fastest] < CLEARLY * times[usual] else usual
 
     def _machine_table(self) -> dict[str, Measured]:
         if self._known is None:

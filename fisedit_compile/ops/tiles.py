@@ -35,16 +35,17 @@ def _transforms(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tenso
         return torch.kron(both[0], both[0]), torch.kron(both[1], both[1])
 
 
-def _pack_tiles_shape(weight: Tensor) -> list[Tensor]:
+def _pack_tiles_shape(weight: Tensor, rows: int | None = None) -> list[Tensor]:
     return [weight.new_empty(weight.shape[:2]) for _ in range(PATCH * PATCH)]
 
 
-@operator("(Tensor weight) -> Tensor[]", _pack_tiles_shape)
-def pack_tile_weights(weight: Tensor) -> list[Tensor]:
+@operator("(Tensor weight, int? rows=None) -> Tensor[]", _pack_tiles_shape)
+def pack_tile_weights(weight: Tensor, rows: int | None = None) -> list[Tensor]:
     """Transform the weight of a convolution.
 
     Args:
         weight: ``[Cout, Cin, 3, 3]``.
+        rows: how many tiles a product is likely to have, see :func:`fisedit_compile.ops.packed.pack_matrix`.
 
     Returns:
         16 matrices ``[Cout, Cin]``, one for each position of a patch, for :func:`conv_tiles` only; packed where that
@@ -58,7 +59,9 @@ def pack_tile_weights(weight: Tensor) -> list[Tensor]:
         for part in weight.split(max(1, (1 << 20) // weight[0].numel()))
     ]
     matrices = torch.cat(parts, 1).unbind(0)
-    return [pack_matrix(matrix) if packs(weight.device.type, weight.dtype) else matrix.clone() for matrix in matrices]
+    if packs(weight.device.type, weight.dtype):
+        return [pack_matrix(matrix, rows) for matrix in matrices]
+    return [matrix.clone() for matrix in matrices]
 
 
 def _conv_tiles_shape(

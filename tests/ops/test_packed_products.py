@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from fisedit_compile.ops import conv_rows, linear_rows, pack_conv_weight, pack_matrix
+from fisedit_compile.ops import packed as packed_module
 from fisedit_compile.ops.packed import packs
 
 from tolerances import assert_near
@@ -44,6 +47,26 @@ def test_rows_of_any_strides(dtype: torch.dtype) -> None:
     rows, weight = torch.randn(3, 20, 7).to(dtype), torch.randn(5, 20).to(dtype)
     result = linear_rows(rows.transpose(1, 2), pack_matrix(weight), None)
     assert_near(result, functional.linear(rows.transpose(1, 2), weight))
+
+
+@pytest.mark.parametrize("fastest", ["packed", "plain"])
+def test_what_was_measured_to_be_the_fastest_is_taken(monkeypatch: pytest.MonkeyPatch, fastest: str) -> None:
+    asked: list[tuple[str, str]] = []
+
+    class Table:
+        def fastest(self, operator: str, case: str, ways: dict[str, Callable[[], torch.Tensor]]) -> str:
+            asked.append((operator, case))
+            assert list(ways) == ["packed", "plain"] and [way().shape for way in ways.values()] == [(40, 5)] * 2
+            return fastest
+
+    monkeypatch.setattr(packed_module, "costs", Table())
+    weight, rows = torch.randn(20, 5).t(), torch.randn(3, 20)
+    matrix = pack_matrix(weight, 40)
+    assert asked == [("product", "about 38 rows, 20->5 float32")]
+    assert matrix.is_mkldnn == (fastest == "packed") and matrix.shape == weight.shape
+    before = functional.linear(rows, weight)
+    weight.zero_()
+    assert_near(linear_rows(rows, matrix, None), before)
 
 
 def test_packing_copies() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
+from fisedit_compile.ops.packed import TYPICAL_ROWS
 from fisedit_compile.passes import choose_convolution as module_under_test
 from fisedit_compile.passes.choose_convolution import choose_convolution, tile_stencils
 from fisedit_compile.passes.ir import plan
@@ -70,7 +71,7 @@ def test_tiles() -> None:
         PlanInput("subposition", places),
     ]
     assert [weight.args[1] for weight in weights] == list(range(16))
-    assert {spell(weight.args[0]) for weight in weights} == {("fisedit.pack_tile_weights", "weight")}
+    assert {spell(weight.args[0]) for weight in weights} == {("fisedit.pack_tile_weights", "weight", TYPICAL_ROWS // 4)}
     assert report.matches["choose_convolution"] == 1
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fisedit_compile.ops.packed import packs
+from fisedit_compile.config import Options
+from fisedit_compile.ops.packed import TYPICAL_ROWS, packs
+from fisedit_compile.passes.ir import TYPICAL_DENSITY
 from fisedit_compile.passes.pack_weights import pack_weights
 from fisedit_compile.passes.report import Report
 
+from execution import compile_graph
 from graphs import GraphBuilder, aten, spell
 
 fisedit = torch.ops.fisedit
@@ -38,22 +41,43 @@ def test_a_linear_layer() -> None:
     builder = GraphBuilder()
     weight, bias = builder.parameter(8, 6), builder.parameter(8, name="bias")
     text, report = run(builder, builder.call(aten.linear.default, builder.tokens(), weight, bias))
-    assert text == ("fisedit.linear_rows", "x", ("fisedit.pack_matrix", "weight"), "bias")
+    assert text == ("fisedit.linear_rows", "x", ("fisedit.pack_matrix", "weight", 40), "bias")
     assert report.matches["pack_weights"] == 1 and report.packed_bytes == 8 * 6 * 4
 
 
 def test_a_linear_layer_without_bias() -> None:
     builder = GraphBuilder()
     text, _ = run(builder, builder.call(aten.linear.default, builder.tokens(), builder.parameter(8, 6)))
-    assert text == ("fisedit.linear_rows", "x", ("fisedit.pack_matrix", "weight"), None)
+    assert text == ("fisedit.linear_rows", "x", ("fisedit.pack_matrix", "weight", 40), None)
 
 
 def test_a_convolution() -> None:
     builder = GraphBuilder()
     text, report = run(builder, convolution(builder))
-    weight = ("fisedit.pack_matrix", ("fisedit.pack_conv_weight", "weight", False, 1))
+    weight = ("fisedit.pack_matrix", ("fisedit.pack_conv_weight", "weight", False, 1), TYPICAL_ROWS)
     assert text == ("fisedit.conv_rows", "rows", "recorded", "halo", "table", weight, None, 1)
     assert report.packed_bytes == 8 * 6 * 9 * 4
+
+
+def test_without_measuring_everything_is_packed() -> None:
+    builder = GraphBuilder()
+    result = builder.call(aten.linear.default, builder.tokens(), builder.parameter(8, 6))
+    pack_weights(builder.module(result), builder.infos, Report(), measured=False)
+    assert spell(result) == ("fisedit.linear_rows", "x", ("fisedit.pack_matrix", "weight"), None)
+
+
+def test_products_have_as_many_rows_as_edits_are_likely_to_have() -> None:
+    builder = GraphBuilder()
+    x = builder.picture()
+    sizes = [int(size) for size in x.meta["val"].shape]
+    window = builder.call(aten.conv2d.default, x, builder.parameter(8, sizes[1], 3, 3), None, [1, 1], [1, 1])
+    pointwise = builder.call(aten.conv2d.default, window, builder.parameter(8, 8, 1, 1, name="other"))
+    program = compile_graph(builder, pointwise, options=Options(convolution="rows"))
+    assert program.prologue is not None
+    packings = [node for node in program.prologue.graph.nodes if node.target is fisedit.pack_matrix.default]
+    likely = max(1, round(TYPICAL_DENSITY * sizes[2] * sizes[3]))
+    # A convolution multiplies sample by sample, a linear layer all rows at once.
+    assert [node.args[1] for node in packings] == [likely, sizes[0] * likely]
 
 
 def test_a_weight_read_twice_is_packed_once() -> None:

@@ -26,6 +26,7 @@ PATHS = {
     "rows": ({"convolution": "rows"}, "conv_rows"),
     "not packed": ({"packing": False}, "linear"),
     "few packed": ({"packing": 4096}, "linear"),
+    "packed where faster": ({"packing": "auto"}, "linear_rows"),
     "nothing hoisted": ({"disable_passes": "hoist_invariants"}, "linear_rows"),
 }
 
