@@ -19,7 +19,7 @@ from fisedit_compile.executable import Executable, GraphIdentity
 from fisedit_compile.passes import InputInfo, Program, build_program, disabled_passes
 from fisedit_compile.replay import capturer_for
 from fisedit_compile.runtime import Runtime, default_runtime
-from fisedit_compile.tracing import GraphInputs, UntraceableGraph, describe, describe_inputs, trace
+from fisedit_compile.tracing import GraphInputs, UntraceableGraph, break_reason, describe, describe_inputs, trace
 
 logger = logging.getLogger(__name__)
 
@@ -185,6 +185,14 @@ def fisedit(
     surroundings = _surroundings(example_inputs, parsed)
     infos = describe_inputs(gm, example_inputs)
     label = _label(infos, example_inputs)
+    if reason := break_reason(gm):
+        logger.warning(
+            "%s is not the whole network, PyTorch's compiler broke it off: %s. What runs between graphs is computed "
+            "densely and not masked, and masks are applied at the resolution of each graph's inputs: positions outside "
+            "the mask may change. fullgraph=True shows where.",
+            label,
+            reason,
+        )
     try:
         inputs = describe(gm, example_inputs)
     except UntraceableGraph as error:

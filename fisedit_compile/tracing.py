@@ -26,6 +26,12 @@ aten = torch.ops.aten
 
 #: Nodes without a result that check what tracing has made static.
 STATIC_CHECKS = (aten._assert_tensor_metadata.default, private.SET_GRAD_ENABLED)
+#: Operators whose result depends on how their input lies in memory, and what they become.
+LOOK_AT_STRIDES = {
+    aten.as_strided.default: torch.ops.fisedit.as_strided.default,
+    aten.view_as_complex.default: torch.ops.fisedit.complex_of_pairs.default,
+    aten.view.dtype: torch.ops.fisedit.reinterpreted.default,
+}
 #: Positions of the probability and of the training flag (None: has none) of operators that are random in training only.
 RANDOM_IN_TRAINING: dict[Any, tuple[int | None, int | None]] = {
     aten.dropout.default: (1, 2),
@@ -141,8 +147,8 @@ def _given(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple
 def describe_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[InputInfo, ...]:
     """Classify the flat inputs of a Dynamo graph.
 
-    ``parameter``: a tensor read from a module; ``scalar``: numbers, other tensors of rank 0 or 1, and what a module
-    holds as numpy (it has no identity as a tensor, so it is compared by value); ``user``: the rest.
+    ``parameter``: a tensor read from a module; ``scalar``: numbers, other tensors of rank 0 or 1, and numbers of a
+    module, of Python or numpy, that come as new tensors at every call (compared by value); ``user``: the rest.
     """
     infos = []
     for placeholder, value in zip(_placeholders(gm.graph), example_inputs, strict=True):
@@ -151,7 +157,8 @@ def describe_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[
         if not isinstance(value, Tensor):
             infos.append(InputInfo("scalar", name))
         elif private.is_module_state(placeholder):
-            infos.append(InputInfo("scalar" if private.is_numpy(placeholder) else "parameter", name))
+            number = private.is_numpy(placeholder) or private.is_wrapped_number(placeholder)
+            infos.append(InputInfo("scalar" if number else "parameter", name))
         else:
             infos.append(InputInfo("scalar" if value.dim() <= 1 else "user", name))
     return tuple(infos)
@@ -183,6 +190,8 @@ def _check_before(graph_module: fx.GraphModule) -> None:
     for node in graph_module.graph.nodes:
         if isinstance(node.target, private.HigherOrderOperator):
             raise UntraceableGraph(f"higher-order operator {node.target} has graphs of its own")
+        if "functorch" in (getattr(node.target, "__module__", None) or ""):
+            raise UntraceableGraph("it uses a function transform of torch.func, such as vmap or grad")
         if node.op == "call_module" and any(True for _ in graph_module.get_submodule(str(node.target)).parameters()):
             raise UntraceableGraph(f"module {node.target} was not inlined; its parameters are not graph inputs")
 
@@ -223,6 +232,36 @@ def _drop_idle_autocast(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
+def _order_elements(graph: fx.Graph) -> None:
+    """Let operators that look at strides look at elements in order, whatever the strides will be.
+
+    Raises:
+        UntraceableGraph: one of them looks at other elements than those of its input, or at them in another order.
+    """
+    for node in graph.nodes:
+        ordered = LOOK_AT_STRIDES.get(node.target)
+        if ordered is None:
+            continue
+        source = node.args[0].meta["val"]
+        if not source.is_contiguous() or source.storage_offset():
+            raise UntraceableGraph(f"{node.target} looks at values that do not lie in order")
+        if node.target is aten.as_strided.default:
+            sizes, strides, *offset = node.args[1:]
+            last = sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+            if any(offset) or node.kwargs.get("storage_offset") or (0 not in sizes and last >= source.numel()):
+                raise UntraceableGraph(f"{node.target} looks at other values than those of its input")
+            node.args, node.kwargs = node.args[:3], {}
+        node.target = ordered
+
+
+def break_reason(gm: fx.GraphModule) -> str | None:
+    """Why Dynamo ended a graph before the network does, in one line; None when it did not."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is None or not reason.graph_break:
+        return None
+    return str(reason.reason).strip().partition("\n")[0]
+
+
 def describe(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> GraphInputs:
     """Take from a Dynamo graph and its example inputs what ``trace`` needs.
 
@@ -260,7 +299,14 @@ def trace(gm: fx.GraphModule, inputs: GraphInputs) -> TracedGraph:
                 values[position] = int(numbers.pop(position))
             traced = private.trace_functional(gm, values)
     except private.UNTRACEABLE as error:
-        raise UntraceableGraph(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        if inputs.wrapped:
+            names = ", ".join(infos[position].name for position in sorted(inputs.wrapped))
+            reason += (
+                f"; PyTorch compiled it for any value of the Python numbers {names}, which it does after they changed "
+                "or with dynamic=True: compile with dynamic=False, or keep them as they are"
+            )
+        raise UntraceableGraph(reason) from error
     graph = traced.graph_module.graph
     if traced.mutated:
         names = ", ".join(infos[position].name for position in traced.mutated)
@@ -280,6 +326,7 @@ def trace(gm: fx.GraphModule, inputs: GraphInputs) -> TracedGraph:
             graph.erase_node(node)
     _drop_idle_autocast(graph)
     _check_after(graph)
+    _order_elements(graph)
     graph.eliminate_dead_code()
     for node in graph.nodes:
         if node.target in (aten.view.default, aten._unsafe_view.default):

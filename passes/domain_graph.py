@@ -8,17 +8,19 @@ import networkx
 from torch import fx
 
 from fisedit_compile.passes.arguments import read_arguments
-from fisedit_compile.passes.ir import spatial_of
+from fisedit_compile.passes.ir import shape_of, spatial_of
 from fisedit_compile.passes.resample import FAMILY as RESAMPLE
 from fisedit_compile.passes.sparsify_attention import FAMILY as ATTENTION
 from fisedit_compile.passes.sparsify_conv import FAMILY as CONVOLUTION
 from fisedit_compile.passes.sparsify_layout import FAMILY as LAYOUT
-from fisedit_compile.passes.sparsify_layout import PERMUTES, permutation
+from fisedit_compile.passes.sparsify_layout import PERMUTES, RESHAPES, permutation
 from fisedit_compile.passes.sparsify_norm import TARGETS as NORMS
-from fisedit_compile.passes.targets import ANCHORS, is_elementwise
+from fisedit_compile.passes.targets import ANCHORS, aten, is_elementwise
 from fisedit_compile.runtime.spec import Domain
 
 NOT_SPATIAL = "not spatial"
+#: Operators of channels, where these are the last dimension.
+LAST_DIMENSION = {aten.linear.default, aten.layer_norm.default, aten.rms_norm.default}
 
 
 def data_flow(graph: fx.Graph) -> networkx.DiGraph:
@@ -58,24 +60,54 @@ def is_attention_bias(flow: networkx.DiGraph, name: str) -> bool:
     )
 
 
+def _reads_last_dimension(node: fx.Node, value: fx.Node) -> bool:
+    """Whether an operator takes the last dimension of ``value``, and no other, for channels."""
+    if node.target not in LAST_DIMENSION or node.args[0] is not value:
+        return False
+    return node.target is aten.linear.default or len(read_arguments(node)["normalized_shape"]) == 1
+
+
+def _merges_rows_and_columns(node: fx.Node, value: fx.Node) -> bool:
+    """Whether a reshape makes tokens ``[B, H * W, C]`` of ``[B, H, W, C]``."""
+    if node.target not in RESHAPES:
+        return False
+    batch, height, width, channels = shape_of(value)
+    return shape_of(node) == (batch, height * width, channels)
+
+
 def reads_channels_last(flow: networkx.DiGraph, name: str) -> bool:
-    """Whether a rank-4 input is ``[B, H, W, C]``: it is permuted to ``[B, C, H, W]`` before it reaches an anchor."""
+    """Whether a rank-4 input is ``[B, H, W, C]``.
+
+    What tells are the convolutions, norms and resamplings that it reaches through elementwise operators, permutations,
+    linear layers and norms over the last dimension: they read ``[B, C, H, W]``. Where there are none, it is, if one of
+    those linear layers or norms reads its last dimension, or if its rows and columns are merged to tokens.
+    """
     stack: list[tuple[str, tuple[int, ...]]] = [(name, (0, 1, 2, 3))]
     seen: set[tuple[str, tuple[int, ...]]] = set()
+    anchored: set[tuple[int, ...]] = set()
+    last_is_channels = False
     while stack:
         vertex, order = stack.pop()
         if (vertex, order) in seen:
             continue
         seen.add((vertex, order))
+        value = flow.nodes[vertex]["node"]
         for reader in (flow.nodes[successor]["node"] for successor in flow[vertex]):
             if reader.target in ANCHORS:
-                return order == (0, 3, 1, 2)
-            if reader.target in PERMUTES:
+                anchored.add(order)
+            elif reader.target in PERMUTES:
                 moved = permutation(reader, 4)
                 stack.append((reader.name, tuple(order[dim] for dim in moved)))
             elif is_elementwise(reader.target):
                 stack.append((reader.name, order))
-    return False
+            elif _reads_last_dimension(reader, value):
+                last_is_channels |= order == (0, 1, 2, 3)
+                stack.append((reader.name, order))
+            else:
+                last_is_channels |= order == (0, 1, 2, 3) and _merges_rows_and_columns(reader, value)
+    if anchored:
+        return (0, 1, 2, 3) not in anchored and (0, 3, 1, 2) in anchored
+    return last_is_channels
 
 
 def connection_kind(node: fx.Node) -> str:

@@ -1,8 +1,10 @@
-"""Recognising a network's parameters: by identity, and by a sample of their content.
+"""Recognising a network's parameters: by identity, and by their content.
 
 Adding to ``parameter.data`` (what fusing a LoRA does) changes neither ``_version`` nor ``data_ptr``, and inference
-tensors have no version at all. So the content is looked at: at most ``SAMPLES`` elements of each parameter, gathered
-in one pass and compared bit for bit. A change of a few single elements can go unnoticed; a change of a layer cannot.
+tensors have no version at all. So the content is looked at: the sum of all its bits, read as integers, and at most
+``SAMPLES`` elements of each parameter, where they are. Summing reads all weights once, as one sparse call does. A
+change goes unnoticed only if it leaves the sum of a tensor as it is, such as one that exchanges elements, and touches
+no sampled element.
 """
 
 from __future__ import annotations
@@ -49,8 +51,8 @@ def _plain_tensors(parameter: Tensor) -> list[Tensor]:
     return [parameter]
 
 
-def sample(tensor: Tensor) -> Tensor:
-    """At most ``SAMPLES`` elements of ``tensor``, as integers of the same width; shape ``[n]``, on its device."""
+def _line(tensor: Tensor) -> Tensor:
+    """The elements of ``tensor`` as they lie in memory, as integers of the same width; shape ``[n]``."""
     flat = tensor.detach()
     if flat.is_complex():
         flat = torch.view_as_real(flat)
@@ -61,8 +63,24 @@ def sample(tensor: Tensor) -> Tensor:
     if not flat.is_contiguous() and torch.empty_like(flat, device="meta").stride() != flat.stride():
         # A view with gaps: the memory in between belongs to somebody else and may change.
         flat = flat.contiguous()
-    line = flat.as_strided((count,), (1,), flat.storage_offset())
-    return line.view(bits).index_select(0, sample_positions(count, flat.device))
+    return flat.as_strided((count,), (1,), flat.storage_offset()).view(bits)
+
+
+def sample(tensor: Tensor) -> Tensor:
+    """At most ``SAMPLES`` elements of ``tensor``, as integers of the same width; shape ``[n]``, on its device."""
+    line = _line(tensor)
+    return line.index_select(0, sample_positions(line.numel(), line.device)) if line.numel() else line
+
+
+def total(tensor: Tensor) -> Tensor:
+    """The sum of all bits of ``tensor``, read as integers of 64 bits and modulo 2**64; int64 ``[]``, on its device."""
+    line = _line(tensor)
+    width = 8 // line.element_size()
+    whole = line.numel() - line.numel() % width
+    if line.storage_offset() % width or not whole:
+        return line.sum(dtype=torch.int64)
+    words = line[:whole].view(torch.int64).sum()
+    return words if whole == line.numel() else words + line[whole:].sum(dtype=torch.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,18 +91,21 @@ class Fingerprint:
         forms: shape, dtype and device of every tensor, in order.
         owners: for every tensor, the number of the parameter it belongs to.
         samples: for every (device, element size) the concatenated samples, on the CPU.
+        totals: for every tensor, the sum of its bits.
         spans: for every tensor, its group in ``samples`` and where its sample begins and ends.
     """
 
     forms: tuple[tuple[tuple[int, ...], torch.dtype, str], ...]
     owners: tuple[int, ...]
     samples: dict[tuple[str, int], Tensor]
+    totals: tuple[int, ...]
     spans: tuple[tuple[tuple[str, int], int, int], ...]
 
     @classmethod
     def take(cls, parameters: Sequence[Tensor]) -> Fingerprint:
-        """Look at ``parameters`` now. One pass; one transfer to the host for every device and element size."""
+        """Look at ``parameters`` now. One pass; few transfers to the host for every device and element size."""
         forms, owners, spans = [], [], []
+        totals: dict[str, list[Tensor]] = {}
         groups: dict[tuple[str, int], list[Tensor]] = {}
         lengths: dict[tuple[str, int], int] = {}
         with torch.no_grad():
@@ -96,11 +117,13 @@ class Fingerprint:
                     begin = lengths.get(group, 0)
                     lengths[group] = begin + taken.numel()
                     groups.setdefault(group, []).append(taken)
+                    totals.setdefault(device, []).append(total(plain))
                     forms.append((tuple(plain.shape), plain.dtype, device))
                     owners.append(number)
                     spans.append((group, begin, lengths[group]))
             samples = {group: torch.cat(taken).cpu() for group, taken in groups.items()}
-        return cls(tuple(forms), tuple(owners), samples, tuple(spans))
+            sums = {device: iter(torch.stack(found).tolist()) for device, found in totals.items()}
+        return cls(tuple(forms), tuple(owners), samples, tuple(next(sums[form[2]]) for form in forms), tuple(spans))
 
     def difference(self, other: Fingerprint) -> str | None:
         """How ``other`` differs from this one, in words; None when nothing differs."""
@@ -109,11 +132,15 @@ class Fingerprint:
         for owner, before, now in zip(self.owners, self.forms, other.forms, strict=True):
             if before != now:
                 return f"parameter {owner} was {_form(before)} and is {_form(now)} now"
-        if all(torch.equal(taken, other.samples[group]) for group, taken in self.samples.items()):
+        same = all(torch.equal(taken, other.samples[group]) for group, taken in self.samples.items())
+        if same and self.totals == other.totals:
             return None
         changed = []
-        for owner, form, (group, begin, end) in zip(self.owners, self.forms, self.spans, strict=True):
-            if not torch.equal(self.samples[group][begin:end], other.samples[group][begin:end]):
+        for number, (owner, form, (group, begin, end)) in enumerate(
+            zip(self.owners, self.forms, self.spans, strict=True)
+        ):
+            sampled = torch.equal(self.samples[group][begin:end], other.samples[group][begin:end])
+            if not sampled or self.totals[number] != other.totals[number]:
                 changed.append((owner, form))
         count, (owner, form) = len(changed), changed[0]
         return f"the content of {count} of {len(self.forms)} tensors changed, first parameter {owner} ({_form(form)})"
@@ -127,7 +154,7 @@ class Fingerprint:
     @cached_property
     def digest(self) -> str:
         """A short text that is equal for equal parameters: 32 hexadecimal digits."""
-        digest = hashlib.blake2b(repr(self.forms).encode(), digest_size=16)
+        digest = hashlib.blake2b(repr((self.forms, self.totals)).encode(), digest_size=16)
         for group, taken in sorted(self.samples.items()):
             digest.update(repr(group).encode())
             digest.update(taken.numpy().tobytes())

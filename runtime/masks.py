@@ -36,6 +36,11 @@ def prepare_mask(mask: MaskLike) -> Tensor:
     """
     if isinstance(mask, Tensor):
         values = mask.detach()
+        if values.layout is not torch.strided:
+            values = values.to_dense()
+        if values.is_floating_point() and values.element_size() == 1:
+            # Nothing can be asked of floats of eight bits.
+            values = values.to(torch.float32)
     elif isinstance(mask, Image.Image):
         values = _from_image(mask)
     elif isinstance(mask, np.ndarray | np.generic):

@@ -244,6 +244,10 @@ class Runtime:
             yield EditRun(phase)
             phase.finish()
 
+    def __deepcopy__(self, memo: dict[int, object]) -> Runtime:
+        """Itself: the copy of a compiled network uses the runtime that it was compiled with."""
+        return self
+
     def __repr__(self) -> str:
         bases = ", ".join(f"{name!r} ({base.call_count} calls)" for name, base in list(self._store.bases.items()))
         return f"Runtime(bases: {bases or 'none'}; {format_bytes(self._store.ledger.total)} stored)"

@@ -220,6 +220,10 @@ def custom_change(self: Function, x: Tensor) -> Tensor:
     return y
 
 
+def strided(size: tuple[int, ...], stride: tuple[int, ...], offset: int = 0) -> Callable[..., Any]:
+    return lambda self, x: (x * 2).as_strided(size, stride, offset)
+
+
 REFUSED: list[tuple[Callable[..., Any], str]] = [
     (batch_statistics, "changes its inputs in place: .*norm.running_mean"),
     (changes_buffer, "changes its inputs in place: count"),
@@ -231,7 +235,25 @@ REFUSED: list[tuple[Callable[..., Any], str]] = [
     (busy_autocast, "switches autocast"),
     (checkpointed, "higher-order operator tag_activation_checkpoint"),
     (custom_change, "higher-order operator auto_functionalized"),
+    (lambda self, x: torch.vmap(torch.sin)(x), "a function transform of torch.func, such as vmap"),
+    (strided((2, 2), (1, 1), 3), "as_strided.default looks at other values than those of its input"),
+    (strided((2, 2), (1, 10**6)), "as_strided.default looks at other values than those of its input"),
+    (lambda self, x: (x * 2).transpose(1, 2).as_strided((3,), (2,)), "looks at values that do not lie in order"),
 ]
+
+
+def test_operators_that_look_at_strides_look_at_elements_in_order() -> None:
+    def function(self: Function, x: Tensor) -> Tensor:
+        rows = (x * 2).transpose(1, 2).contiguous()
+        windows = rows.as_strided((3, 4), (2, 1))
+        turned = torch.view_as_real(torch.view_as_complex(rows[..., :2].contiguous()) * 1j)
+        return windows.sum() + turned.sum() + rows.view(torch.int16).float().mean() + x
+
+    (traced,) = capture(Function(function), picture())
+    found = targets(traced)
+    expected = {f"fisedit.{name}.default": 1 for name in ("as_strided", "complex_of_pairs", "reinterpreted")}
+    assert {name: count for name, count in found.items() if name.startswith("fisedit.")} == expected
+    assert not {"aten.as_strided.default", "aten.view_as_complex.default", "aten.view.dtype"} & set(found)
 
 
 @pytest.mark.parametrize(("function", "reason"), REFUSED)

@@ -7,11 +7,14 @@ from fisedit_compile.ops.packed import linear_rows, pack_matrix
 from fisedit_compile.ops.paths import conv_choice, conv_dense
 from fisedit_compile.ops.rows import gather_rows, scatter_rows
 from fisedit_compile.ops.stencils import conv_rows, gather_taps, pack_conv_weight, pixel_select
+from fisedit_compile.ops.strides import as_strided, complex_of_pairs, reinterpreted
 from fisedit_compile.ops.tiles import conv_tiles, pack_tile_weights
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "as_strided",
     "attention_rows",
+    "complex_of_pairs",
     "conv_choice",
     "conv_dense",
     "conv_rows",
@@ -27,5 +30,6 @@ __all__ = [
     "pack_matrix",
     "pack_tile_weights",
     "pixel_select",
+    "reinterpreted",
     "scatter_rows",
 ]

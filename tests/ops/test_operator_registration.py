@@ -97,6 +97,9 @@ SAMPLES = {
         (torch.randn(2, 3, 16), torch.randn(6, 16), torch.randn(6)),
         (channels_first(2, 3, 16), torch.randn(6, 16), None),
     ],
+    "as_strided": [(torch.randn(2, 10), [3, 4], [2, 1]), (channels_first(2, 3, 4), [2, 5], [12, 1])],
+    "complex_of_pairs": [(torch.randn(3, 2),), (torch.randn(2, 3).double().t(),)],
+    "reinterpreted": [(torch.randn(2, 3), torch.int16), (channels_first(2, 3, 4), torch.int32)],
     "pixel_select": [(torch.randn(2, 3, 1, 8), INDEX % 4, 2), (torch.randn(2, 3, 1, 9), INDICES, 3)],
 }
 CASES = [

@@ -105,6 +105,49 @@ def test_channels_last_is_read_off_the_way_to_the_anchor(path, is_last) -> None:
     assert reads_channels_last(data_flow(builder.module(node).graph), "x") is is_last
 
 
+def linear(b, x):
+    return b.call(aten.linear.default, x, b.parameter(3, int(x.meta["val"].shape[-1]), name="w"))
+
+
+def layer_norm(b, x, count: int = 1):
+    return b.call(aten.layer_norm.default, x, list(x.meta["val"].shape[-count:]))
+
+
+def pooled(b, x):
+    return b.call(aten.max_pool2d.default, x, [2])
+
+
+def tokens(b, x):
+    batch, height, width, channels = x.meta["val"].shape
+    return b.call(aten.reshape.default, x, [batch, height * width, channels])
+
+
+CHANNELS_FIRST = [0, 3, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("path", "is_last"),
+    [
+        # A linear layer or norm over the last dimension says nothing where something that reads maps stands behind.
+        (lambda b, x: pooled(b, b.call(aten.permute.default, linear(b, x), CHANNELS_FIRST)), True),
+        (lambda b, x: pooled(b, b.call(aten.permute.default, layer_norm(b, x), CHANNELS_FIRST)), True),
+        (lambda b, x: pooled(b, linear(b, x)), False),
+        (lambda b, x: pooled(b, layer_norm(b, x)), False),
+        # Where nothing does, they read channels.
+        (linear, True),
+        (layer_norm, True),
+        (lambda b, x: tokens(b, b.call(aten.relu.default, x)), True),
+        (lambda b, x: layer_norm(b, x, 3), False),
+        (lambda b, x: linear(b, b.call(aten.transpose.int, x, 2, 3)), False),
+        (lambda b, x: b.call(aten.flatten.using_ints, x, 2), False),
+    ],
+)
+def test_channels_last_is_read_off_layers_over_the_last_dimension(path, is_last) -> None:
+    builder = GraphBuilder()
+    node = path(builder, builder.picture(spatial=None))
+    assert reads_channels_last(data_flow(builder.module(node).graph), "x") is is_last
+
+
 def test_an_operator_without_anchors_behind_it_is_none() -> None:
     builder = GraphBuilder()
     x = builder.picture(spatial=None)

@@ -1,4 +1,4 @@
-"""Recognising parameters: by identity and by a sample of their content."""
+"""Recognising parameters: by identity, by a sample of their content and by the sum of all of it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import weakref
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fisedit_compile.errors import WeightsChangedError
 from fisedit_compile.runtime import Fingerprint, Runtime
-from fisedit_compile.runtime.fingerprint import SAMPLES, Weights, sample, sample_positions
+from fisedit_compile.runtime.fingerprint import SAMPLES, Weights, sample, sample_positions, total
 
 from fake_network import FakeNetwork, edit_phase, inputs, left_half, record_phase, run
 
@@ -80,7 +82,35 @@ def test_positions_are_spread_over_rows_and_columns() -> None:
     assert sample_positions(5, torch.device("cpu")).tolist() == [0, 1, 2, 3, 4]
 
 
-def test_only_a_sample_is_read() -> None:
+@given(data=st.data())
+def test_a_change_of_any_single_element_is_seen(data: st.DataObject) -> None:
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float64, torch.int8]))
+    storage = torch.randn(1000).mul(50).to(dtype)
+    weight = storage[data.draw(st.integers(0, 9)) :]
+    before = Fingerprint.take([torch.zeros(3), weight])
+    place = data.draw(st.integers(0, len(weight) - 1))
+    weight.data[place] += 1
+    now = Fingerprint.take([torch.zeros(3), weight])
+    assert "1 of 2 tensors changed, first parameter 1" in str(before.difference(now))
+    assert before.digest != now.digest
+    weight.data[place] -= 1
+    if dtype is torch.int8:
+        assert before == Fingerprint.take([torch.zeros(3), weight])
+
+
+@pytest.mark.parametrize("offset", range(3))
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 21])
+def test_totals_are_sums_of_all_bits(offset: int, count: int) -> None:
+    values = torch.randint(-(2**31), 2**31, (count + offset,), dtype=torch.int64).to(torch.int32)[offset:]
+    expected = 0
+    whole = 0 if offset % 2 else count - count % 2
+    for first in range(0, whole, 2):
+        expected += (int(values[first]) & 0xFFFFFFFF) + (int(values[first + 1]) << 32)
+    expected += int(values[whole:].sum())
+    assert (int(total(values.view(torch.float32))) - expected) % 2**64 == 0
+
+
+def test_only_a_sample_is_gathered() -> None:
     assert sample(torch.randn(1000, 1000)).numel() == SAMPLES
     assert sample(torch.randn(7)).numel() == 7
     assert sample(torch.randn(0, 3)).numel() == 0

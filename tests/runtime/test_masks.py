@@ -21,12 +21,17 @@ EXPECTED = torch.from_numpy(PATTERN > 0)[None]
 
 @pytest.mark.parametrize(
     "dtype",
-    [torch.bool, torch.uint8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64],
+    [torch.bool, torch.uint8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64]
+    + [torch.float8_e4m3fn, torch.float8_e5m2],
 )
 def test_torch_dtypes(dtype: torch.dtype) -> None:
     prepared = prepare_mask(torch.from_numpy(PATTERN).to(dtype))
     assert prepared.dtype == torch.bool
     assert torch.equal(prepared, EXPECTED)
+
+
+def test_sparse_tensors() -> None:
+    assert torch.equal(prepare_mask(torch.from_numpy(PATTERN).float().to_sparse()), EXPECTED)
 
 
 @pytest.mark.parametrize("dtype", ["bool", "u1", "u2", "u4", "u8", "i1", "i8", "f2", "f4", "f8", ">f4", ">i4"])
