@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import statistics
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -18,6 +19,7 @@ from fisedit_compile.config import parse_options
 from fisedit_compile.errors import OptionError
 from fisedit_compile.explain import explain_with
 from fisedit_compile.models import build_unet, example_inputs
+from fisedit_compile.prologues import prologues
 from fisedit_compile.runtime import Runtime
 from fisedit_compile.runtime.masks import reduce_mask
 from fisedit_compile.runtime.spec import Domain
@@ -52,9 +54,9 @@ class Stage:
 
 _ROWS = ("sparsify_norm", "sparsify_linear", "sparsify_layout", "sparsify_pointwise", "resample")
 STAGES: tuple[Stage, ...] = (
-    Stage("convolutions row by row", (*_ROWS, "sparsify_attention"), "rows", None),
+    Stage("convolutions on rows", (*_ROWS, "sparsify_attention"), "rows", None),
     Stage("+ norms, linear, etc.", ("sparsify_attention",), "rows", 2),
-    Stage("+ adaptive convolutions", ("sparsify_attention",), "auto", 3),
+    Stage("+ adaptive way", ("sparsify_attention",), "auto", 3),
     Stage("+ attention (all)", (), "auto", 4),
 )
 
@@ -107,7 +109,7 @@ class Row:
     Attributes:
         name: what it is.
         seconds: median of a call.
-        ratio: the first row's seconds over these.
+        ratio: the dense network's seconds over these; each variant takes turns with the dense network.
         on_rows: share of the multiply-accumulates that runs on active rows, 0 to 1.
         published: which row of ``PUBLISHED`` it stands beside; None: none.
     """
@@ -156,12 +158,22 @@ def run_ablation(settings: Settings, progress: Callable[[str], object] = lambda 
     recorded, edited = _calls(settings, 0), _calls(settings, 1)
     height, width = recorded[0][0][0].shape[-2:]
     mask = make_mask(settings.shape, settings.density, height, width, settings.seed)
-    variants = [_variant("dense", model, edited)]
-    shares: list[float] = [0.0, 0.0]
-    if settings.inductor:
-        # A module of its own: otherwise it would share compiled code with the stages.
-        variants.append(_variant("dense, inductor", torch.compile(copy.copy(model)), edited))
+    result = Result(settings, describe_machine(device))
+    dense, dense_seconds = _variant("dense", model, edited), []
+
+    def measure_beside_dense(variant: Variant, share: float, published: int | None) -> None:
+        timings = measure([dense, variant], settings.calls, settings.repeats, device, progress)
+        beside, seconds = timings[dense.name].median, timings[variant.name].median
+        dense_seconds.append(beside)
+        result.rows.append(Row(variant.name, seconds, beside / seconds, share, published))
+
     with torch.no_grad():
+        dense.call(0)
+        if settings.inductor:
+            compiled = _variant("dense, inductor", torch.compile(copy.copy(model)), edited)
+            progress("warming up PyTorch's compiler")
+            compiled.call(0)
+            measure_beside_dense(compiled, 0.0, 1)
         for stage in STAGES:
             progress(f"recording: {stage.name}")
             runtime = Runtime()
@@ -171,22 +183,16 @@ def run_ablation(settings: Settings, progress: Callable[[str], object] = lambda 
                 "convolution": stage.convolution,
             }
             network = torch.compile(copy.copy(model), backend="fisedit", options=options)
-            if len(variants) == 1:
-                variants.append(_variant("dense, compiled", network, edited))
             _record_and_check(settings, runtime, network, recorded, edited, mask)
-            variants.append(_variant(stage.name, network, edited, runtime, mask))
+            if not result.rows:
+                measure_beside_dense(_variant("dense, compiled", network, edited), 0.0, 1)
             args, kwargs = recorded[0]
-            shares.append(explain_with(parse_options(None, options)[1], model, *args, **kwargs).sparse_mac_fraction)
-        for variant in variants[:2]:
-            progress(f"warming up {variant.name}")
-            variant.call(0)
-        timings = measure(variants, settings.calls, settings.repeats, device, progress)
-    result = Result(settings, describe_machine(device))
-    baseline = timings[variants[0].name].median
-    places = (0, 1, *(stage.published for stage in STAGES))
-    for variant, share, published in zip(variants, shares, places, strict=True):
-        seconds = timings[variant.name].median
-        result.rows.append(Row(variant.name, seconds, baseline / seconds, share, published))
+            share = explain_with(parse_options(None, options)[1], model, *args, **kwargs).sparse_mac_fraction
+            measure_beside_dense(_variant(stage.name, network, edited, runtime, mask), share, stage.published)
+            # Every stage packs weights of its own; together they would take more memory than the network several times.
+            prologues.clear()
+    seconds = statistics.median(dense_seconds)
+    result.rows.insert(0, Row(dense.name, seconds, 1.0, 0.0, 0))
     return result
 
 

@@ -223,7 +223,7 @@ def ablation_table(result: AblationResult) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     baseline = PUBLISHED[0][1]
     for row in result.rows:
-        own = row.name, f"{100 * row.on_rows:.1f} %", f"{row.seconds:.3f} s", f"{row.ratio:.2f}x"
+        own = row.name, f"{100 * row.on_rows:.1f} %", f"{row.seconds:.3g} s", f"{row.ratio:.2f}x"
         if row.published is None:
             table.add_row(*own)
             continue
