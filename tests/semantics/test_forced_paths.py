@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -39,12 +40,15 @@ def operators_of(network: Network, options: dict[str, Any]) -> set[str]:
 
 
 NAMES = ("skip network strided", "skip network wide", "transformer block", "timed")
+# The blocks of the large network are those of the small ones; bfloat16 is slow to compute on most processors.
+LARGE = [("sd15", torch.float32)]
+if os.environ.get("HYPOTHESIS_PROFILE") == "thorough":
+    LARGE.append(("sd15", torch.bfloat16))
 
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    # The blocks of the large network are those of the small ones; bfloat16 is slow to compute on most processors.
-    [("sd15", torch.float32)] + [(name, dtype) for name in NAMES for dtype in (torch.float32, torch.bfloat16)],
+    LARGE + [(name, dtype) for name in NAMES for dtype in (torch.float32, torch.bfloat16)],
     ids=str,
 )
 @pytest.mark.parametrize("path", PATHS)

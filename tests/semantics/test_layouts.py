@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -18,21 +19,15 @@ from tolerances import assert_identical, assert_near
 SIZE = (2, 13, 9, 8)
 
 
-class NormFirst(nn.Module):
-    """A block of ConvNeXt: the norm comes before the permutation."""
+class First(nn.Module):
+    """A block of ConvNeXt: a norm, or something else over the last dimension, comes before the permutation."""
 
-    def __init__(self) -> None:
+    def __init__(self, first: nn.Module) -> None:
         super().__init__()
-        self.norm, self.inner = nn.LayerNorm(8), nn.Conv2d(8, 8, 3, padding=1)
+        self.first, self.inner = first, nn.Conv2d(8, 8, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.inner(self.norm(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-
-class LinearFirst(NormFirst):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.Linear(8, 8)  # type: ignore[assignment]
+        return x + self.inner(self.first(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class Tokens(nn.Module):
@@ -80,10 +75,12 @@ def network_of(module: nn.Module, base: Tensor) -> tuple[nn.Module, fisedit.Runt
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", [NormFirst, LinearFirst, Tokens])
-def test_maps_with_channels_last(kind: type[nn.Module]) -> None:
+@pytest.mark.parametrize(
+    "make", [lambda: First(nn.LayerNorm(8)), lambda: First(nn.Linear(8, 8)), Tokens], ids=["norm", "linear", "tokens"]
+)
+def test_maps_with_channels_last(make: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
-    module, runtime, network, recorded = network_of(kind(), draw(0))
+    module, runtime, network, recorded = network_of(make(), draw(0))
     with runtime.edit("base", mask=mask()):
         output = network(draw(1))
     assert_identical(output[:, ~mask()], recorded[:, ~mask()], "outside")
