@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 
 import networkx
+import torch
 from torch import fx
 
 from fisedit_compile.passes.arguments import read_arguments
@@ -75,6 +76,11 @@ def _merges_rows_and_columns(node: fx.Node, value: fx.Node) -> bool:
     return shape_of(node) == (batch, height * width, channels)
 
 
+def _has_four_dimensions(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.dim() == 4
+
+
 def reads_channels_last(flow: networkx.DiGraph, name: str) -> bool:
     """Whether a rank-4 input is ``[B, H, W, C]``.
 
@@ -99,7 +105,9 @@ def reads_channels_last(flow: networkx.DiGraph, name: str) -> bool:
                 moved = permutation(reader, 4)
                 stack.append((reader.name, tuple(order[dim] for dim in moved)))
             elif is_elementwise(reader.target):
-                stack.append((reader.name, order))
+                # Broadcasting may add dimensions in front.
+                if _has_four_dimensions(reader):
+                    stack.append((reader.name, order))
             elif _reads_last_dimension(reader, value):
                 last_is_channels |= order == (0, 1, 2, 3)
                 stack.append((reader.name, order))

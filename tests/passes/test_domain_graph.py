@@ -122,6 +122,10 @@ def tokens(b, x):
     return b.call(aten.reshape.default, x, [batch, height * width, channels])
 
 
+def five(b):
+    return b.input(3, 1, 1, 1, 1, name="five")
+
+
 CHANNELS_FIRST = [0, 3, 1, 2]
 
 
@@ -140,6 +144,8 @@ CHANNELS_FIRST = [0, 3, 1, 2]
         (lambda b, x: layer_norm(b, x, 3), False),
         (lambda b, x: linear(b, b.call(aten.transpose.int, x, 2, 3)), False),
         (lambda b, x: b.call(aten.flatten.using_ints, x, 2), False),
+        # A value of five dimensions is no map.
+        (lambda b, x: b.call(aten.flatten.using_ints, b.call(aten.add.Tensor, x, five(b)), 1), False),
     ],
 )
 def test_channels_last_is_read_off_layers_over_the_last_dimension(path, is_last) -> None:
