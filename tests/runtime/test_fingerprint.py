@@ -85,7 +85,8 @@ def test_positions_are_spread_over_rows_and_columns() -> None:
 @given(data=st.data())
 def test_a_change_of_any_single_element_is_seen(data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float64, torch.int8]))
-    storage = torch.randn(1000).mul(50).to(dtype)
+    # Small enough for bfloat16 to tell a number from the next integer.
+    storage = torch.randn(1000).mul(20).to(dtype)
     weight = storage[data.draw(st.integers(0, 9)) :]
     before = Fingerprint.take([torch.zeros(3), weight])
     place = data.draw(st.integers(0, len(weight) - 1))
