@@ -175,6 +175,7 @@ class Executable:
         self._sites: tuple[Site, ...] = program.sites if program is not None else ()
         self._names = tuple(site.name for site in self._sites)
         self._sparse = program is not None and program.edit is not None and program.batch is not None
+        self._dense_when_full = program is not None and program.dense_when_full
         self._parameters = _picker(identity.positions("parameter"))
         self._scalars = _picker([at for at in identity.positions("scalar") if at not in identity.constants])
         self._users = identity.positions("user", "scalar")
@@ -293,10 +294,10 @@ class Executable:
         return outputs
 
     def _begin(
-        self, phase: EditPhase, key: ProgramKey, parameters: Sequence[Tensor], arguments: Sequence[Any]
+        self, phase: EditPhase, key: ProgramKey, parameters: Sequence[Tensor], arguments: Sequence[Any], dense: bool
     ) -> RecordedCall:
         try:
-            return phase.begin(key, parameters, self._scalars(arguments))
+            return phase.begin(key, parameters, self._scalars(arguments), dense)
         except CallMismatchError as error:
             if self.identity.numbers:
                 names = ", ".join(self.identity.input_infos[position].name for position in self.identity.numbers)
@@ -306,9 +307,12 @@ class Executable:
     def _edit(
         self, phase: EditPhase, key: ProgramKey, parameters: Sequence[Tensor], arguments: Sequence[Any]
     ) -> Sequence[Tensor]:
-        call = self._begin(phase, key, parameters, arguments)
-        with phase.running(call, dense=not self._sparse):
-            if phase.dense_call or not self._sparse:
+        dense = phase.dense_call or not self._sparse or (phase.full and self._dense_when_full)
+        call = self._begin(phase, key, parameters, arguments, dense)
+        with phase.running(call, dense):
+            if dense:
+                if phase.full and self._sparse:
+                    phase.skip_plan(self._plan_spec(arguments))
                 if not phase.saving:
                     return self.dense(*arguments)
                 outputs, tensors = self._dense_and_sites(arguments)
@@ -316,17 +320,21 @@ class Executable:
                 return outputs
             return self._edit_sparsely(phase, key, call, arguments)
 
-    def _edit_sparsely(
-        self, phase: EditPhase, key: ProgramKey, call: RecordedCall, arguments: Sequence[Any]
-    ) -> Sequence[Tensor]:
+    def _plan_spec(self, arguments: Sequence[Any]) -> PlanSpec:
         program = self.program
         if program is None or program.mask_domain is None or program.batch is None:
             raise GraphError("a graph without spatial inputs was asked to run sparsely")
         device = arguments[self._picture].device
         bucketed = self._capturer is not None
-        plan = phase.plan(
-            PlanSpec(program.mask_domain, program.domains, program.stencils, program.batch, device, bucketed)
-        )
+        return PlanSpec(program.mask_domain, program.domains, program.stencils, program.batch, device, bucketed)
+
+    def _edit_sparsely(
+        self, phase: EditPhase, key: ProgramKey, call: RecordedCall, arguments: Sequence[Any]
+    ) -> Sequence[Tensor]:
+        program = self.program
+        if program is None:
+            raise GraphError("a graph without spatial inputs was asked to run sparsely")
+        plan = phase.plan(self._plan_spec(arguments))
         if plan is None:
             if phase.saving:
                 phase.commit(key, dict(zip(call, call.stored(), strict=True)), self._sites)
