@@ -36,7 +36,7 @@ def bucket(count: int) -> int:
     return -(-max(count, 1) // step) * step
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def tile_order(domain: Domain) -> Tensor:
     """All positions of a domain, int64 ``[size]``, tile by tile of 8x8, quarter by quarter inside of a tile.
 
