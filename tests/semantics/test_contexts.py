@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import pytest
 import torch
 from shape_networks import BLOCKS
 from torch import Tensor, nn
 
 import fisedit_compile as fisedit
+from fisedit_compile import executable
 from fisedit_compile.errors import MaskError
+from fisedit_compile.prologues import InvariantMemo
 
 from composite_networks import COMPOSITES
 from diffusers_networks import DIFFUSERS
@@ -108,6 +113,23 @@ def test_a_full_mask_of_another_batch_is_refused() -> None:
     masks = torch.ones(case.network.batch + 1, *case.network.resolution, dtype=torch.bool)
     with pytest.raises(MaskError, match="masks for 3 samples"):
         case.edit(case.network.inputs(1), masks)
+
+
+def test_what_depends_on_the_prompt_is_told_by_the_prompt_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Comparing weights with copies of them at every call would cost more than is spared."""
+    told: list[tuple[Tensor, ...]] = []
+
+    class Memo(InvariantMemo):
+        def get(self, inputs: Sequence[Any], compute: Callable[[], Sequence[Tensor]]) -> tuple[Tensor, ...]:
+            told.append(tuple(inputs))
+            return super().get(inputs, compute)
+
+    monkeypatch.setattr(executable, "InvariantMemo", Memo)
+    case = compile_network(ALL["sd15"], packing=False)
+    inputs = case.network.inputs(1)
+    case.edit(inputs, case.mask(RAGGED))
+    (prompt,) = told[0]
+    assert any(prompt.shape == value.shape and torch.equal(prompt.cpu(), value) for value in inputs[1:])
 
 
 def record_steps(network: Network, steps: int) -> tuple[fisedit.Runtime, nn.Module]:
