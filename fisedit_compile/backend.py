@@ -14,12 +14,21 @@ from torch import Tensor, fx
 from fisedit_compile import private
 from fisedit_compile.compiled_graph import CompiledGraph
 from fisedit_compile.config import Options, parse_options
+from fisedit_compile.description import (
+    GraphInputs,
+    UntraceableGraph,
+    break_reason,
+    describe,
+    describe_inputs,
+    placeholders,
+)
 from fisedit_compile.errors import OptionError
 from fisedit_compile.executable import Executable, GraphIdentity
+from fisedit_compile.forms import StaticTensor
 from fisedit_compile.passes import InputInfo, Program, build_program, disabled_passes
 from fisedit_compile.replay import capturer_for
 from fisedit_compile.runtime import Runtime, default_runtime
-from fisedit_compile.tracing import GraphInputs, UntraceableGraph, break_reason, describe, describe_inputs, trace
+from fisedit_compile.tracing import TracedGraph, trace
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +94,9 @@ class _Reference:
 
 
 def _content(constant: Any) -> str:
+    if isinstance(constant, fx.GraphModule):
+        # A branch or a body of a higher-order operator.
+        return structural_hash(constant, [InputInfo("user", node.name) for node in placeholders(constant.graph)])
     if not isinstance(constant, Tensor):
         return type(constant).__name__
     flat = constant.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
@@ -129,16 +141,29 @@ def _build(
             traced = trace(gm, inputs)
     except UntraceableGraph as error:
         return _stays_dense(gm, inputs.infos, runtime, label, f"{surroundings} {inputs.values}", error)
+    opaque, infos = traced.opaque, traced.input_infos
     # Hashed before the passes, which work on this very graph.
-    digest = structural_hash(traced.gm, traced.input_infos, surroundings)
-    program: Program = build_program(traced.gm, traced.input_infos, options)
+    if opaque is None:
+        digest = structural_hash(traced.gm, infos, surroundings)
+    else:
+        logger.info("%s runs as a whole: %s", label, opaque.reason)
+        digest = structural_hash(gm, infos, f"{surroundings} {_given(traced)}")
+    program: Program = build_program(traced.gm, infos, options, opaque)
     digest = hashlib.sha256(f"{digest} {program.sites}".encode()).hexdigest()
-    identity = GraphIdentity(
-        digest, label, inputs.infos, traced.numbers, traced.constants, program.report.dense_reason, traced.steady
-    )
-    devices = [value.device for value in inputs.values if isinstance(value, private.StaticTensor)]
+    reason = program.report.dense_reason or (opaque.reason if opaque is not None else None)
+    identity = GraphIdentity(digest, label, infos, traced.numbers, traced.constants, reason, traced.steady)
+    if opaque is not None:
+        # What surrounds it is little, and it may do what cannot be captured.
+        return Executable(gm, program, runtime, identity)
+    devices = [value.device for value in inputs.values if isinstance(value, StaticTensor)]
     capturer = capturer_for(devices) if options.cuda_graphs else None
     return Executable(gm, program, runtime, identity, options.lowering, capturer)
+
+
+def _given(traced: TracedGraph) -> list[str]:
+    """The inputs of a graph in words: the values of those that tracing has fixed, the forms of the others."""
+    values = [node.meta.get("val") for node in placeholders(traced.gm.graph)]
+    return [repr(value) if at in traced.constants else _describe(value) for at, value in enumerate(values)]
 
 
 def _stays_dense(

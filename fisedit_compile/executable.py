@@ -42,7 +42,7 @@ class GraphIdentity:
         input_infos: one for each flat input.
         numbers: positions of inputs that are Python numbers in the user's call.
         constants: positions of inputs that tracing has fixed; they are guarded on and need no comparison.
-        dense_reason: why there is no program; None when there is one.
+        dense_reason: why it runs densely as a whole; None when it does not.
         steady: positions of those Python numbers that must not change from call to call.
     """
 
@@ -148,7 +148,8 @@ class Executable:
     ) -> None:
         """Args:
         dense: the graph as Dynamo made it.
-        program: None when the graph always runs densely; ``identity.dense_reason`` then says why.
+        program: None when the graph always runs densely and nothing is masked; ``identity.dense_reason`` then
+            says why.
         runtime: whose recordings these are.
         identity: names the graph in recordings and messages.
         lowering: of the record and edit graphs.
@@ -167,6 +168,7 @@ class Executable:
         self._sparse = program is not None and program.edit is not None and program.batch is not None
         self._dense_when_full = program is not None and program.dense_when_full
         self._parameters = picker(identity.positions("parameter"))
+        self._held = picker(identity.positions("parameter", "state"))
         self._scalars = picker([at for at in identity.positions("scalar") if at not in identity.constants])
         self._users = identity.positions("user", "scalar")
         self._numbers: weakref.WeakKeyDictionary[Any, tuple[Any, ...]] = weakref.WeakKeyDictionary()
@@ -205,16 +207,17 @@ class Executable:
             self._check_numbers(phase, arguments)
         if self.identity.dense_reason is not None and not self._warned:
             self._warned = True
-            logger.warning("%s runs densely: %s", self.identity.label, self.identity.dense_reason)
+            how = "as a whole and is masked at its outputs" if self._sparse else "and is not masked"
+            logger.warning("%s runs densely %s: %s", self.identity.label, how, self.identity.dense_reason)
         parameters = self._parameters(arguments)
-        key = self._program_key(parameters)
+        key = self._program_key(self._held(arguments))
         with torch.no_grad():
             if isinstance(phase, RecordPhase):
                 return self._record(phase, key, parameters, arguments)
             return self._edit(phase, key, parameters, arguments)
 
-    def _program_key(self, parameters: Sequence[Tensor]) -> ProgramKey:
-        identities = tuple(map(id, parameters))
+    def _program_key(self, held: Sequence[Tensor]) -> ProgramKey:
+        identities = tuple(map(id, held))
         key = self._key
         if key is None or key.parameters != identities:
             key = self._key = ProgramKey(self.identity.graph_hash, identities, self.identity.label)

@@ -57,10 +57,17 @@ class Cost:
 
 @dataclass(frozen=True)
 class GraphReport:
-    """One of the network's graphs: its program, or the reason why there is none."""
+    """One of the network's graphs.
+
+    Attributes:
+        program: None when nothing of the graph can be masked.
+        reason: why nothing of it is masked; None when something is.
+        traced: whether it could be traced; one that could not runs as a whole.
+    """
 
     program: Program | None
     reason: str | None = None
+    traced: bool = True
 
 
 def ragged_mask(density: float, domain: Domain, seed: int = 0) -> Tensor:
@@ -105,7 +112,7 @@ class ExplainReport:
 
     @property
     def programs(self) -> list[Program]:
-        """Of the graphs that could be traced."""
+        """Of the graphs that have one."""
         return [graph.program for graph in self.graphs if graph.program is not None]
 
     @property
@@ -235,7 +242,8 @@ class ExplainReport:
         from rich.table import Table
 
         summary = Table(title="Summary", show_header=False)
-        summary.add_row("graphs", f"{len(self.graphs)}, of which {len(self.programs)} traced")
+        traced = sum(graph.traced for graph in self.graphs)
+        summary.add_row("graphs", f"{len(self.graphs)}, of which {traced} traced")
         summary.add_row("sparse share of the multiply-accumulates", f"{100 * self.sparse_mac_fraction:.2f} %")
         summary.add_row("multiply-accumulates of a dense call", f"{self.total_macs / 1e9:.3f} G")
         summary.add_row("stored by a recorded call", format_bytes(self.bytes_stored))
@@ -358,8 +366,8 @@ def explain_with(options: Options, model: Any, *args: Any, **kwargs: Any) -> Exp
     graphs = []
     for traced in capture_all(model, *args, **kwargs):
         if isinstance(traced, DenseGraph):
-            graphs.append(GraphReport(None, traced.reason))
+            graphs.append(GraphReport(None, traced.reason, traced=False))
             continue
-        program = build_program(traced.gm, traced.input_infos, options)
-        graphs.append(GraphReport(program, program.report.dense_reason))
+        program = build_program(traced.gm, traced.input_infos, options, traced.opaque)
+        graphs.append(GraphReport(program, program.report.dense_reason, traced.opaque is None))
     return ExplainReport(graphs)

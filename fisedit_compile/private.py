@@ -36,6 +36,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, GuardOnDataDepende
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fisedit_compile.errors import CallMismatchError, FisEditError
+from fisedit_compile.forms import DynamicNumber, StaticTensor
 
 #: What tracing raises for a graph whose sizes or control flow depend on data, or with operators without fake kernels.
 UNTRACEABLE = (
@@ -58,14 +59,12 @@ __all__ = [
     "INTEGERS_CHOOSE_GRAPHS",
     "SET_GRAD_ENABLED",
     "UNTRACEABLE",
-    "DynamicNumber",
     "FakeTensor",
     "FakeTensorMode",
     "FunctionalTrace",
     "HigherOrderOperator",
     "OpOverload",
     "OptimizedModule",
-    "StaticTensor",
     "compile_forward",
     "compile_frozen",
     "compile_with_inductor",
@@ -74,6 +73,7 @@ __all__ = [
     "end_failed_capture",
     "hint_of",
     "input_source",
+    "is_changed",
     "is_module_state",
     "is_numpy",
     "is_size",
@@ -84,23 +84,6 @@ __all__ = [
     "strict_recompiles",
     "trace_functional",
 ]
-
-
-@dataclass(frozen=True)
-class StaticTensor:
-    """Shape, strides, dtype and device of a graph input, all known numbers."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-
-@dataclass(frozen=True)
-class DynamicNumber:
-    """A Python int that stays an input of the graph; ``hint`` is its value in the call being compiled."""
-
-    hint: int
 
 
 @dataclass
@@ -139,7 +122,7 @@ def trace_functional(
         for position, given in enumerate(inputs):
             if isinstance(given, StaticTensor):
                 with fake_mode:
-                    value: Any = torch.empty_strided(given.shape, given.strides, dtype=given.dtype, device=given.device)
+                    value: Any = given.empty()
             elif isinstance(given, DynamicNumber):
                 value = shape_env.create_unspecified_symint_and_symbol(
                     given.hint, source=ConstantSource(f"number_{position}"), dynamic_dim=DimDynamic.DYNAMIC
@@ -191,6 +174,12 @@ def is_module_state(placeholder: fx.Node) -> bool:
         return False
     where = _read(source.guard_source)
     return bool(where.is_unspecialized_nn_module() or where.is_specialized_nn_module() or where.is_fsdp_module())
+
+
+def is_changed(placeholder: fx.Node) -> bool:
+    """Whether Dynamo saw a graph input changed in place when it ran the graph's operators on fake tensors."""
+    value = placeholder.meta.get("example_value")
+    return isinstance(value, Tensor) and not value.is_inference() and value._version > 0
 
 
 def is_numpy(placeholder: fx.Node) -> bool:

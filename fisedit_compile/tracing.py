@@ -1,14 +1,14 @@
 """From a Dynamo graph to a functional, pre-dispatch ATen graph: what the passes work on.
 
-The backend calls ``describe`` while Dynamo compiles a graph, and ``trace`` at its first call inside record or edit.
+The backend calls ``description.describe`` while Dynamo compiles a graph, and ``trace`` at its first call inside record
+or edit.
 ``capture`` runs a model through Dynamo without computing anything.
 """
 
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +16,27 @@ import torch
 from torch import Tensor, fx, nn
 
 from fisedit_compile import private
-from fisedit_compile.errors import FisEditError
+from fisedit_compile.description import (
+    GraphInputs,
+    UntraceableGraph,
+    describe,
+    outline,
+    placeholders,
+    readable_name,
+    set_outputs,
+)
+from fisedit_compile.forms import DynamicNumber, StaticTensor
+from fisedit_compile.passes.collapse import Opaque
 from fisedit_compile.passes.deferred import DeferredModule
 from fisedit_compile.passes.program import InputInfo
+from fisedit_compile.private import FunctionalTrace
 
 logger = logging.getLogger(__name__)
 
 aten = torch.ops.aten
 
+#: What stays an input of the traced graph.
+DYNAMIC = (StaticTensor, DynamicNumber)
 #: Nodes without a result that check what tracing has made static.
 STATIC_CHECKS = (aten._assert_tensor_metadata.default, private.SET_GRAD_ENABLED)
 #: Operators whose result depends on how their input lies in memory, and what they become.
@@ -44,10 +57,6 @@ RANDOM_IN_TRAINING: dict[Any, tuple[int | None, int | None]] = {
 }
 
 
-class UntraceableGraph(FisEditError):
-    """A graph that has to stay dense; the message is the reason that ``explain`` shows."""
-
-
 @dataclass(frozen=True)
 class TracedGraph:
     """A functional graph and what its flat inputs are.
@@ -60,6 +69,8 @@ class TracedGraph:
         steady: positions of those numbers that must not change within a recording: which graph Dynamo runs for them
             depends on earlier calls.
         constants: positions of the inputs that are fixed in the graph, such as sizes; their placeholders have no users.
+        opaque: what runs in place of a graph that could not be traced faithfully, and why it could not. Then ``gm``
+            only tells which inputs and outputs are maps: a trace that is not to be run, or an outline.
     """
 
     gm: fx.GraphModule
@@ -67,42 +78,14 @@ class TracedGraph:
     numbers: tuple[int, ...] = ()
     steady: tuple[int, ...] = ()
     constants: frozenset[int] = frozenset()
-
-
-@dataclass(frozen=True)
-class GraphInputs:
-    """What tracing needs to know of a Dynamo graph's inputs. It holds no tensors, and Dynamo forgets most of it.
-
-    Attributes:
-        infos: one for each flat input.
-        values: what to trace each input as.
-        numbers: Python numbers that Dynamo left dynamic, by position. Tracing may have to fix them, to which Dynamo has
-            to add guards: graphs with such inputs must be traced while it compiles.
-        wrapped: positions of Python numbers that Dynamo passes as tensors.
-    """
-
-    infos: tuple[InputInfo, ...]
-    values: tuple[Any, ...]
-    numbers: Mapping[int, Any]
-    wrapped: frozenset[int]
+    opaque: Opaque | None = None
 
 
 @dataclass(frozen=True)
 class DenseGraph:
-    """A captured graph that cannot be traced, and why."""
+    """A captured graph of which not even inputs and outputs can be told, and why."""
 
     reason: str
-
-
-def readable_name(source: str) -> str:
-    """Dynamo's name of an input in the words of the model: ``L['self']._modules['conv']`` is ``conv``."""
-    name = re.sub(r"^___from_numpy\((.*)\)$", r"\1", source)
-    name = re.sub(r"(\.__dict__\['_modules'\]|\._modules|\._parameters|\._buffers)\['([^']*)'\]", r".\2", name)
-    name = re.sub(r"^[LG]\['(?:self|model|function|fn)'\]\.?", "", name)
-    name = name.removeprefix("__self__.").removeprefix("_orig_mod.")
-    name = re.sub(r"^L\['kwargs'\]\['([^']*)'\]", r"\1", name)
-    name = re.sub(r"^[LG]\['([^']*)'\]", r"\1", name)
-    return name.lstrip(".")
 
 
 def module_path(node: fx.Node) -> str:
@@ -112,56 +95,6 @@ def module_path(node: fx.Node) -> str:
         return ""
     path, _ = list(stack.values())[-1]
     return readable_name(str(path)) if "[" in str(path) else str(path)
-
-
-def _placeholders(graph: fx.Graph) -> list[fx.Node]:
-    return [node for node in graph.nodes if node.op == "placeholder"]
-
-
-def _given(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[list[Any], dict[int, Any]]:
-    """What to trace each input as, and the Python numbers that Dynamo left dynamic, by position."""
-    symbols = private.size_symbols(_placeholders(graph_module.graph))
-    values: list[Any] = []
-    numbers: dict[int, Any] = {}
-    for position, value in enumerate(example_inputs):
-        if isinstance(value, Tensor):
-            if type(value) not in (Tensor, nn.Parameter, nn.Buffer, private.FakeTensor):
-                raise UntraceableGraph(f"input {position} is a tensor subclass, {type(value).__name__}")
-            if value.layout is not torch.strided or value.is_quantized:
-                raise UntraceableGraph(f"input {position} is not a plain strided tensor")
-            shape, strides = (tuple(int(size) for size in sizes) for sizes in (value.shape, value.stride()))
-            values.append(private.StaticTensor(shape, strides, value.dtype, value.device))
-        elif private.is_symbolic(value) and not private.is_size(value, symbols):
-            numbers[position] = value
-            values.append(private.DynamicNumber(private.hint_of(value)))
-        elif private.is_symbolic(value):
-            # Reading a size as an int makes Dynamo guard on it: another resolution is another graph.
-            values.append(int(value))
-        elif value is None or isinstance(value, (int, float, bool)):
-            values.append(value)
-        else:
-            raise UntraceableGraph(f"input {position} is a {type(value).__name__}")
-    return values, numbers
-
-
-def describe_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[InputInfo, ...]:
-    """Classify the flat inputs of a Dynamo graph.
-
-    ``parameter``: a tensor read from a module; ``scalar``: numbers, other tensors of rank 0 or 1, and numbers of a
-    module, of Python or numpy, that come as new tensors at every call (compared by value); ``user``: the rest.
-    """
-    infos = []
-    for placeholder, value in zip(_placeholders(gm.graph), example_inputs, strict=True):
-        source = private.input_source(placeholder)
-        name = readable_name(source) if source else placeholder.name
-        if not isinstance(value, Tensor):
-            infos.append(InputInfo("scalar", name))
-        elif private.is_module_state(placeholder):
-            number = private.is_numpy(placeholder) or private.is_wrapped_number(placeholder)
-            infos.append(InputInfo("scalar" if number else "parameter", name))
-        else:
-            infos.append(InputInfo("scalar" if value.dim() <= 1 else "user", name))
-    return tuple(infos)
 
 
 def _is_random(node: fx.Node) -> bool:
@@ -215,9 +148,13 @@ def _check_after(graph: fx.Graph) -> None:
             raise UntraceableGraph(f"{node.target} has an effect but no result")
         if node.target is aten.batch_norm.default and node.args[5] is True:
             raise UntraceableGraph("batch_norm uses the statistics of the batch (training mode)")
-    (results,) = next(node for node in graph.nodes if node.op == "output").args
-    if not all(isinstance(result, fx.Node) and isinstance(result.meta.get("val"), Tensor) for result in results):
+    if not _returns_tensors(graph):
         raise UntraceableGraph("an output of the graph is not a tensor")
+
+
+def _returns_tensors(graph: fx.Graph) -> bool:
+    (results,) = next(node for node in graph.nodes if node.op == "output").args
+    return all(isinstance(result, fx.Node) and isinstance(result.meta.get("val"), Tensor) for result in results)
 
 
 def _drop_idle_autocast(graph: fx.Graph) -> None:
@@ -254,44 +191,12 @@ def _order_elements(graph: fx.Graph) -> None:
         node.target = ordered
 
 
-def break_reason(gm: fx.GraphModule) -> str | None:
-    """Why Dynamo ended a graph before the network does, in one line; None when it did not."""
-    reason = getattr(gm, "compile_subgraph_reason", None)
-    if reason is None or not reason.graph_break:
-        return None
-    return str(reason.reason).strip().partition("\n")[0]
-
-
-def describe(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> GraphInputs:
-    """Take from a Dynamo graph and its example inputs what ``trace`` needs.
-
-    Args:
-        gm: as Dynamo hands it to a backend.
-        example_inputs: its flat inputs; real, meta or fake tensors.
+def _functional(gm: fx.GraphModule, inputs: GraphInputs, values: list[Any], numbers: dict[int, Any]) -> FunctionalTrace:
+    """The functional graph of a Dynamo graph. What tracing has to fix moves from ``numbers`` to ``values``.
 
     Raises:
-        UntraceableGraph: the graph has to stay dense; the message says why.
+        UntraceableGraph: sizes or control flow depend on data, or an operator cannot run on fake tensors.
     """
-    _check_before(gm)
-    values, numbers = _given(gm, example_inputs)
-    wrapped = frozenset(at for at, node in enumerate(_placeholders(gm.graph)) if private.is_wrapped_number(node))
-    return GraphInputs(describe_inputs(gm, example_inputs), tuple(values), numbers, wrapped)
-
-
-def trace(gm: fx.GraphModule, inputs: GraphInputs) -> TracedGraph:
-    """Trace a Dynamo graph.
-
-    Sizes are fixed (Dynamo guards on them: another resolution is another graph). Python ints that Dynamo left dynamic
-    and that are no sizes stay inputs, unless the graph branches on them.
-
-    Args:
-        gm: as Dynamo handed it to the backend.
-        inputs: what ``describe`` found of it.
-
-    Raises:
-        UntraceableGraph: the graph has to stay dense; the message says why.
-    """
-    infos, values, numbers = inputs.infos, list(inputs.values), dict(inputs.numbers)
     try:
         traced = private.trace_functional(gm, values)
         if traced.specialised:
@@ -301,44 +206,89 @@ def trace(gm: fx.GraphModule, inputs: GraphInputs) -> TracedGraph:
     except private.UNTRACEABLE as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         if inputs.wrapped:
-            names = ", ".join(infos[position].name for position in sorted(inputs.wrapped))
+            names = ", ".join(inputs.infos[position].name for position in sorted(inputs.wrapped))
             reason += (
                 f"; PyTorch compiled it for any value of the Python numbers {names}, which it does after they changed "
                 "or with dynamic=True: compile with dynamic=False, or keep them as they are"
             )
         raise UntraceableGraph(reason) from error
-    graph = traced.graph_module.graph
-    if traced.mutated:
-        names = ", ".join(infos[position].name for position in traced.mutated)
-        raise UntraceableGraph(f"it changes its inputs in place: {names}")
-    dynamic = (private.StaticTensor, private.DynamicNumber)
+    return traced
+
+
+def _name_inputs(graph: fx.Graph, values: Sequence[Any]) -> None:
+    """Names, from which those of cache sites are made, must not depend on whether Dynamo passes sizes as well."""
     number = 0
-    for node, value in zip(_placeholders(graph), values, strict=True):
-        # Names, from which those of cache sites are made, must not depend on whether Dynamo passes sizes as well.
-        if isinstance(value, dynamic):
+    for node, value in zip(placeholders(graph), values, strict=True):
+        if isinstance(value, DYNAMIC):
             private.rename_placeholder(node, f"input_{number}")
             number += 1
         else:
             private.rename_placeholder(node, "constant")
             node.meta["val"] = value
-    for node in list(graph.nodes):
-        if node.target in STATIC_CHECKS:
-            graph.erase_node(node)
-    _drop_idle_autocast(graph)
-    _check_after(graph)
-    _order_elements(graph)
-    graph.eliminate_dead_code()
+
+
+def trace(gm: fx.GraphModule, inputs: GraphInputs) -> TracedGraph:
+    """Trace a Dynamo graph, or find out what can be known of one that cannot be traced faithfully.
+
+    Sizes are fixed (Dynamo guards on them: another resolution is another graph). Python ints that Dynamo left dynamic
+    and that are no sizes stay inputs, unless the graph branches on them.
+
+    Args:
+        gm: as Dynamo handed it to the backend.
+        inputs: what ``describe`` found of it.
+
+    Returns:
+        The traced graph; one with ``opaque`` cannot be run.
+
+    Raises:
+        UntraceableGraph: the graph has to stay dense, and what it returns cannot be masked; the message says why.
+    """
+    values, numbers, changed = list(inputs.values), dict(inputs.numbers), set(inputs.changed)
+    module: fx.GraphModule | None = None
+    opaque: Opaque | None = None
+    try:
+        _check_before(gm)
+        traced = _functional(gm, inputs, values, numbers)
+        module = traced.graph_module
+        changed.update(traced.mutated)
+        for node in list(module.graph.nodes):
+            if node.target in STATIC_CHECKS:
+                module.graph.erase_node(node)
+        _drop_idle_autocast(module.graph)
+        if traced.mutated:
+            names = ", ".join(inputs.infos[position].name for position in traced.mutated)
+            raise UntraceableGraph(f"it changes its inputs in place: {names}")
+        _check_after(module.graph)
+        _order_elements(module.graph)
+        module.graph.eliminate_dead_code()
+    except UntraceableGraph as error:
+        # Without an output a call would be dead code, whatever its effects are.
+        if not inputs.outputs:
+            raise
+        if module is None or not _returns_tensors(module.graph):
+            module = outline(inputs, inputs.outputs)
+        set_outputs(module.graph, inputs.outputs)
+        strides = [value.strides if isinstance(value, StaticTensor) else None for value in values]
+        opaque = Opaque(gm, str(error), strides, changed)
+    graph = module.graph
+    _name_inputs(graph, values)
     for node in graph.nodes:
         if node.target in (aten.view.default, aten._unsafe_view.default):
             # A view was chosen by the strides of this trace; kernels of another device may leave others.
             node.target = aten.reshape.default
         node.meta["module_path"] = module_path(node)
-    logger.debug("traced a graph of %d nodes with %d inputs", len(graph.nodes), len(infos))
-    wrapped = inputs.wrapped
-    steady = wrapped if private.INTEGERS_CHOOSE_GRAPHS else {*numbers, *wrapped}
-    constants = frozenset(at for at, value in enumerate(values) if not isinstance(value, dynamic))
-    found = tuple(sorted({*numbers, *wrapped}))
-    return TracedGraph(DeferredModule(traced.graph_module, graph), infos, found, tuple(sorted(steady)), constants)
+    logger.debug("traced a graph of %d nodes with %d inputs", len(graph.nodes), len(values))
+    return TracedGraph(
+        DeferredModule(module, graph),
+        tuple(
+            InputInfo("state", info.name) if opaque and at in changed and info.kind == "parameter" else info
+            for at, info in enumerate(inputs.infos)
+        ),
+        numbers=tuple(sorted({*numbers, *inputs.wrapped})),
+        steady=tuple(sorted(inputs.wrapped if private.INTEGERS_CHOOSE_GRAPHS else {*numbers, *inputs.wrapped})),
+        constants=frozenset(at for at, value in enumerate(values) if not isinstance(value, DYNAMIC)),
+        opaque=opaque,
+    )
 
 
 def _without_computing(gm: fx.GraphModule) -> Any:
@@ -388,5 +338,7 @@ def capture(model: Any, *args: Any, **kwargs: Any) -> list[TracedGraph]:
     for graph in capture_all(model, *args, **kwargs):
         if isinstance(graph, DenseGraph):
             raise UntraceableGraph(graph.reason)
+        if graph.opaque is not None:
+            raise UntraceableGraph(graph.opaque.reason)
         graphs.append(graph)
     return graphs

@@ -7,7 +7,8 @@ Before: ``y = flip(x_map, [3])`` read by ``a = to_rows(y)`` and by ``z = fft(y)`
 After:  ``y = flip(x_map, [3])``, ``r0 = to_rows(y)``, ``m0 = to_map(r0)``, ``a = r0``, ``z = fft(m0)``;  ``b = r``
 
 Conditions:
-1. A spatial node that no pass rewrote, graph inputs included, is read through ``to_map(to_rows(node))``.
+1. A spatial node that no pass rewrote, graph inputs included, is read through ``to_map(to_rows(node))``; a graph input
+   that is changed in place (collapse.py) is read as it is.
 2. ``to_rows(to_map(r))`` is ``r``.
 3. Nothing else changes; what nobody reads any more is erased.
 """
@@ -18,14 +19,8 @@ import operator
 
 from torch import fx
 
-from fisedit_compile.passes.ir import (
-    eliminate_dead_code,
-    origin_of,
-    reads_spatial,
-    spatial_of,
-    to_map,
-    to_rows,
-)
+from fisedit_compile.passes.family import is_annotated
+from fisedit_compile.passes.ir import eliminate_dead_code, origin_of, reads_spatial, spatial_of, to_map, to_rows
 from fisedit_compile.passes.report import Report
 
 NAME = "densify"
@@ -58,9 +53,10 @@ def densify(graph_module: fx.GraphModule, report: Report) -> fx.GraphModule:
         if node.target in (to_rows, to_map) or node.op not in ("placeholder", "call_function"):
             continue
         # Where the rows are all that is read, there is no map to mix.
-        if spatial_of(node) is not None and [user.target for user in node.users] != [to_rows]:
+        mixed = spatial_of(node) is not None and not node.meta.get("changed")
+        if mixed and [user.target for user in node.users] != [to_rows]:
             _wrap(graph, node)
-        touches = reads_spatial(node) or spatial_of(node) is not None
+        touches = reads_spatial(node) or is_annotated(node)
         if node.op == "call_function" and node.target is not operator.getitem and touches:
             report.stays_dense(node, node.meta.get("dense_reason", "its pass is disabled"))
     for node in list(graph.nodes):

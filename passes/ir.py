@@ -9,6 +9,7 @@ Markers are ordinary ``call_function`` nodes whose targets are the functions bel
     load(site), store(value, site)   what recorded tensors become once their cache sites are known
     update(recorded, new)            what a saved edit stores in place of a recorded tensor
     plan(kind, of)                   a tensor made from the mask; ``meta["plan_input"]`` is its specification
+    unknown(*inputs)                 an output of a graph of which only inputs and outputs are known
 
 ``meta["likely_rows"]`` of what ``RowsBuilder.replace`` was given says how many rows it is likely to have, all samples.
 """
@@ -42,9 +43,10 @@ update = _marker("update")
 plan = _marker("plan")
 load = _marker("load")
 store = _marker("store")
+unknown = _marker("unknown")
 #: Of the masks that edits are likely to have, for what is chosen before the mask is known.
 TYPICAL_DENSITY = 0.08
-MARKERS = (to_rows, to_map, recorded, update, plan, load, store)
+MARKERS = (to_rows, to_map, recorded, update, plan, load, store, unknown)
 
 
 def spatial_of(node: object) -> Spatial | None:

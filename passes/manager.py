@@ -16,6 +16,7 @@ from fisedit_compile.errors import OptionError
 from fisedit_compile.passes import sparsify_norm as norms
 from fisedit_compile.passes.canonicalize import canonicalize
 from fisedit_compile.passes.choose_convolution import choose_convolution
+from fisedit_compile.passes.collapse import Opaque, collapse
 from fisedit_compile.passes.count_macs import count_macs
 from fisedit_compile.passes.deferred import DeferredModule
 from fisedit_compile.passes.densify import densify
@@ -104,13 +105,16 @@ def _copy(graph_module: fx.GraphModule) -> fx.GraphModule:
     return DeferredModule(graph_module, graph)
 
 
-def build_program(graph_module: fx.GraphModule, inputs: Sequence[InputInfo], options: Options) -> Program:
+def build_program(
+    graph_module: fx.GraphModule, inputs: Sequence[InputInfo], options: Options, opaque: Opaque | None = None
+) -> Program:
     """Compile a traced graph.
 
     Args:
         graph_module: functional pre-dispatch ATen graph; its output is a tuple, tensor nodes carry ``meta["val"]``.
         inputs: what each placeholder is.
         options: of the backend.
+        opaque: runs in place of the graph, which then only tells which inputs and outputs are maps.
 
     Raises:
         GraphError: a pass broke an invariant.
@@ -124,6 +128,8 @@ def build_program(graph_module: fx.GraphModule, inputs: Sequence[InputInfo], opt
     runner.run("canonicalize", edit, lambda: canonicalize(edit, report))
     runner.run("normalise_attention", edit, lambda: normalise_attention(edit, report))
     runner.run("propagate_domains", edit, lambda: propagate_domains(edit, inputs, kinds, report))
+    if opaque is not None:
+        runner.run("collapse", edit, lambda: collapse(edit, opaque, report))
     record = _copy(edit)
     spatial = [node for node in edit.graph.nodes if node.op == "placeholder" and spatial_of(node)]
     for family in kinds:

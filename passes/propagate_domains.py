@@ -34,7 +34,7 @@ from fisedit_compile.passes.domain_graph import (
     reads_channels_last,
 )
 from fisedit_compile.passes.family import Family
-from fisedit_compile.passes.ir import reads_spatial, shape_of, spatial_of
+from fisedit_compile.passes.ir import reads_spatial, shape_of, spatial_of, unknown
 from fisedit_compile.passes.layouts import HEIGHT, NCHW, NHWC, WIDTH, Spatial
 from fisedit_compile.passes.program import InputInfo
 from fisedit_compile.passes.recognise import Recogniser
@@ -75,7 +75,8 @@ def find_spatial_inputs(graph: fx.Graph, infos: Sequence[InputInfo], report: Rep
 
 
 def find_resolutions(derived: Sequence[fx.Node], batch: int, domains: set[Domain]) -> None:
-    """Add the resolutions that padding, pooling, resizing and cropping lead to, so that shapes can be recognised."""
+    """Add the resolutions that padding, pooling, resizing, cropping and graphs of which nothing is known lead to, so
+    that shapes can be recognised."""
     for node in derived:
         value = node.meta.get("val")
         if not isinstance(value, torch.Tensor) or value.dim() != 4 or value.shape[0] != batch:
@@ -87,7 +88,7 @@ def find_resolutions(derived: Sequence[fx.Node], batch: int, domains: set[Domain
             and Domain(*shape_of(source)[2:]) in domains
         )
         domain = Domain(*shape_of(node)[2:])
-        if (cropped or node.target in RESOLUTION_CHANGES) and domain.size > 1:
+        if (cropped or node.target in RESOLUTION_CHANGES or node.target is unknown) and domain.size > 1:
             domains.add(domain)
 
 
@@ -121,8 +122,9 @@ def _check_outputs(graph: fx.Graph, doubtful: Sequence[fx.Node], report: Report)
         if node not in returned:
             report.miss(NAME, node, f"its shape {list(shape_of(node))} does not tell which dimensions are positions")
             continue
+        maker = "an unknown operator" if node.target is unknown else node.target
         report.dense_reason = (
-            f"its output {node.name} of shape {list(shape_of(node))} was made by {node.target}, and its sizes do not "
+            f"its output {node.name} of shape {list(shape_of(node))} was made by {maker}, and its sizes do not "
             "tell which of its dimensions are positions; another resolution or number of channels may"
         )
         for other in graph.nodes:

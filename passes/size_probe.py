@@ -10,6 +10,7 @@ that is not made from a map, such as a table of positions.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -110,7 +111,8 @@ class SizeProbe:
     def _run(self, node: fx.Node) -> tuple[Any, Any] | None:
         """Results of the node at both stretched sizes; None when they show nothing."""
         target: Any = node.target
-        if target in RESHAPES or self._fixes_sizes(node):
+        runs = isinstance(target, OVERLOAD) or target is operator.getitem
+        if not runs or target in RESHAPES or self._fixes_sizes(node):
             return None
         results = []
         for which in range(2):

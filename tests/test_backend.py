@@ -18,9 +18,10 @@ from torch.nn import functional
 import fisedit_compile as fisedit
 from fisedit_compile import backend
 from fisedit_compile.compiled_graph import CompiledGraph
+from fisedit_compile.description import describe
 from fisedit_compile.errors import CallMismatchError, OptionError
 from fisedit_compile.executable import Executable
-from fisedit_compile.tracing import describe, trace
+from fisedit_compile.tracing import trace
 
 from tolerances import assert_identical
 
@@ -195,8 +196,8 @@ def test_a_graph_that_stays_dense_is_recorded_edited_and_named(caplog: pytest.Lo
         with runtime.edit("base", mask=MASK):
             compiled(picture())
     (record,) = caplog.records
-    assert "runs densely: aten.dropout.default is random" in record.getMessage()
-    assert runtime.stats.calls == {"record": 1, "edit": 0, "dense": 1}
+    assert "masked at its outputs: aten.dropout.default is random" in record.getMessage()
+    assert runtime.stats.calls == {"record": 1, "edit": 1, "dense": 0}
 
 
 def test_training_is_left_alone() -> None:

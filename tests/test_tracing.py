@@ -13,8 +13,9 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from fisedit_compile import private, tracing
-from fisedit_compile.tracing import DenseGraph, TracedGraph, UntraceableGraph, capture, capture_all, describe, trace
+from fisedit_compile import description, private
+from fisedit_compile.description import UntraceableGraph, describe
+from fisedit_compile.tracing import TracedGraph, capture, capture_all, trace
 
 from diffusers_networks import DIFFUSERS, unet
 from tolerances import assert_identical
@@ -135,7 +136,7 @@ def test_names_of_inputs_and_modules_are_those_of_the_model() -> None:
     ],
 )
 def test_readable_names(source: str, name: str) -> None:
-    assert tracing.readable_name(source) == name
+    assert description.readable_name(source) == name
 
 
 def test_everything_a_module_holds_is_a_parameter() -> None:
@@ -260,9 +261,10 @@ def test_operators_that_look_at_strides_look_at_elements_in_order() -> None:
 def test_graphs_that_stay_dense_say_why(function: Callable[..., Any], reason: str) -> None:
     module = Function(function)
     (found,) = capture_all(module, picture())
-    assert isinstance(found, DenseGraph)
-    with pytest.raises(UntraceableGraph, match=reason):
+    assert isinstance(found, TracedGraph) and found.opaque is not None
+    with pytest.raises(UntraceableGraph, match=reason) as caught:
         capture(module, picture())
+    assert str(caught.value) == found.opaque.reason
 
 
 def test_capturing_computes_nothing() -> None:

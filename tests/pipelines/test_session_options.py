@@ -42,6 +42,27 @@ def test_storage_and_norm_take_less_memory() -> None:
     assert torch.equal(edited.pixels[outside], base.pixels[outside])
 
 
+def test_a_network_that_cannot_be_traced_is_masked_as_a_whole(caplog: pytest.LogCaptureFixture) -> None:
+    pipe = tiny_pipeline()
+    forward = pipe.unet.forward
+
+    def under_autocast(*arguments: Any, **keywords: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return forward(*arguments, **keywords)
+
+    pipe.unet.forward = under_autocast
+    session = EditSession(pipe)
+    base = generate(session)
+    first = session.edit(FIRST, mask=box())
+    second = session.edit(BASE)
+    assert [record.getMessage() for record in caplog.records if "is masked at its outputs" in record.getMessage()]
+    for before, after in ((base, first), (first, second)):
+        outside = ~after.pixel_mask.unsqueeze(1).expand_as(after.pixels)
+        assert torch.equal(after.pixels[outside], before.pixels[outside])
+        assert not torch.equal(after.pixels, before.pixels)
+    assert first.report.dense_calls == 0, "every call was masked"
+
+
 def test_recordings_on_the_host_give_the_same_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Copies come as late as they may; decodes are recorded there as well."""
     monkeypatch.setattr(tiers, "lane_for", lambda device: LateLane())

@@ -164,7 +164,7 @@ def test_what_cannot_be_told_runs_densely_and_says_so(caplog: pytest.LogCaptureF
             assert_near(network(draw(size, seed)), module(draw(size, seed)), "dense")
     assert runtime.stats.calls == {"record": 1, "edit": 0, "dense": 2}
     (message,) = [record.getMessage() for record in caplog.records if record.name.startswith("fisedit_compile")]
-    assert "runs densely: its output" in message and "which of its dimensions are positions" in message
+    assert "is not masked: its output" in message and "which of its dimensions are positions" in message
     report = fisedit.explain(module, draw(size, 1))
     (miss,) = report.dense_nodes
     assert miss.target == "the whole graph" and miss.reason in message
@@ -182,6 +182,6 @@ def test_no_spatial_input_runs_densely_and_says_so(caplog: pytest.LogCaptureFixt
         with runtime.edit("base", mask=torch.eye(8)):
             assert_near(network(draw((2, 5, 6), seed)), module(draw((2, 5, 6), seed)), "dense")
     (message,) = [record.getMessage() for record in caplog.records if record.name.startswith("fisedit_compile")]
-    assert message.endswith("runs densely: none of its inputs is a picture or a feature map")
+    assert message.endswith("runs densely and is not masked: none of its inputs is a picture or a feature map")
     (miss,) = fisedit.explain(module, draw((2, 5, 6), 1)).dense_nodes
     assert (miss.target, miss.reason) == ("the whole graph", "none of its inputs is a picture or a feature map")
