@@ -13,7 +13,8 @@ Conditions:
    nobody can tell, but a caller may write into an output. A clone to another memory format is dropped as well; strides
    are not part of a value.
 2. dropout is dropped when it is not training or its probability is 0.
-3. A cast to the dtype and device the value already has is dropped, also an expand to the same shape.
+3. A cast to the dtype and device the value already has is dropped, also an expand to the same shape and a slice that
+   takes everything.
 4. Nothing that stands between a graph input and an output (also detach and alias) is dropped.
 5. An einsum of one operand that keeps each of its dimensions is a permutation.
 6. Of a batch norm nothing but the result is read.
@@ -31,6 +32,9 @@ from fisedit_compile.passes.report import Report
 from fisedit_compile.passes.targets import NO_OPERATION, aten
 
 NAME = "canonicalize"
+#: Operators that do nothing where dtype, device and shape stay the same.
+IDLE_IN_SHAPE = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default, aten.expand.default,
+                 aten.slice.Tensor}  # fmt: skip
 DROPOUTS = (aten.dropout.default, aten.feature_dropout.default)
 #: Operators that are called for a result of its own memory.
 BATCH_NORM = aten._native_batch_norm_legit_no_training.default
@@ -44,7 +48,7 @@ def _replacement(node: fx.Node) -> fx.Node | str | None:
         probability, training = node.args[1], node.args[2]
         if training and probability != 0:
             return "dropout in training mode is random"
-    elif target in (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default, aten.expand.default):
+    elif target in IDLE_IN_SHAPE:
         source = node.args[0]
         assert isinstance(source, fx.Node)
         before, after = source.meta.get("val"), node.meta.get("val")

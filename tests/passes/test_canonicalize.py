@@ -34,6 +34,7 @@ def run(builder: GraphBuilder, *results):
         lambda b, x: b.call(aten._to_copy.default, x, dtype=torch.float32, memory_format=torch.channels_last),
         lambda b, x: b.call(aten.to.device, x, torch.device("cpu"), torch.float32),
         lambda b, x: b.call(aten.expand.default, x, [2, 6, 5, 4]),
+        lambda b, x: b.call(aten.slice.Tensor, x, 2, -5),
         lambda b, x: b.call(aten.dropout.default, x, 0.1, False),
         lambda b, x: b.call(aten.dropout.default, x, 0.0, True),
         lambda b, x: b.call(aten.feature_dropout.default, x, 0.5, False),

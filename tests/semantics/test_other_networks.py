@@ -37,15 +37,18 @@ class PatchTransformer(nn.Module):
         attended = functional.scaled_dot_product_attention(*packed.unbind(0))
         return self.output(attended.transpose(1, 2).flatten(2))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, prompt: Tensor | None = None) -> Tensor:
         batch, _, height, width = x.shape
         hidden = self.enter(x).flatten(2).transpose(1, 2)
+        count = hidden.shape[1]
         if self.token is not None:
             hidden = torch.cat([self.token.expand(batch, -1, -1), hidden], dim=1)
-        hidden = hidden + self._attend(hidden)
-        hidden = hidden + self.feed(hidden)
-        if self.token is not None:
-            hidden = hidden[:, 1:]
+        if prompt is not None:
+            hidden = torch.cat([prompt, hidden], dim=1)
+        for _ in range(2):
+            hidden = hidden + self._attend(hidden)
+            hidden = hidden + self.feed(hidden)
+        hidden = hidden[:, -count:]
         pixels = self.leave(hidden).reshape(batch, height // 2, width // 2, 2, 2, 3)
         return torch.einsum("nhwpqc->nchpwq", pixels).reshape(x.shape)
 
@@ -114,7 +117,8 @@ def pixart() -> nn.Module:
 
 NETWORKS = [
     (Network("patches", PatchTransformer, ((2, 3, 14, 10),)), 1.0),
-    (Network("patches and a token", lambda: PatchTransformer(token=True), ((2, 3, 14, 10),)), 0.0),
+    (Network("patches and a token", lambda: PatchTransformer(token=True), ((2, 3, 14, 10),)), 0.9),
+    (Network("patches and a prompt", PatchTransformer, ((2, 3, 14, 10), (2, 11, 16))), 0.7),
     (Network("image prompt", ImagePrompt, ((2, 4, 13, 9), (2, 3, 7, 20))), 0.7),
     (Network("batch norms", Normed, ((2, 3, 14, 10),)), 0.9),
     (Network("pixart", pixart, ((2, 4, 22, 18), (2, 7, 20), (2,)), fixed=(2,)), 0.9),
