@@ -3,19 +3,27 @@
 Why: tracing leaves copies that mean nothing in a functional graph, and several spellings of one operation.
 
 Before: ``c = lift_fresh_copy(get_attr)``, ``d = dropout(x, 0.1, False)``, ``e = to.dtype(x, x.dtype)``,
-        ``f = type_as(x, y)``, ``g = expand(x, x.shape)``, ``h = swish-like aliases``
-After:  ``c = get_attr``, ``d = x``, ``e = x``, ``f = to.dtype(x, y.dtype)``, ``g = x``
+        ``f = type_as(x, y)``, ``g = expand(x, x.shape)``, ``h = einsum("abc->cab", [x])``,
+        ``i = getitem(_native_batch_norm_legit_no_training(x, w, b, mean, variance, momentum, eps), 0)``
+After:  ``c = get_attr``, ``d = x``, ``e = x``, ``f = to.dtype(x, y.dtype)``, ``g = x``, ``h = permute(x, [2, 0, 1])``,
+        ``i = batch_norm(x, w, b, mean, variance, False, momentum, eps, False)``
 
 Conditions:
 1. A copy (clone, contiguous, lift_fresh_copy) is dropped unless it is a graph output: the graph is functional, so
    nobody can tell, but a caller may write into an output. A clone to another memory format is dropped as well; strides
    are not part of a value.
 2. dropout is dropped when it is not training or its probability is 0.
-3. A cast to the dtype and device the value already has is dropped, also an expand to the same shape.
+3. A cast to the dtype and device the value already has is dropped, also an expand to the same shape and a slice that
+   takes everything.
 4. Nothing that stands between a graph input and an output (also detach and alias) is dropped.
+5. An einsum of one operand that keeps each of its dimensions is a permutation.
+6. Of a batch norm nothing but the result is read.
 """
 
 from __future__ import annotations
+
+import operator
+from typing import Any
 
 import torch
 from torch import fx
@@ -24,8 +32,12 @@ from fisedit_compile.passes.report import Report
 from fisedit_compile.passes.targets import NO_OPERATION, aten
 
 NAME = "canonicalize"
+#: Operators that do nothing where dtype, device and shape stay the same.
+IDLE_IN_SHAPE = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default, aten.expand.default,
+                 aten.slice.Tensor}  # fmt: skip
 DROPOUTS = (aten.dropout.default, aten.feature_dropout.default)
 #: Operators that are called for a result of its own memory.
+BATCH_NORM = aten._native_batch_norm_legit_no_training.default
 COPIES = {aten.clone.default, aten.contiguous.default, aten.lift_fresh_copy.default, aten._to_copy.default}
 
 
@@ -36,7 +48,7 @@ def _replacement(node: fx.Node) -> fx.Node | str | None:
         probability, training = node.args[1], node.args[2]
         if training and probability != 0:
             return "dropout in training mode is random"
-    elif target in (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default, aten.expand.default):
+    elif target in IDLE_IN_SHAPE:
         source = node.args[0]
         assert isinstance(source, fx.Node)
         before, after = source.meta.get("val"), node.meta.get("val")
@@ -56,6 +68,45 @@ def _replacement(node: fx.Node) -> fx.Node | str | None:
     return source
 
 
+def _as_permutation(node: fx.Node) -> list[int] | None:
+    """Which dimension of its one operand each dimension of an einsum is, when it does nothing else."""
+    equation, operands = node.args[0], node.args[1]
+    assert isinstance(equation, str) and isinstance(operands, (list, tuple))
+    before, arrow, after = equation.replace(" ", "").partition("->")
+    if len(operands) != 1 or not arrow or "." in equation or len(set(before)) != len(before):
+        return None
+    return [before.index(letter) for letter in after] if sorted(before) == sorted(after) else None
+
+
+def _spelling(node: fx.Node) -> tuple[Any, tuple[Any, ...]] | None:
+    """Another operator that does the same, with its arguments, or None when the node stays as it is."""
+    if node.target is aten.type_as.default:
+        source, like = node.args
+        assert isinstance(like, fx.Node)
+        return aten.to.dtype, (source, like.meta["val"].dtype)
+    if node.target is aten.einsum.default:
+        order = _as_permutation(node)
+        return None if order is None else (aten.permute.default, (node.args[1][0], order))  # type: ignore[index]
+    norm = node.args[0] if node.target is operator.getitem and node.args[1] == 0 else None
+    if isinstance(norm, fx.Node) and norm.target is BATCH_NORM and len(norm.users) == 1:
+        *operands, momentum, epsilon = norm.args
+        return aten.batch_norm.default, (*operands, False, momentum, epsilon, False)
+    return None
+
+
+def _respelled(node: fx.Node) -> fx.Node:
+    """The node that stands for this one from now on."""
+    found = _spelling(node)
+    if found is None:
+        return node
+    with node.graph.inserting_before(node):
+        other = node.graph.call_function(*found)
+    other.meta.update(node.meta)
+    node.replace_all_uses_with(other)
+    node.graph.erase_node(node)
+    return other
+
+
 def canonicalize(graph_module: fx.GraphModule, report: Report) -> fx.GraphModule:
     """Run the pass in place and return the module."""
     graph = graph_module.graph
@@ -63,15 +114,7 @@ def canonicalize(graph_module: fx.GraphModule, report: Report) -> fx.GraphModule
     for node in reversed(list(graph.nodes)):
         if node.op != "call_function":
             continue
-        if node.target is aten.type_as.default:
-            source, like = node.args
-            assert isinstance(like, fx.Node)
-            with graph.inserting_before(node):
-                cast = graph.call_function(aten.to.dtype, (source, like.meta["val"].dtype))
-            cast.meta.update(node.meta)
-            node.replace_all_uses_with(cast)
-            graph.erase_node(node)
-            node = cast
+        node = _respelled(node)
         found = _replacement(node)
         if isinstance(found, fx.Node):
             node.replace_all_uses_with(found)

@@ -12,6 +12,7 @@ from fisedit_compile.passes.ir import origin_of, shape_of, spatial_of
 from fisedit_compile.passes.report import MacCount
 from fisedit_compile.passes.targets import CONVOLUTIONS, aten
 
+ENCODER_WEIGHTS = ("qkv_weight", "proj_weight", "ffn_weight_1", "ffn_weight_2")
 PRODUCTS = {
     aten.matmul.default: 0,
     aten.bmm.default: 0,
@@ -38,6 +39,12 @@ def macs_of(node: fx.Node) -> tuple[str, int] | None:
         given = read_arguments(node)
         query, key, value = (shape_of(given[name]) for name in ("query", "key", "value"))
         return "attention", math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+    if node.target is aten._transformer_encoder_layer_fwd.default:
+        # What nn.TransformerEncoderLayer is in inference; its weights are those of four linear layers.
+        given = read_arguments(node)
+        samples, tokens, width = shape_of(given["src"])
+        weights = sum(math.prod(shape_of(given[name])) for name in ENCODER_WEIGHTS)
+        return "transformer layer", samples * tokens * (weights + 2 * tokens * width)
     return None
 
 

@@ -143,5 +143,8 @@ def domain_graph(graph: fx.Graph) -> networkx.MultiDiGraph:
         target: Domain | str = spatial.domain if (spatial := spatial_of(node)) else NOT_SPATIAL
         sources = {spatial.domain for value in node.all_input_nodes if (spatial := spatial_of(value))}
         for source in sources:
-            domains.add_edge(source, target, node=node.name, kind=connection_kind(node))
+            kind = connection_kind(node)
+            # Only reshapes to patches and back lead from rows to rows of another resolution.
+            moved = kind == "rows" and isinstance(target, Domain) and source != target
+            domains.add_edge(source, target, node=node.name, kind="stencil" if moved else kind)
     return domains

@@ -38,6 +38,7 @@ from fisedit_compile.passes.sparsify_conv import FAMILY as CONVOLUTION
 from fisedit_compile.passes.sparsify_layout import FAMILY as LAYOUT
 from fisedit_compile.passes.sparsify_linear import FAMILY as LINEAR
 from fisedit_compile.passes.sparsify_pointwise import FAMILY as POINTWISE
+from fisedit_compile.passes.split_joined import split_joined
 from fisedit_compile.passes.verify import verify
 from fisedit_compile.runtime.spec import Domain, Stencil
 
@@ -127,6 +128,7 @@ def build_program(
     runner.dump("traced", edit)
     runner.run("canonicalize", edit, lambda: canonicalize(edit, report))
     runner.run("normalise_attention", edit, lambda: normalise_attention(edit, report))
+    runner.run("split_joined", edit, lambda: split_joined(edit, report))
     runner.run("propagate_domains", edit, lambda: propagate_domains(edit, inputs, kinds, report))
     if opaque is not None:
         runner.run("collapse", edit, lambda: collapse(edit, opaque, report))

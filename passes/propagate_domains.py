@@ -10,7 +10,8 @@ After:  ``node.meta["spatial"] = Spatial(domain, dims)`` on spatial values (``"s
 Conditions for an input to be spatial:
 1. It is a floating tensor of rank 4 with more than one position, and not a parameter.
 2. It flows into a convolution, norm or resampling through elementwise and layout operators only; or it has more than
-   one row and column and does not flow into the mask of an attention.
+   one row and column, does not flow into the mask of an attention, and no other input flows into one of those, unless
+   it has the resolution of one that does. (The tokens of several images are [B, images, tokens, C].)
 3. Its batch is that of the first such input.
 
 An operator's output is spatial when its family's inference rule says so. Where a rule gives its reason, behind an
@@ -51,25 +52,31 @@ BEHIND = "it reads what a dense operator made of a spatial value"
 def find_spatial_inputs(graph: fx.Graph, infos: Sequence[InputInfo], report: Report) -> list[fx.Node]:
     """Annotate the spatial inputs; a rank-4 input that is not spatial is reported with its reason."""
     flow = data_flow(graph)
-    found: list[fx.Node] = []
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    known: dict[fx.Node, tuple[Spatial, bool]] = {}
     for node, info in zip(placeholders, infos, strict=True):
         value = node.meta.get("val")
         if info.kind != "user" or not isinstance(value, torch.Tensor) or value.dim() != 4:
             continue
-        anchored = reaches_anchor(flow, node.name)
-        if not value.is_floating_point() or value.shape[2] * value.shape[3] < 2:
+        dims = NHWC if reads_channels_last(flow, node.name) else NCHW
+        size = (value.shape[dims.index(name)] for name in (HEIGHT, WIDTH))
+        known[node] = (Spatial(Domain(*map(int, size)), dims), reaches_anchor(flow, node.name))
+    certain = {s.domain for node, (s, anchored) in known.items() if anchored and node.meta["val"].is_floating_point()}
+    found: list[fx.Node] = []
+    for node, (spatial, anchored) in known.items():
+        domain, batch = spatial.domain, shape_of(node)[0]
+        if not node.meta["val"].is_floating_point() or domain.size < 2:
             report.miss(NAME, node, "it is not a floating tensor with more than one position")
         elif not anchored and is_attention_bias(flow, node.name):
             report.miss(NAME, node, "it is the mask of an attention")
-        elif not anchored and min(value.shape[2:]) < 2:
+        elif not anchored and min(domain.height, domain.width) < 2:
             report.miss(NAME, node, "it is a single row or column and reaches no convolution, norm or resampling")
-        elif found and shape_of(found[0])[0] != value.shape[0]:
-            report.miss(NAME, node, f"its batch is {value.shape[0]}, not {shape_of(found[0])[0]}")
+        elif not anchored and certain and domain not in certain:
+            report.miss(NAME, node, "it reaches no convolution, norm or resampling, unlike an input of another size")
+        elif found and shape_of(found[0])[0] != batch:
+            report.miss(NAME, node, f"its batch is {batch}, not {shape_of(found[0])[0]}")
         else:
-            dims = NHWC if reads_channels_last(flow, node.name) else NCHW
-            size = (value.shape[dims.index(name)] for name in (HEIGHT, WIDTH))
-            node.meta["spatial"] = Spatial(Domain(*map(int, size)), dims)
+            node.meta["spatial"] = spatial
             found.append(node)
     return found
 

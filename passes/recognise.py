@@ -4,7 +4,8 @@ Why: a map that is taken for something else is computed anew as a whole, and an 
 the mask. Shapes alone do not tell: 64 channels at 8x8 may be positions, 8 channels may be a height.
 
 What counts, the strongest first:
-1. The result of padding, pooling or resizing a map is a map. A reshape that a rule refused is none.
+1. The result of padding, pooling or resizing a map is a map. A reshape that a rule refused is none, unless the graph
+   returns it: then what comes next decides.
 2. Sizes that follow those of the operands (size_probe.py): proof for it or against it.
 3. The nearest spatial value that it was made from and that has the same shape has the same layout.
 4. Its readers: a convolution has the channels in dimension 1, a linear layer in the last one, an addition has operands
@@ -131,7 +132,8 @@ class Recogniser:
         if not isinstance(node.meta.get("val"), Tensor):
             return
         layout = self._resized(node)
-        if layout is None and not (node.target in RESHAPES and reads_spatial(node)):
+        refused = node.target in RESHAPES and reads_spatial(node)
+        if layout is None and not (refused and all(user.op != "output" for user in node.users)):
             layout = self._guess(node) if isinstance(proof, Unknown) else proof
         if layout is not None:
             node.meta["spatial"] = layout

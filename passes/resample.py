@@ -13,7 +13,8 @@ Conditions:
 1. x is spatial with dimensions (batch, channel, height, width).
 2. Pooling does not round its output size up while it counts padding.
 3. A pad adds to height and width only, and removes nothing.
-4. An adaptive pooling divides both sizes evenly, into windows of at most 64 positions.
+4. A pooling leaves more than one position: what it makes of a whole map is no map, and meets maps by broadcasting.
+5. An adaptive pooling divides both sizes evenly, into windows of at most 64 positions.
 """
 
 from __future__ import annotations
@@ -77,6 +78,8 @@ def _window(source: Domain, target: Domain, given: dict[str, Any]) -> Stencil:
 def read_stencil(node: fx.Node, source: Domain, target: Domain) -> Stencil | str:
     """The stencil of a resampling node, or the reason why it has none."""
     given = read_arguments(node)
+    if node.target in POOLS and target.size == 1:
+        return "it pools the whole map"
     if node.target in NEAREST:
         scale_y, scale_x = _scales(given)
         return Stencil.of("nearest", source, target, scale_y=scale_y, scale_x=scale_x)

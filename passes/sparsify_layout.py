@@ -11,7 +11,8 @@ Before: ``y = cat([x, z], 1)``           After: ``y = to_map(cat([to_rows(x), to
 Before: ``a, b = chunk(x, 2, -1)``       After: ``a, b = to_map of chunk(to_rows(x), 2, 2)``
 
 Conditions:
-1. Every dimension group keeps positions, samples and channels apart (see layouts.reshape_layout).
+1. Every dimension group keeps positions, samples and channels apart (see layouts.reshape_layout), or cuts the map
+   into square patches or puts them together (see patches.py).
 2. What is joined, cut, squeezed or expanded is a channel dimension.
 3. All joined values have the same dimensions; one that is not spatial has its full size.
 """
@@ -27,6 +28,7 @@ from fisedit_compile.passes.arguments import read_arguments
 from fisedit_compile.passes.family import Family, Inferred, rewrite_family
 from fisedit_compile.passes.ir import RowsBuilder, shape_of, spatial_of
 from fisedit_compile.passes.layouts import CHANNEL, Spatial, check_dims, reshape_layout
+from fisedit_compile.passes.patches import reshape_patches, rewrite_patches
 from fisedit_compile.passes.report import Report
 from fisedit_compile.passes.targets import RESHAPES, aten
 
@@ -78,7 +80,10 @@ def _infer_shape_change(node: fx.Node, spatial: Spatial) -> Inferred:
         if any(spatial.dims[dim] != CHANNEL for dim in grown):
             return "expand repeats positions or samples"
         return spatial
-    return reshape_layout(spatial, before, after)
+    found = reshape_layout(spatial, before, after)
+    if isinstance(found, str) and (patches := reshape_patches(spatial, before, after)):
+        return patches.after
+    return found
 
 
 def _infer_join(node: fx.Node) -> Inferred:
@@ -124,6 +129,9 @@ def _rewrite_shape_change(node: fx.Node, builder: RowsBuilder) -> None:
     assert isinstance(x, fx.Node)
     source, target = spatial_of(x), spatial_of(node)
     assert source is not None and target is not None
+    if source.domain != target.domain:
+        rewrite_patches(node, builder)
+        return
     rows = builder.rows(x)
     before = [shape_of(x)[dim] for dim in source.channel_dims]
     after = [shape_of(node)[dim] for dim in target.channel_dims]

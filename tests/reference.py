@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional
 
 aten = torch.ops.aten
 
@@ -58,7 +59,8 @@ def reduce_mask(mask: Tensor, height: int, width: int) -> Tensor:
 class Place:
     """Where a value keeps its space.
 
-    ``dimension`` is the first spatial one; ``folds`` is how many heads are folded into the batch.
+    ``dimension`` is the first spatial one; ``folds`` is how many heads are folded into the batch; ``before`` and
+    ``after`` are how many tokens that are no positions are joined with flattened ones, and always active.
     """
 
     height: int
@@ -66,18 +68,25 @@ class Place:
     dimension: int
     flattened: bool
     folds: int = 1
+    before: int = 0
+    after: int = 0
 
     def view(self, mask: Tensor, rank: int) -> Tensor:
         """The mask ``[B, height, width]`` in a shape that broadcasts against the value."""
         if self.flattened:
-            mask = mask.flatten(1)
+            mask = functional.pad(mask.flatten(1), (self.before, self.after), value=True)
         mask = mask.repeat_interleave(self.folds, dim=0)
         before = (1,) * (self.dimension - 1)
         after = (1,) * (rank - self.dimension - (1 if self.flattened else 2))
         return mask.reshape(mask.shape[0], *before, *mask.shape[1:], *after)
 
 
-def locate(shape: Sequence[int], batch: int, resolutions: Sequence[tuple[int, int]]) -> Place | None:
+def locate(
+    shape: Sequence[int],
+    batch: int,
+    resolutions: Sequence[tuple[int, int]],
+    joined: Sequence[tuple[int, int, int, int]] = (),
+) -> Place | None:
     """Recognise the spatial dimensions of a value from its shape; None for a value that is not spatial."""
     rank = len(shape)
     if rank < 2:
@@ -96,7 +105,14 @@ def locate(shape: Sequence[int], batch: int, resolutions: Sequence[tuple[int, in
             for dimension in range(1, rank)
             if height * width > 1 and shape[dimension] == height * width
         ]
-    if len({(place.height, place.width) for place in found}) > 1:
+    if not found and shape[0] == batch:
+        found = [
+            Place(height, width, dimension, flattened=True, before=before, after=after)
+            for height, width, before, after in joined
+            for dimension in range(1, rank)
+            if shape[dimension] == before + height * width + after
+        ]
+    if len({(place.height, place.width, place.before) for place in found}) > 1:
         raise AmbiguousShapeError(f"shape {tuple(shape)} fits {found}")
     return found[0] if found else None  # attention scores are [..., queries, keys]: the queries come first
 
@@ -212,13 +228,30 @@ class Reference:
             if cuts or any(name in str(node.target) for name in RESAMPLING):
                 resolutions |= {height_and_width(value) for value in results}
         self.resolutions = sorted(resolutions)
-        return {
-            node.name: tuple(
-                locate(value.shape, self.batch, self.resolutions) for value in flatten(node.meta.get("val"))
+        places: dict[str, tuple[Place | None, ...]] = {}
+        joins: set[tuple[int, int, int, int]] = set()
+        for node in self.nodes:
+            if node not in derived or node.meta.get("val") is None:  # assertions have no value
+                continue
+            if node.target is aten.cat.default:
+                joins |= self._joins(node, places)
+            places[node.name] = tuple(
+                locate(value.shape, self.batch, self.resolutions, sorted(joins)) for value in flatten(node.meta["val"])
             )
-            for node in self.nodes
-            if node in derived and node.meta.get("val") is not None  # assertions have no value
-        }
+        return places
+
+    @staticmethod
+    def _joins(node: fx.Node, places: dict[str, tuple[Place | None, ...]]) -> set[tuple[int, int, int, int]]:
+        """Flattened positions joined with other tokens: (height, width, tokens before, tokens after)."""
+        values = node.args[0]
+        dimension = (node.args[1] if len(node.args) > 1 else 0) % node.meta["val"].dim()
+        found = [places.get(value.name, (None,))[0] for value in values]
+        known = [number for number, place in enumerate(found) if place is not None]
+        if len(known) != 1 or not found[known[0]].flattened or found[known[0]].dimension != dimension:
+            return set()
+        lengths = [value.meta["val"].shape[dimension] for value in values]
+        place = found[known[0]]
+        return {(place.height, place.width, sum(lengths[: known[0]]), sum(lengths[known[0] + 1 :]))}
 
     def active(self, mask: Tensor) -> dict[tuple[int, int], Tensor]:
         """Active positions ``[B, h, w]`` of every resolution, for a mask ``[H, W]`` or ``[Bm, H, W]``."""

@@ -34,6 +34,7 @@ def run(builder: GraphBuilder, *results):
         lambda b, x: b.call(aten._to_copy.default, x, dtype=torch.float32, memory_format=torch.channels_last),
         lambda b, x: b.call(aten.to.device, x, torch.device("cpu"), torch.float32),
         lambda b, x: b.call(aten.expand.default, x, [2, 6, 5, 4]),
+        lambda b, x: b.call(aten.slice.Tensor, x, 2, -5),
         lambda b, x: b.call(aten.dropout.default, x, 0.1, False),
         lambda b, x: b.call(aten.dropout.default, x, 0.0, True),
         lambda b, x: b.call(aten.feature_dropout.default, x, 0.5, False),
@@ -141,3 +142,36 @@ def test_unused_nodes_vanish_and_inputs_stay() -> None:
     module, _ = run(builder, kept)
     assert targets(module) == [aten.neg.default]
     assert [node.name for node in module.graph.nodes if node.op == "placeholder"] == ["x", "y"]
+
+
+def test_an_einsum_of_one_operand_is_a_permutation() -> None:
+    builder = GraphBuilder()
+    x = builder.picture()
+    moved = builder.call(aten.einsum.default, "nchw -> nhwc", [x])
+    module, _ = run(builder, builder.call(RELU, moved))
+    assert only(module, aten.permute.default).args == (x, [0, 2, 3, 1])
+    assert aten.einsum.default not in targets(module)
+
+
+@pytest.mark.parametrize("equation", ["nchw->nhw", "nchw", "n...->...n", "nchw,cd->ndhw"])
+def test_other_einsums_stay(equation) -> None:
+    builder = GraphBuilder()
+    x, weight = builder.picture(), builder.parameter(6, 3)
+    node = builder.call(aten.einsum.default, equation, [x, weight] if "," in equation else [x])
+    module, _ = run(builder, builder.call(RELU, node))
+    assert targets(module) == [aten.einsum.default, RELU]
+
+
+@pytest.mark.parametrize("others", [False, True])
+def test_a_batch_norm_of_running_statistics_has_one_spelling(others) -> None:
+    builder = GraphBuilder()
+    x = builder.picture()
+    parameters = [builder.parameter(6, name=f"p{number}") for number in range(4)]
+    norm = builder.call(aten._native_batch_norm_legit_no_training.default, x, *parameters, 0.1, 1e-5)
+    results = [builder.call(RELU, builder.piece(norm, number)) for number in ((0, 1) if others else (0,))]
+    module, _ = run(builder, *results)
+    if others:  # what else it returns is read
+        assert aten.batch_norm.default not in targets(module)
+        return
+    assert targets(module) == [aten.batch_norm.default, RELU]
+    assert only(module, aten.batch_norm.default).args == (x, *parameters, False, 0.1, 1e-5, False)

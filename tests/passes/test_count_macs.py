@@ -94,3 +94,18 @@ def test_a_report_adds_them_up() -> None:
     assert (report.total_macs, report.sparse_macs, report.sparse_mac_fraction) == (1000, 900, 0.9)
     assert report.macs_at({DOMAIN: 0.1, coarse: 0.5}) == pytest.approx(60 + 150 + 100)
     assert Report().sparse_mac_fraction == 0.0
+
+
+def test_a_layer_of_a_transformer_in_one_operator() -> None:
+    """It counts what the linear layers and the attention count that it consists of."""
+    builder = GraphBuilder()
+    x, width, inner = builder.tokens(), 6, 16
+    shapes = [(3 * width, width), (3 * width,), (width, width), (width,)]
+    norms = [builder.parameter(width) for _ in range(4)]
+    feed = [(inner, width), (inner,), (width, inner), (width,)]
+    weights = [builder.parameter(*shape) for shape in shapes]
+    target = aten._transformer_encoder_layer_fwd.default
+    fed = [builder.parameter(*shape) for shape in feed]
+    node = builder.call(target, x, width, 2, *weights, True, True, 1e-5, *norms, *fed)
+    products = 20 * (3 * width * width + width * width + 2 * width * inner)
+    assert macs_of(node) == ("transformer layer", 2 * (products + 2 * 20 * 20 * width))

@@ -20,6 +20,7 @@ from tolerances import assert_near
 ORDER = [
     "canonicalize",
     "normalise_attention",
+    "split_joined",
     "propagate_domains",
     "sparsify_conv",
     "sparsify_norm",
@@ -53,7 +54,7 @@ def test_passes_run_in_their_literal_order(program: Program) -> None:
 
 
 def test_families_cover_the_sparsifying_passes_in_order() -> None:
-    assert [family.name for family in families(Options())] == ORDER[3:10]
+    assert [family.name for family in families(Options())] == ORDER[4:11]
 
 
 def test_every_node_of_the_small_network_becomes_sparse(program: Program) -> None:
@@ -171,7 +172,7 @@ def test_the_order_of_the_families_does_not_matter(expected, monkeypatch: pytest
     monkeypatch.setattr(manager, "families", lambda options: backwards)
     builder, output = small_unet()
     built = compile_graph(builder, output)
-    assert list(built.report.seconds)[3:10] == ORDER[3:10][::-1] and built.report.dense_nodes == []
+    assert list(built.report.seconds)[4:11] == ORDER[4:11][::-1] and built.report.dense_nodes == []
     assert_near(small_edit(built, builder)[1], expected[1])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import fx
 
 from fisedit_compile.config import Options
 from fisedit_compile.passes.family import Family
@@ -87,7 +88,7 @@ def test_condition_2_other_pictures_need_none() -> None:
 @pytest.mark.parametrize("named", [True, False])
 def test_condition_2_the_mask_of_an_attention_is_not_spatial(named) -> None:
     builder = GraphBuilder()
-    x, bias = builder.input(2, 6, 5, 4), builder.input(2, 3, 7, 7, name="bias")
+    x, bias = builder.input(2, 6, 7, 4), builder.input(2, 3, 7, 7, name="bias")
     scaled = builder.call(aten.mul.Tensor, bias, 2.0)
     query = builder.input(2, 3, 7, 4, name="query")
     key = builder.input(2, 3, 7, 4, name="key", kind="parameter")
@@ -196,10 +197,7 @@ def test_a_resized_map_is_a_map_without_a_rule(make, domain) -> None:
     squeezed = builder.call(aten.softmax.int, y, 3)  # a reason, and a map
     resized = make(builder, squeezed)
     run(builder, resized)
-    expected = None if domain is None else layout("bchw", domain)
-    if resized.target is aten.adaptive_avg_pool2d.default and domain is None:
-        expected = layout("bchw", Domain(1, 1))  # a window of 20 positions has a rule
-    assert resized.meta.get("spatial") == expected
+    assert resized.meta.get("spatial") == (None if domain is None else layout("bchw", domain))
 
 
 def test_a_rule_that_gives_a_reason_leaves_it_on_the_node() -> None:
@@ -278,15 +276,60 @@ def test_a_cropped_map_is_a_map_of_its_own_resolution() -> None:
     assert "dense_reason" not in behind.meta
 
 
-def test_patches_become_a_map_where_a_convolution_reads_them() -> None:
-    """Space to depth by reshapes: the resolution is known from the convolution behind them."""
+def test_uneven_patches_become_a_map_where_a_convolution_reads_them() -> None:
+    """No rule knows the reshapes; the resolution is known from the convolution behind them."""
     builder = GraphBuilder()
     y = convolved(builder, builder.input(2, 3, 10, 14), out=3)
-    cut = builder.call(aten.reshape.default, y, [2, 3, 5, 2, 7, 2])
-    moved = builder.call(aten.permute.default, cut, [0, 1, 3, 5, 2, 4])
+    cut = builder.call(aten.reshape.default, y, [2, 3, 5, 2, 2, 7])
+    moved = builder.call(aten.permute.default, cut, [0, 1, 3, 4, 2, 5])
     deep = builder.call(aten.reshape.default, moved, [2, 12, 5, 7])
     behind = convolved(builder, deep)
     run(builder, behind)
     assert deep.meta["spatial"] == behind.meta["spatial"] == layout("bchw", Domain(5, 7))
     assert "spatial" not in cut.meta and moved.meta["dense_reason"] == BEHIND
     assert "dense_reason" not in deep.meta and "dense_reason" not in behind.meta
+
+
+def tokens_of_images(builder: GraphBuilder, *shape: int) -> tuple[fx.Node, fx.Node]:
+    """The input of an image prompt, and what a linear layer makes of it."""
+    images = builder.input(*shape, name="images")
+    return images, builder.call(aten.linear.default, images, builder.parameter(6, shape[-1]))
+
+
+def test_condition_2_the_tokens_of_images_are_no_picture() -> None:
+    builder = GraphBuilder()
+    y = convolved(builder, builder.input(2, 6, 5, 4))
+    images, behind = tokens_of_images(builder, 2, 3, 7, 8)
+    report = run(builder, y, behind)
+    assert "spatial" in y.meta and "spatial" not in images.meta and "spatial" not in behind.meta
+    expected = "it reaches no convolution, norm or resampling, unlike an input of another size"
+    assert [(miss.node, miss.reason) for miss in report.misses] == [("images", expected)]
+
+
+def test_condition_2_rows_and_columns_are_those_of_the_layout() -> None:
+    builder = GraphBuilder()
+    images, _ = tokens_of_images(builder, 2, 1, 7, 8)  # one row of seven tokens
+    report = run(builder, _)
+    assert "spatial" not in images.meta
+    assert reasons(report) == ["it is a single row or column and reaches no convolution, norm or resampling"]
+
+
+def test_condition_2_maps_of_a_known_resolution_need_no_anchor() -> None:
+    builder = GraphBuilder()
+    y = convolved(builder, builder.input(2, 6, 5, 4))
+    other = builder.input(2, 5, 4, 8, name="other")
+    behind = builder.call(aten.linear.default, other, builder.parameter(6, 8))
+    assert run(builder, y, behind).misses == [] and behind.meta["spatial"] == layout("bhwc")
+
+
+@pytest.mark.parametrize("returned", [True, False])
+def test_a_refused_reshape_that_is_returned_is_a_map(returned) -> None:
+    builder = GraphBuilder()
+    x = builder.input(2, 6, 5, 12)
+    deep = builder.call(aten.conv2d.default, x, builder.parameter(4, 6, 1, 2), None, [1, 2])  # patches of 1x2
+    split = builder.call(aten.reshape.default, deep, [2, 2, 2, 5, 6])
+    moved = builder.call(aten.permute.default, split, [0, 1, 3, 4, 2])
+    joined = builder.call(aten.reshape.default, moved, [2, 2, 5, 12])
+    run(builder, joined if returned else builder.call(aten.sum.default, joined))
+    assert joined.meta["dense_reason"] == "positions are mixed with channels or split unevenly"
+    assert joined.meta.get("spatial") == (layout("bchw", Domain(5, 12)) if returned else None)

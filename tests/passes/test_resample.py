@@ -175,16 +175,25 @@ PADDED = "it pads other dimensions than height and width, or removes positions"
         (ADAPTIVE, ([10, 8],), "an adaptive pooling with windows of different sizes"),
     ],
 )
-def test_conditions_2_to_4(target, arguments, reason) -> None:
+def test_conditions_2_3_and_5(target, arguments, reason) -> None:
     builder = GraphBuilder()
     node = builder.call(target, builder.picture(), *arguments)
     assert refused(resample, FAMILY, builder, node) == [reason]
 
 
-def test_condition_4_windows_are_small() -> None:
+def test_condition_5_windows_are_small() -> None:
     builder = GraphBuilder()
-    node = builder.call(ADAPTIVE, builder.picture(2, 6, 9, 8), [1, 1])
+    node = builder.call(ADAPTIVE, builder.picture(2, 6, 9, 16), [1, 2])
     assert refused(resample, FAMILY, builder, node) == ["a pooling window of 72 positions, more than 64"]
+
+
+@pytest.mark.parametrize(
+    ("target", "arguments"), [(ADAPTIVE, ([1, 1],)), (AVERAGE, ([5, 4],)), (MAXIMUM, ([5, 4], [1, 1]))]
+)
+def test_condition_4_the_whole_map_is_no_window(target, arguments) -> None:
+    builder = GraphBuilder()
+    node = builder.call(target, builder.picture(), *arguments)
+    assert refused(resample, FAMILY, builder, node) == ["it pools the whole map"]
 
 
 @pytest.mark.parametrize(

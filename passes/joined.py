@@ -1,0 +1,118 @@
+"""Where the parts of joined values lie behind operators that treat the indices of one dimension alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, fx
+
+from fisedit_compile.passes.arguments import read_arguments
+from fisedit_compile.passes.ir import shape_of
+from fisedit_compile.passes.sparsify_layout import CUTS, JOINS, PERMUTES, RESHAPES, SLICES, permutation
+from fisedit_compile.passes.sparsify_linear import LAST, NORMS
+from fisedit_compile.passes.sparsify_pointwise import REDUCTIONS
+from fisedit_compile.passes.targets import aten, is_elementwise
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A value whose dimension ``dim`` holds parts of ``sizes``, one behind the other."""
+
+    dim: int
+    sizes: tuple[int, ...]
+
+
+Known = Mapping[fx.Node, Joined | list[Joined]]
+
+
+def _elementwise(node: fx.Node, known: Known) -> Joined | None:
+    if not isinstance(node.meta.get("val"), Tensor):
+        return None
+    rank = len(shape_of(node))
+    found: set[Joined | None] = set()
+    for value in node.all_input_nodes:
+        joined = known.get(value)
+        if isinstance(joined, Joined):
+            found.add(Joined(joined.dim + rank - len(shape_of(value)), joined.sizes))
+        elif joined is not None:
+            found.add(None)
+    return found.pop() if len(found) == 1 else None
+
+
+def _reshaped(node: fx.Node, joined: Joined) -> Joined | None:
+    before, after = shape_of(node.args[0]), shape_of(node)  # type: ignore[arg-type]
+    leading = math.prod(before[: joined.dim])
+    for dim, size in enumerate(after):
+        if size == before[joined.dim] and math.prod(after[:dim]) == leading:
+            return Joined(dim, joined.sizes)
+    return None
+
+
+def _attended(node: fx.Node, known: Known) -> Joined | None:
+    given = read_arguments(node)
+    query, mask = known.get(given["query"]), given["attn_mask"]
+    if not isinstance(query, Joined) or query.dim != len(shape_of(node)) - 2:
+        return None
+    if given["dropout_p"] or given["is_causal"]:
+        return None
+    if mask is not None and (mask in known or shape_of(mask)[-2:-1] != (1,)):
+        return None
+    return query
+
+
+def behind(node: fx.Node, known: Known) -> Joined | list[Joined] | None:
+    """How the result of an operator is joined, or None when it mixes the parts or nothing is known."""
+    target = node.target
+    if is_elementwise(target):
+        return _elementwise(node, known)
+    if target is aten.scaled_dot_product_attention.default:
+        return _attended(node, known)
+    if target in JOINS:
+        values = node.args[0]
+        assert isinstance(values, (list, tuple))
+        alike = {known.get(value) for value in values if not isinstance(known.get(value), list)}  # type: ignore[arg-type]
+        joined = alike.pop() if len(alike) == 1 else None
+        rank = len(shape_of(node))
+        dim = int(read_arguments(node)["dim"]) % rank
+        if not isinstance(joined, Joined) or (target is not aten.stack.default and dim == joined.dim):
+            return None
+        return Joined(joined.dim + (target is aten.stack.default and dim <= joined.dim), joined.sizes)
+    joined = known.get(node.args[0]) if isinstance(node.args[0], fx.Node) else None
+    if not isinstance(joined, Joined) or any(value in known for value in node.all_input_nodes if value != node.args[0]):
+        return None
+    return _of_first(node, joined)
+
+
+def _of_first(node: fx.Node, joined: Joined) -> Joined | list[Joined] | None:
+    """The same for operators of which only the first operand is joined."""
+    target, before = node.target, shape_of(node.args[0])  # type: ignore[arg-type]
+    rank, dim, sizes = len(before), joined.dim, joined.sizes
+    if target in RESHAPES:
+        return _reshaped(node, joined)
+    if target in PERMUTES:
+        return Joined(permutation(node, rank).index(dim), sizes)
+    given = read_arguments(node)
+    if target in LAST:
+        return joined if dim != rank - 1 and len(shape_of(node.args[1])) == 2 else None  # type: ignore[arg-type]
+    if target in NORMS:
+        return joined if dim < rank - len(given["normalized_shape"]) else None
+    if target is aten.expand.default:
+        return joined if len(shape_of(node)) == rank and shape_of(node)[dim] == before[dim] else None
+    if target is aten.unsqueeze.default:
+        return Joined(dim + (int(given["dim"]) % (rank + 1) <= dim), sizes)
+    if target in REDUCTIONS and given["dim"] is not None:
+        dims = {int(d) % rank for d in ([given["dim"]] if isinstance(given["dim"], int) else given["dim"])}
+        if dim in dims or not dims:
+            return None
+        removed = REDUCTIONS[target] and not given.get("keepdim")
+        return Joined(dim - sum(other < dim for other in dims) * removed, sizes)
+    if target in CUTS | SLICES:
+        other = int(given["dim"]) % rank
+        if other == dim:
+            return None
+        dropped = target in (aten.unbind.int, aten.select.int) and other < dim
+        found = Joined(dim - dropped, sizes)
+        return [found] * len(node.meta["val"]) if target in CUTS else found
+    return None

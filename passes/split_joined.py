@@ -1,0 +1,220 @@
+"""What is joined along a dimension and cut apart again later is computed part by part.
+
+Why: transformers join tokens of a prompt, or a class token, with those of the picture, treat all of them alike, and cut
+them apart at their end (Stable Diffusion 3, AuraFlow, vision transformers). Joined, they are not the positions of a
+picture, and everything would stay dense; part by part, those of the picture are rows.
+
+Before: ``j = cat([t, x], 1)``; ``y = linear(j, w)``; ``z = scaled_dot_product_attention(y, y, y)``;
+        ``r = slice(z, 1, T, T + S)``
+After:  ``a = linear(t, w)``; ``b = linear(x, w)``; ``k = cat([a, b], 1)``;
+        ``r = scaled_dot_product_attention(b, k, k)``
+
+Conditions:
+1. Values are joined along another dimension than the first.
+2. Between the join and the cut, operators treat the indices of that dimension alike: elementwise operators, linear
+   layers and norms over other dimensions, permutations, reshapes that keep it, and attention, where it counts the
+   queries.
+3. The cut takes elements of one part.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fisedit_compile.passes.arguments import read_arguments
+from fisedit_compile.passes.ir import copy_provenance, eliminate_dead_code, shape_of
+from fisedit_compile.passes.joined import Joined, behind
+from fisedit_compile.passes.report import Report
+from fisedit_compile.passes.sparsify_layout import CUTS, RESHAPES, SLICES
+from fisedit_compile.passes.targets import aten, is_elementwise
+
+NAME = "split_joined"
+CATS = {aten.cat.default, aten.concat.default}
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Elements ``start`` to ``stop`` of part ``number`` of ``source``; ``node`` stands for them."""
+
+    node: fx.Node
+    source: fx.Node
+    number: int
+    start: int
+    stop: int
+
+
+def _root(node: fx.Node) -> Joined | None:
+    """A join of values (condition 1)."""
+    values = node.args[0] if node.target in CATS else ()
+    if not isinstance(values, (list, tuple)) or len(values) < 2:
+        return None
+    dim = int(read_arguments(node)["dim"]) % len(shape_of(node))
+    if any(len(shape_of(value)) != len(shape_of(node)) for value in values):
+        return None
+    return Joined(dim, tuple(shape_of(value)[dim] for value in values)) if dim > 0 else None
+
+
+def _bounds(node: fx.Node, joined: Joined) -> list[tuple[fx.Node, int, int]]:
+    """What a cut along the joined dimension takes: (node, start, stop) for each result that is read."""
+    if node.target not in CUTS | SLICES:
+        return []
+    given = read_arguments(node)
+    if int(given["dim"]) % len(shape_of(node.args[0])) != joined.dim:  # type: ignore[arg-type]
+        return []
+    total = sum(joined.sizes)
+    if node.target is aten.slice.Tensor:
+        start, stop, _ = slice(given["start"], given["end"]).indices(total)
+        return [(node, start, stop)] if given["step"] == 1 else []
+    if node.target is aten.select.int:
+        return [(node, int(given["index"]) % total, int(given["index"]) % total + 1)]
+    if node.target in CUTS - {aten.unbind.int}:
+        ends = list(itertools.accumulate((value.shape[joined.dim] for value in node.meta["val"]), initial=0))
+        numbers = {user: int(user.args[1]) for user in node.users if isinstance(user.args[1], int)}
+        return [(user, ends[number], ends[number + 1]) for user, number in numbers.items()]
+    return []
+
+
+class _Splitter:
+    """Makes the parts of joined values where they are asked for, each once."""
+
+    def __init__(self, joined: dict[fx.Node, Joined | list[Joined]], roots: set[fx.Node]) -> None:
+        self.joined, self.roots = joined, roots
+        self.parts: dict[tuple[fx.Node, int], fx.Node] = {}
+        self.wholes: dict[fx.Node, fx.Node] = {}
+
+    def call(self, before: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        with before.graph.inserting_before(before):
+            node = before.graph.call_function(target, args, kwargs)
+        copy_provenance(before, node)
+        values = fx.node.map_arg((args, kwargs), lambda value: value.meta["val"])
+        with torch.no_grad():
+            node.meta["val"] = target(*values[0], **values[1])
+        return node
+
+    def whole(self, node: fx.Node) -> fx.Node:
+        """All parts of a value, joined."""
+        joined = self.joined.get(node)
+        if not isinstance(joined, Joined) or node in self.roots:
+            return node
+        if node not in self.wholes:
+            parts = [self.part(node, number) for number in range(len(joined.sizes))]
+            self.wholes[node] = self.call(node, aten.cat.default, parts, joined.dim)
+        return self.wholes[node]
+
+    def part(self, node: fx.Node, number: int) -> fx.Node:
+        """One part of a value."""
+        if node in self.roots:
+            return node.args[0][number]  # type: ignore[index, return-value]
+        if (node, number) not in self.parts:
+            self.parts[node, number] = self._make(node, number)
+        return self.parts[node, number]
+
+    def _make(self, node: fx.Node, number: int) -> fx.Node:
+        joined = self.joined[node]
+        if node.target is aten.scaled_dot_product_attention.default:
+            given = read_arguments(node)
+            operands = (self.part(given["query"], number), self.whole(given["key"]), self.whole(given["value"]))
+            mask = () if given["attn_mask"] is None else (given["attn_mask"],)
+            keywords = {"enable_gqa": True} if given.get("enable_gqa") else {}
+            return self.call(node, node.target, *operands, *mask, scale=given["scale"], **keywords)
+        if node.target in RESHAPES or node.target is aten.expand.default:
+            assert isinstance(joined, Joined)
+            sizes = list(shape_of(node))
+            sizes[joined.dim] = joined.sizes[number]
+            target = aten.expand.default if node.target is aten.expand.default else aten.reshape.default
+            return self.call(node, target, self.part(node.args[0], number), sizes)  # type: ignore[arg-type]
+
+        def convert(value: Any) -> Any:
+            if not isinstance(value, fx.Node):
+                return value
+            if value in self.joined:
+                return self.part(value, number)
+            if is_elementwise(node.target) and isinstance(joined, Joined) and isinstance(value.meta.get("val"), Tensor):
+                return self._share(node, value, joined, number)
+            return value
+
+        args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), convert)
+        return self.call(node, node.target, *args, **kwargs)
+
+    def _share(self, node: fx.Node, value: fx.Node, joined: Joined, number: int) -> fx.Node:
+        """The share of a part in an operand that is not joined itself: positions of tokens, for one."""
+        dim = joined.dim - len(shape_of(node)) + len(shape_of(value))
+        if dim < 0 or shape_of(value)[dim] == 1:
+            return value
+        start = sum(joined.sizes[:number])
+        return self.call(node, aten.slice.Tensor, value, dim, start, start + joined.sizes[number])
+
+    def replace(self, cut: Cut) -> None:
+        """Take a cut from its part."""
+        node, joined = cut.node, self.joined[cut.source]
+        assert isinstance(joined, Joined)
+        new = self.part(cut.source, cut.number)
+        if node.target is aten.select.int:
+            new = self.call(node, aten.select.int, new, joined.dim, cut.start)
+        elif (cut.start, cut.stop) != (0, joined.sizes[cut.number]):
+            new = self.call(node, aten.slice.Tensor, new, joined.dim, cut.start, cut.stop)
+        node.replace_all_uses_with(new)
+
+
+def _find_cuts(node: fx.Node, joined: Joined) -> list[Cut]:
+    """Condition 3 for all readers of a joined value."""
+    found = []
+    for reader in node.users:
+        for result, start, stop in _bounds(reader, joined) if reader.args and reader.args[0] is node else ():
+            begin = 0
+            for number, size in enumerate(joined.sizes):
+                if begin <= start < stop <= begin + size:
+                    found.append(Cut(result, node, number, start - begin, stop - begin))
+                begin += size
+    return found
+
+
+def _analyse(nodes: Sequence[fx.Node]) -> tuple[dict[fx.Node, Joined | list[Joined]], set[fx.Node]]:
+    """Which values are joined (condition 2), and the joins themselves."""
+    joined: dict[fx.Node, Joined | list[Joined]] = {}
+    roots: set[fx.Node] = set()
+    for node in nodes:
+        if node.op != "call_function":
+            continue
+        found: Joined | list[Joined] | None = None
+        if any(value in joined for value in node.all_input_nodes):
+            source = joined.get(node.args[0]) if isinstance(node.args[0], fx.Node) else None
+            several = node.target is operator.getitem and isinstance(source, list)
+            found = source[node.args[1]] if several else behind(node, joined)  # type: ignore[index]
+        if found is None and (root := _root(node)) is not None and math.prod(shape_of(node)) > 0:
+            found = root
+            roots.add(node)
+        if found is not None:
+            joined[node] = found
+    return joined, roots
+
+
+def split_joined(graph_module: fx.GraphModule, report: Report) -> fx.GraphModule:
+    """Run the pass in place and return the module."""
+    nodes = list(graph_module.graph.nodes)
+    joined, roots = _analyse(nodes)
+    splitter = _Splitter(joined, roots)
+    cuts = [cut for node, value in joined.items() if isinstance(value, Joined) for cut in _find_cuts(node, value)]
+    for cut in cuts:
+        splitter.replace(cut)
+        report.match(NAME)
+    # Whoever else reads a value that is now made part by part reads the parts joined: nothing is computed twice.
+    made: set[fx.Node] = set()
+    while missing := {node for node, _ in splitter.parts} - made:
+        made |= missing
+        for node in sorted(missing):  # in the order of the graph
+            splitter.whole(node)
+    for node, whole in splitter.wholes.items():
+        node.replace_all_uses_with(whole)
+    eliminate_dead_code(graph_module.graph)
+    graph_module.graph.lint()
+    graph_module.recompile()
+    return graph_module

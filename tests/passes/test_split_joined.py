@@ -1,0 +1,163 @@
+"""split_joined: what lies between a join and a cut is computed part by part, or stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.nn import functional
+
+from fisedit_compile.passes.report import Report
+from fisedit_compile.passes.split_joined import split_joined
+
+from graphs import GraphBuilder, aten, outputs, spell, targets, text
+from tolerances import assert_near
+
+PROMPT, POSITIONS, CHANNELS = 7, 20, 6
+Make = Callable[[GraphBuilder, fx.Node], fx.Node]
+
+
+def run(builder: GraphBuilder, *results: fx.Node) -> tuple[fx.GraphModule, Report]:
+    module, report = builder.module(*results), Report()
+    assert split_joined(module, report) is module
+    again = text(module)
+    assert text(split_joined(module, Report())) == again, "a second run changes the graph"
+    return module, report
+
+
+def tokens(builder: GraphBuilder) -> tuple[fx.Node, fx.Node, fx.Node]:
+    """A prompt, positions, and both joined."""
+    prompt, x = builder.input(2, PROMPT, CHANNELS, name="t"), builder.input(2, POSITIONS, CHANNELS)
+    return prompt, x, builder.call(aten.cat.default, [prompt, x], 1)
+
+
+def cut(builder: GraphBuilder, joined: fx.Node, dim: int = 1) -> fx.Node:
+    """The positions of a joined value."""
+    return builder.call(aten.slice.Tensor, joined, dim, PROMPT, PROMPT + POSITIONS)
+
+
+def attend(builder: GraphBuilder, joined: fx.Node) -> fx.Node:
+    return builder.call(aten.scaled_dot_product_attention.default, joined, joined, joined)
+
+
+def test_operators_run_on_the_part_that_is_cut_out() -> None:
+    builder = GraphBuilder()
+    prompt, x, joined = tokens(builder)
+    weight, scale = builder.parameter(12, CHANNELS), builder.input(2, 1, 12, name="scale")
+    hidden = builder.call(aten.mul.Tensor, builder.call(aten.linear.default, joined, weight), scale)
+    heads = builder.call(aten.reshape.default, hidden, [2, PROMPT + POSITIONS, 3, 4])
+    moved = builder.call(aten.transpose.int, heads, 1, 2)
+    module, report = run(builder, cut(builder, moved, 2))
+    linear = ("aten.mul.Tensor", ("aten.linear", "x", "weight"), "scale")
+    expected = ("aten.transpose.int", ("aten.reshape", linear, [2, POSITIONS, 3, 4]), 1, 2)
+    assert spell(outputs(module)[0]) == expected
+    assert report.matches == {"split_joined": 1}
+
+
+def test_attention_reads_the_parts_of_keys_and_values_joined() -> None:
+    builder = GraphBuilder()
+    _, _, joined = tokens(builder)
+    weight = builder.parameter(CHANNELS, CHANNELS)
+    attended = attend(builder, builder.call(aten.linear.default, joined, weight))
+    module, report = run(builder, cut(builder, attended), builder.call(aten.select.int, attended, 1, 3))
+    parts = [("aten.linear", name, "weight") for name in ("t", "x")]
+    whole = ("aten.cat", parts, 1)
+    results = [("aten.scaled_dot_product_attention", part, whole, whole, ("scale", None)) for part in parts]
+    assert spell(outputs(module)[0]) == results[1]
+    assert spell(outputs(module)[1]) == ("aten.select.int", results[0], 1, 3)
+    assert targets(module).count(aten.linear.default) == 2, "both parts once, and nothing joined"
+    assert report.matches == {"split_joined": 2}
+
+
+def test_an_operand_of_full_length_is_cut_for_each_part() -> None:
+    builder = GraphBuilder()
+    _, _, joined = tokens(builder)
+    places = builder.parameter(1, PROMPT + POSITIONS, CHANNELS, name="places")
+    module, _ = run(builder, cut(builder, builder.call(aten.add.Tensor, joined, places)))
+    share = ("aten.slice.Tensor", "places", 1, PROMPT, PROMPT + POSITIONS)
+    assert spell(outputs(module)[0]) == ("aten.add.Tensor", "x", share)
+
+
+def test_other_readers_read_the_parts_joined() -> None:
+    builder = GraphBuilder()
+    _, _, joined = tokens(builder)
+    hidden = builder.call(aten.relu.default, joined)
+    module, _ = run(builder, cut(builder, hidden), builder.call(aten.flip.default, hidden, [1]))
+    parts = [("aten.relu", "t"), ("aten.relu", "x")]
+    assert spell(outputs(module)[0]) == parts[1]
+    assert spell(outputs(module)[1]) == ("aten.flip", ("aten.cat", parts, 1), [1])
+    assert targets(module).count(aten.relu.default) == 2
+
+
+MIXING: dict[str, Make] = {
+    "a cut across parts": lambda b, x: b.call(aten.slice.Tensor, x, 1, 2, 20),
+    "every second element": lambda b, x: b.call(aten.slice.Tensor, x, 1, 0, 6, 2),
+    "a norm over the dimension": lambda b, x: cut(
+        b, b.call(aten.layer_norm.default, x, [PROMPT + POSITIONS, CHANNELS])
+    ),
+    "a sum over the dimension": lambda b, x: b.call(aten.sum.dim_IntList, x, [1]),
+    "a scan along the dimension": lambda b, x: cut(b, b.call(aten.cumsum.default, x, 1)),
+    "a reshape that mixes it": lambda b, x: b.call(
+        aten.slice.Tensor, b.call(aten.reshape.default, x, [2, 3, 54]), 1, 0, 1
+    ),
+    "channels of another product": lambda b, x: cut(
+        b, b.call(aten.linear.default, b.call(aten.transpose.int, x, 1, 2), b.parameter(27, 27)), 2
+    ),
+    "causal attention": lambda b, x: cut(
+        b, b.call(aten.scaled_dot_product_attention.default, x, x, x, None, 0.0, True)
+    ),
+    "a mask for each query": lambda b, x: cut(
+        b, b.call(aten.scaled_dot_product_attention.default, x, x, x, b.input(27, 27, name="mask"))
+    ),
+    "no cut": lambda b, x: b.call(aten.relu.default, x),
+}
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_conditions_2_and_3(name: str) -> None:
+    builder = GraphBuilder()
+    result = MIXING[name](builder, tokens(builder)[2])
+    before = targets(fx.GraphModule(builder.root, builder.graph))
+    module, report = run(builder, result)
+    assert targets(module) == before and report.matches == {}
+
+
+def test_condition_1_samples_are_not_split() -> None:
+    builder = GraphBuilder()
+    x = builder.picture()
+    doubled = builder.call(aten.relu.default, builder.call(aten.cat.default, [x, x], 0))
+    module, report = run(builder, builder.call(aten.slice.Tensor, doubled, 0, 0, 2))
+    assert aten.cat.default in targets(module) and report.matches == {}
+
+
+def block(joined: Tensor, weight: Tensor) -> Tensor:
+    packed = functional.linear(functional.layer_norm(joined, [CHANNELS]), weight)
+    query, key, value = packed.unflatten(2, (3, 2, CHANNELS // 2)).permute(2, 0, 3, 1, 4).unbind(0)
+    attended = functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+    return joined + attended / attended.norm(dim=-1, keepdim=True)
+
+
+def test_the_result_is_the_same() -> None:
+    """Blocks of a transformer as torch writes them, traced, with every reader of the parts."""
+
+    def network(prompt: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        joined = block(block(torch.cat([prompt, x], 1), weight), weight)
+        first, second = joined.split([PROMPT, POSITIONS], 1)
+        return first, second * 2, joined.mean(1), joined[:, 0]
+
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, PROMPT, CHANNELS), (2, POSITIONS, CHANNELS), (3 * CHANNELS, CHANNELS))
+    inputs = [torch.randn(shape, generator=generator) for shape in shapes]
+    with torch.no_grad():
+        module = make_fx(network, pre_dispatch=True)(*inputs)
+        FakeTensorProp(module).propagate(*inputs)  # values of one mode
+        expected = network(*inputs)
+        report = Report()
+        split_joined(module, report)
+        for output, wanted in zip(module(*inputs), expected, strict=True):
+            assert_near(output, wanted, "part by part")
+    assert report.matches["split_joined"] == 3
