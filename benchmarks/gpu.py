@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +31,9 @@ from fisedit_compile.bench.conv_shapes import MODELS, ConvShape, conv_shapes
 from fisedit_compile.bench.masks import make_mask
 from fisedit_compile.bench.unet import DTYPES, describe_machine
 from fisedit_compile.kernels import conv, naive
+from fisedit_compile.kernels.blocks import candidates
 from fisedit_compile.kernels.chips import chip_of
+from fisedit_compile.kernels.pointwise import add_bias
 from fisedit_compile.kernels.tuning import best_choice
 from fisedit_compile.models import build_unet, example_inputs
 from fisedit_compile.ops import conv_rows as conv_rows_aten
@@ -94,6 +97,24 @@ def check() -> None:
         command = [sys.executable, "-m", "pytest", "-q", *tests]
         if subprocess.run(command, cwd=folder, env=environment, check=False).returncode:
             sys.exit(f"{' '.join(tests)} fails on the GPU; its times mean nothing")
+    sanitize(folder, environment)
+
+
+def sanitize(folder: Path, environment: dict[str, str]) -> None:
+    """Kernels once more under NVIDIA's compute-sanitizer, where it is installed: accesses outside of tensors, and races
+    inside of programs."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        print("compute-sanitizer is not installed: neither memory accesses nor races were checked", flush=True)
+        return
+    # Each tensor gets memory of its own, else one could read into the next without being noticed.
+    environment = environment | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    tests = [f"tests/kernels/test_{name}_kernel{'' if name == 'conv' else 's'}.py" for name in ("conv", "norm", "row")]
+    for check in ("memcheck", "racecheck"):
+        command = [tool, "--tool", check, "--error-exitcode", "1", "--target-processes", "all"]
+        command += [sys.executable, "-m", "pytest", "-q", "-n", "0", *tests]
+        if subprocess.run(command, cwd=folder, env=environment, check=False).returncode:
+            sys.exit(f"compute-sanitizer --tool {check} found an error; times mean nothing")
 
 
 def _window(source: Domain, target: Domain) -> Stencil:
@@ -118,9 +139,9 @@ def convolutions(run: Run, shapes: Sequence[ConvShape]) -> None:
     """Sparse convolutions alone: against cuDNN on the whole map, gathering with a matrix product, the product alone of
     factors that lie side by side, and the roofline."""
     chip = chip_of(run.device)
-    times = ("dense us", "gathered us", "kernel us", "product us", "roofline us")
+    times = ("dense us", "gathered us", "kernel us", "sharing us", "product us", "roofline us")
     line("channels", "positions", "mask", "active", *times, "choice")
-    line(*["---"] * 10)
+    line(*["---"] * 11)
     for shape in (shape for shape in shapes if shape.taps == 9):
         side = int(shape.source**0.5)
         weight = torch.randn(shape.outputs, shape.inputs, 3, 3, device=run.device, dtype=run.dtype)
@@ -148,13 +169,28 @@ def convolutions(run: Run, shapes: Sequence[ConvShape]) -> None:
                 factors = [torch.randn(2 * table.shape[1], packed.shape[1], device=run.device, dtype=run.dtype)]
                 factors += [torch.randn_like(factors[0]) for _ in range(ROTATED - 1)]
                 product = run.seconds([partial(torch.nn.functional.linear, factor, packed, bias) for factor in factors])
-                reads = conv.reads_cache.get(halo, table, count)
-                problem = conv.ConvCall(calls[0][0], calls[0][1], reads, packed).problem()
+                problem = conv.problem_of(*calls[0][:2], table, packed, 1)
+                choice = best_choice(problem, chip)
+                sharing = _sharing(run, problem, choice.blocks, calls)
                 moved = (packed.numel() + problem.source_total * problem.inputs + problem.total * problem.outputs) * 2
                 limit = max(problem.operations / chip.flops(run.dtype, True), moved / chip.bandwidth)
-                times = [f"{seconds * 1e6:.1f}" for seconds in (dense, gathered, kernel, product, limit)]
+                seconds = (dense, gathered, kernel, sharing, product, limit)
+                times = ["" if each is None else f"{each * 1e6:.1f}" for each in seconds]
                 channels = f"{shape.inputs} to {shape.outputs}"
-                line(channels, shape.source, mask_shape, f"{density:g}", *times, best_choice(problem, chip))
+                line(channels, shape.source, mask_shape, f"{density:g}", *times, choice)
+
+
+def _sharing(run: Run, problem: conv.ConvProblem, blocks: conv.ConvBlocks, calls: Sequence[tuple]) -> float | None:
+    """Seconds of the chosen kernel with rows that share what they read; None where they do not."""
+    blocks = replace(blocks, share=True)
+    if blocks not in candidates(problem, chip_of(run.device)):
+        return None
+    shared = []
+    for rows, recorded, halo, table, weight, bias, groups in calls:
+        reads = conv.reads_cache.get(halo, table, rows.shape[1])
+        call = conv.ConvCall(rows, recorded, reads, weight, groups, epilogue=add_bias(conv.NOTHING), operands=(bias,))
+        shared.append(partial(conv.run_conv, call, blocks))
+    return run.seconds(shared)
 
 
 def _agree(result: Tensor, call: tuple) -> None:

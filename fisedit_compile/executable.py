@@ -7,7 +7,6 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from fisedit_compile.errors import CallMismatchError, GradientError, GraphError,
 from fisedit_compile.lowering import Lowered, lower, valid_rows
 from fisedit_compile.ops.choices import taken
 from fisedit_compile.passes.program import GraphInput, InputInfo, Program
+from fisedit_compile.picking import picker
 from fisedit_compile.prologues import InvariantMemo, prologues
 from fisedit_compile.replay import Capturer, ReplayedGraph, Roles
 from fisedit_compile.runtime import EditPhase, PlanSpec, ProgramKey, RecordedCall, RecordPhase, Runtime, Site
@@ -59,16 +59,6 @@ class GraphIdentity:
         return tuple(at for at, info in enumerate(self.input_infos) if info.kind in kinds)
 
 
-def _picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
-    """A fast function that takes the given positions of a sequence."""
-    if not positions:
-        return lambda values: ()
-    if len(positions) == 1:
-        (only,) = positions
-        return lambda values: (values[only],)
-    return itemgetter(*positions)
-
-
 class EditInputs:
     """Puts the inputs of an edit graph in order; what does not change from call to call is worked out once."""
 
@@ -93,9 +83,9 @@ class EditInputs:
         for kind, references in pools.items():
             for reference in references:
                 offsets[kind, reference] = len(offsets)
-        self._order = _picker([offsets[source.kind, source.reference] for source in program.edit_inputs])
-        self._hoisted = _picker(pools["hoisted"])
-        self._invariant = _picker(pools["invariant"])
+        self._order = picker([offsets[source.kind, source.reference] for source in program.edit_inputs])
+        self._hoisted = picker(pools["hoisted"])
+        self._invariant = picker(pools["invariant"])
         self._plan_inputs = tuple(pools["plan"])
         self._sites = tuple(pools["recorded"])
         self._last_plan: tuple[weakref.ref[IndexPlan], tuple[Tensor | None, ...]] | None = None
@@ -176,9 +166,10 @@ class Executable:
         self._sites: tuple[Site, ...] = program.sites if program is not None else ()
         self._names = tuple(site.name for site in self._sites)
         self._sparse = program is not None and program.edit is not None and program.batch is not None
-        self._parameters = _picker(identity.positions("parameter"))
-        self._held = _picker(identity.positions("parameter", "state"))
-        self._scalars = _picker([at for at in identity.positions("scalar") if at not in identity.constants])
+        self._dense_when_full = program is not None and program.dense_when_full
+        self._parameters = picker(identity.positions("parameter"))
+        self._held = picker(identity.positions("parameter", "state"))
+        self._scalars = picker([at for at in identity.positions("scalar") if at not in identity.constants])
         self._users = identity.positions("user", "scalar")
         self._numbers: weakref.WeakKeyDictionary[Any, tuple[Any, ...]] = weakref.WeakKeyDictionary()
         self._hoisted: weakref.WeakKeyDictionary[EditPhase, dict[ProgramKey, tuple[Tensor, ...]]]
@@ -192,11 +183,13 @@ class Executable:
             self._inputs = EditInputs(program, len(identity.input_infos), every_valid)
             self._borrowed = _borrowed_outputs(program)
             self._output_names = tuple(f"output:{number}" for number in range(program.output_count))
-            self._prologue_parameters = _picker(_used_inputs(program.prologue) if program.prologue else ())
+            self._prologue_parameters = picker(_used_inputs(program.prologue) if program.prologue else ())
             sources = [(source.kind, source.reference) for source in program.invariant_inputs]
             count = len(identity.input_infos)
-            self._prompts = _picker([int(at) for kind, at in sources if kind == "argument"])  # type: ignore[arg-type]
-            self._invariant_inputs = _picker(
+            read = {int(at) for kind, at in sources if kind == "argument"}  # type: ignore[arg-type]
+            # Not the weights among them, which are known not to change within one context.
+            self._prompts = picker([at for at in self._users if at in read])
+            self._invariant_inputs = picker(
                 [int(at) + (0 if kind == "argument" else count) for kind, at in sources]  # type: ignore[arg-type]
             )
             self._picture = _spatial_input(program, identity.positions("user"))
@@ -274,7 +267,7 @@ class Executable:
                 held.add(position)
             elif source.kind != "argument":
                 stable.add(position)
-        return Roles(frozenset(held), frozenset(stable))
+        return Roles(len(sources), frozenset(held), frozenset(stable))
 
     def _dense_and_sites(self, arguments: Sequence[Any]) -> tuple[Sequence[Tensor], dict[str, Tensor]]:
         """Run densely; the outputs, and what a recorded call stores."""
@@ -296,10 +289,10 @@ class Executable:
         return outputs
 
     def _begin(
-        self, phase: EditPhase, key: ProgramKey, parameters: Sequence[Tensor], arguments: Sequence[Any]
+        self, phase: EditPhase, key: ProgramKey, parameters: Sequence[Tensor], arguments: Sequence[Any], dense: bool
     ) -> RecordedCall:
         try:
-            return phase.begin(key, parameters, self._scalars(arguments))
+            return phase.begin(key, parameters, self._scalars(arguments), dense)
         except CallMismatchError as error:
             if self.identity.numbers:
                 names = ", ".join(self.identity.input_infos[position].name for position in self.identity.numbers)
@@ -309,9 +302,12 @@ class Executable:
     def _edit(
         self, phase: EditPhase, key: ProgramKey, parameters: Sequence[Tensor], arguments: Sequence[Any]
     ) -> Sequence[Tensor]:
-        call = self._begin(phase, key, parameters, arguments)
-        with phase.running(call, dense=not self._sparse):
-            if phase.dense_call or not self._sparse:
+        dense = phase.dense_call or not self._sparse or (phase.full and self._dense_when_full)
+        call = self._begin(phase, key, parameters, arguments, dense)
+        with phase.running(call, dense):
+            if dense:
+                if phase.full and self._sparse:
+                    phase.skip_plan(self._plan_spec(arguments))
                 if not phase.saving:
                     return self.dense(*arguments)
                 outputs, tensors = self._dense_and_sites(arguments)
@@ -319,17 +315,21 @@ class Executable:
                 return outputs
             return self._edit_sparsely(phase, key, call, arguments)
 
-    def _edit_sparsely(
-        self, phase: EditPhase, key: ProgramKey, call: RecordedCall, arguments: Sequence[Any]
-    ) -> Sequence[Tensor]:
+    def _plan_spec(self, arguments: Sequence[Any]) -> PlanSpec:
         program = self.program
         if program is None or program.mask_domain is None or program.batch is None:
             raise GraphError("a graph without spatial inputs was asked to run sparsely")
         device = arguments[self._picture].device
         bucketed = self._capturer is not None
-        plan = phase.plan(
-            PlanSpec(program.mask_domain, program.domains, program.stencils, program.batch, device, bucketed)
-        )
+        return PlanSpec(program.mask_domain, program.domains, program.stencils, program.batch, device, bucketed)
+
+    def _edit_sparsely(
+        self, phase: EditPhase, key: ProgramKey, call: RecordedCall, arguments: Sequence[Any]
+    ) -> Sequence[Tensor]:
+        program = self.program
+        if program is None:
+            raise GraphError("a graph without spatial inputs was asked to run sparsely")
+        plan = phase.plan(self._plan_spec(arguments))
         if plan is None:
             if phase.saving:
                 phase.commit(key, dict(zip(call, call.stored(), strict=True)), self._sites)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import attrgetter
 from typing import Any, Protocol
 
 import torch
@@ -28,6 +29,7 @@ from fisedit_compile import private
 from fisedit_compile.kernels.conv import reads_cache
 from fisedit_compile.lowering import Lowered
 from fisedit_compile.ops.choices import taken
+from fisedit_compile.picking import picker
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +69,7 @@ class Capturer(Protocol):
         included."""
 
 
+_ADDRESS, _DEVICE = Tensor.data_ptr, attrgetter("device")
 #: One capture at a time in the whole process.
 _capturing = threading.Lock()
 
@@ -163,11 +166,13 @@ class Roles:
     """What the inputs of a graph are, by position.
 
     Attributes:
+        count: how many inputs there are.
         held: tensors that stay where they are, such as parameters: read in place.
         stable: tensors that keep their values for as long as they exist, such as index tables and recorded maps. The
             others may be changed in place by anybody, and are copied at every call.
     """
 
+    count: int
     held: frozenset[int]
     stable: frozenset[int]
 
@@ -187,28 +192,22 @@ class ReplayedGraph:
         self._capturer = capturer
         self._label = label
         self._lock = threading.Lock()
+        self._held_positions = sorted(roles.held)
+        self._held = picker(self._held_positions)
+        self._others = [position for position in range(roles.count) if position not in roles.held]
+        self._layouts: dict[Hashable, bool] = {}
         self._forms: OrderedDict[Hashable, _Form | None] = OrderedDict()
         self._statics: weakref.WeakValueDictionary[Hashable, _Static] = weakref.WeakValueDictionary()
         self.refusal: str | None = None
 
-    def _dense(self, inputs: Sequence[Any]) -> Sequence[Any]:
-        """The inputs without gaps or overlaps in memory: static tensors then have the very same strides."""
-        return [
-            value
-            if position in self._roles.held or not isinstance(value, Tensor) or is_dense(value.shape, value.stride())
-            else value.contiguous()
-            for position, value in enumerate(inputs)
-        ]
-
     def __call__(self, *given: Any) -> Sequence[Any]:
         """What the graph computes; tensors are the caller's own."""
-        inputs = self._dense(given)
         if self.refusal is not None or not self._capturer.available():
-            return self._run_plainly(inputs)
+            return self._run_plainly(given)
+        inputs, form = self._look(given)
+        if form is None:
+            return self._run_plainly(given)
         with self._lock, self._capturer.ordered():
-            form = self._form(inputs)
-            if form is None:
-                return self._run_plainly(inputs)
             if form not in self._forms:
                 self._forms[form] = None
                 while len(self._forms) > KEPT:
@@ -224,23 +223,46 @@ class ReplayedGraph:
         taken.note("edit graph: launched one by one")
         return self._run(*inputs)
 
-    def _form(self, inputs: Sequence[Any]) -> Hashable:
-        """What a captured graph depends on besides the values of its static tensors; None: it cannot be captured."""
-        form: list[Hashable] = []
-        for position, value in enumerate(inputs):
+    def _look(self, given: Sequence[Any]) -> tuple[list[Any], Hashable]:
+        """The inputs as they are captured, and what a captured graph depends on besides the values of static tensors.
+
+        This goes through some thousand tensors at every call, most of them weights, while the GPU may have nothing to
+        do: weights are looked at by functions written in C.
+
+        Returns:
+            The inputs, but for gaps and overlaps in memory: static tensors then have the very same strides. And the
+            form, or None: it cannot be captured.
+        """
+        inputs, device = list(given), self._capturer.device
+        held = self._held(given)
+        form: list[Hashable] = [*map(_ADDRESS, held)]
+        for number, place in enumerate(map(_DEVICE, held)):
+            if place != device:
+                # Its value becomes part of the captured launches.
+                if held[number].dim() > 0:
+                    self._refuse_place(self._held_positions[number], place)
+                    return inputs, None
+                form[number] = held[number].item()
+        layouts = self._layouts
+        for position in self._others:
+            value = given[position]
             if not isinstance(value, Tensor):
                 form.append(value)
-            elif value.device != self._capturer.device:
-                # Its value becomes part of the captured launches.
-                if position not in self._roles.held or value.dim() > 0:
-                    self._refuse(f"input {position} lies on {value.device}, not on {self._capturer.device}")
-                    return None
-                form.append(value.item())
-            elif position in self._roles.held:
-                form.append(value.data_ptr())
-            else:
-                form.append((value.dtype, value.shape, value.stride()))
-        return tuple(form)
+                continue
+            if value.device != device:
+                self._refuse_place(position, value.device)
+                return inputs, None
+            layout = value.dtype, value.shape, value.stride()
+            if layout not in layouts:
+                layouts[layout] = is_dense(*layout[1:])
+            if not layouts[layout]:
+                value = inputs[position] = value.contiguous()
+                layout = value.dtype, value.shape, value.stride()
+            form.append(layout)
+        return inputs, tuple(form)
+
+    def _refuse_place(self, position: int, place: torch.device) -> None:
+        self._refuse(f"input {position} lies on {place}, not on {self._capturer.device}")
 
     def _refuse(self, reason: str) -> None:
         self.refusal = reason

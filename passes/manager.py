@@ -173,5 +173,7 @@ def build_program(
         parameter_positions=tuple(i for i, info in enumerate(inputs) if info.kind == "parameter"),
         scalar_positions=tuple(i for i, info in enumerate(inputs) if info.kind == "scalar"),
         output_count=len(output.args[0]) - len(report.sites),
+        # Recorded statistics stay those of the recording whatever the mask; a way that was asked for is taken.
+        dense_when_full=options.norm == "exact" and options.convolution == "auto",
     )
     return verify(program)

@@ -46,6 +46,7 @@ class Program:
         sites: what a recorded call stores, in order; outputs are sites named ``output:0`` and so on.
         mask_domain: finest resolution of the spatial inputs; None when nothing is spatial.
         batch: batch size of all spatial values; None when nothing is spatial.
+        dense_when_full: a mask of everything leaves nothing of the recording, so that the dense graph is its edit.
     """
 
     record: fx.GraphModule
@@ -64,3 +65,4 @@ class Program:
     parameter_positions: tuple[int, ...]
     scalar_positions: tuple[int, ...]
     output_count: int
+    dense_when_full: bool = False

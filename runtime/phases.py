@@ -8,9 +8,9 @@ The protocol of one call inside ``record``::
 
 and inside ``edit``::
 
-    call = phase.begin(key, parameters, scalars)
-    with phase.running(call):             # the base's lock, timing, failure
-        if phase.dense_call: ...          # run the dense graph; the record graph when phase.saving
+    call = phase.begin(key, parameters, scalars, dense)  # dense: phase.dense_call, or the graph has another reason
+    with phase.running(call, dense):      # the base's lock, timing, failure
+        if dense: ...                     # run the dense graph; the record graph when phase.saving
         else:
             plan = phase.plan(PlanSpec(...))
             ...                           # None: return copies of the recorded outputs; else run the edit graph
@@ -163,7 +163,7 @@ class RecordPhase(_Phase):
 
 
 class EditPhase(_Phase):
-    """A thread is inside ``runtime.edit``."""
+    """A thread is inside ``runtime.edit``. ``full`` says whether everything is active, ``density`` how much is."""
 
     def __init__(self, store: Store, base: Base, save_as: str | None) -> None:
         super().__init__(store, base)
@@ -174,6 +174,7 @@ class EditPhase(_Phase):
         self._current: dict[ProgramKey, RecordedCall] = {}
         self._ahead: dict[ProgramKey, RecordedCall] = {}
         self._active = False
+        self.full = False
         self._closed = False
         self.density: float | None = None
 
@@ -189,7 +190,7 @@ class EditPhase(_Phase):
 
     @property
     def saving(self) -> bool:
-        """Whether the calls become a new base: every call must then be committed."""
+        """Whether the calls become a new base, so that every call must be committed."""
         return self.writer is not None
 
     def set_mask(self, mask: MaskLike) -> None:
@@ -204,15 +205,19 @@ class EditPhase(_Phase):
         self._plans = {}
         self._mask = prepared
         self._active = bool(prepared.any())
+        self.full = bool(prepared.all())
         self.density = float(prepared.float().mean())
 
-    def begin(self, key: ProgramKey, parameters: Sequence[Tensor], scalars: Sequence[Scalar]) -> RecordedCall:
+    def begin(
+        self, key: ProgramKey, parameters: Sequence[Tensor], scalars: Sequence[Scalar], dense: bool = False
+    ) -> RecordedCall:
         """Announce a call and get what its counterpart stored.
 
         Args:
             key: the graph.
             parameters: its parameters and buffers, the very objects.
             scalars: its scalar inputs. On the CPU they are compared now, on other devices when the context ends.
+            dense: the call runs densely although the mask is known, so nothing recorded is brought to the device.
 
         Raises:
             CallMismatchError: the base has no such graph, or fewer calls of it; or an earlier call failed.
@@ -235,10 +240,10 @@ class EditPhase(_Phase):
             )
         call = recording.calls[ordinal]
         self._scalars.compare(f"call {ordinal} of {key}", call.scalars, scalars)
-        if self.writer is not None and self.dense_call:
-            self._reserve(call.bytes, ordinal, key)
+        if self.writer is not None and (dense or self.dense_call):
+            self._reserve(call.bytes, f"call {ordinal} of {key}")
         reader = self._ahead.pop(key, None) or call.reader()
-        if self._active:
+        if self._active and not dense:
             reader.load()
             if ordinal + 1 < len(recording.calls):
                 # On its way while this call computes.
@@ -282,6 +287,11 @@ class EditPhase(_Phase):
             self._plans[spec], self.density = self._store.plans.get(self._mask, spec)
         return self._plans[spec]
 
+    def skip_plan(self, spec: PlanSpec) -> None:
+        """In place of ``plan``, for a graph that runs densely as the mask is ``full``; raises as ``plan`` does."""
+        if self._mask is not None:
+            self._store.plans.skip(self._mask, spec)
+
     def updated_sites(
         self, call: RecordedCall, sites: Sequence[Site], updates: Sequence[Tensor | None], plan: IndexPlan
     ) -> dict[str, Tensor]:
@@ -300,7 +310,7 @@ class EditPhase(_Phase):
         recorded = dict(zip(call, call.stored(), strict=True))
         bytes_loaded = call.bytes_loaded
         changed = [site for site, update in zip(sites, updates, strict=True) if update is not None]
-        self._reserve(sum(recorded[site.name].nbytes for site in changed), None, None)
+        self._reserve(sum(recorded[site.name].nbytes for site in changed), "a call")
         result: dict[str, Tensor] = {}
         with self.base.lock, torch.inference_mode(False), torch.no_grad():
             for site, update in zip(sites, updates, strict=True):
@@ -368,10 +378,9 @@ class EditPhase(_Phase):
         self._ahead = {}
         self._plans = {}
 
-    def _reserve(self, needed: int, ordinal: int | None, key: ProgramKey | None) -> None:
+    def _reserve(self, needed: int, call: str) -> None:
         if self.writer is None:
             raise GraphError("updates in an edit without save_as")
-        call = "a call" if key is None else f"call {ordinal} of {key}"
         try:
             self.writer.reserve(needed, f"saving {call} for base {self.writer.base.name!r}")
         except FisEditError as error:

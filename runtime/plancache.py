@@ -46,6 +46,15 @@ class PlanCache:
         self._lock = threading.Lock()
         self._plans: OrderedDict[tuple[object, ...], IndexPlan] = OrderedDict()
 
+    def skip(self, mask: Tensor, spec: PlanSpec) -> None:
+        """Check and count a mask of everything, for a graph that then runs densely and needs no plan.
+
+        Raises:
+            MaskError: ``spec.batch`` is not a multiple of the mask's samples.
+        """
+        tile_mask(mask, spec.batch)
+        self._counter.set_density({str(domain): 1.0 for domain in (spec.mask_domain, *spec.domains)})
+
     def get(self, mask: Tensor, spec: PlanSpec) -> tuple[IndexPlan | None, float]:
         """The plan of ``mask`` and the active fraction of the mask domain.
 

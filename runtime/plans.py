@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from fisedit_compile.runtime.taps import OUTSIDE, axis_taps, subpositions
 MINIMUM_ROWS = 2
 #: Least step from one bucket to the next.
 BUCKET = 16
+#: Side of the tiles of pixels in which rows lie on a GPU.
+TILE = 8
 
 
 def bucket(count: int) -> int:
@@ -33,13 +36,31 @@ def bucket(count: int) -> int:
     return -(-max(count, 1) // step) * step
 
 
+@lru_cache(maxsize=16)
+def tile_order(domain: Domain) -> Tensor:
+    """All positions of a domain, int64 ``[size]``, tile by tile of 8x8, quarter by quarter inside of a tile.
+
+    Neighbouring rows of a plan in this order are neighbours on the map in both directions: 16 of them are a tile of 4x4
+    and 64 one of 8x8, where nothing is inactive. The programs of a kernel, each of which takes so many rows, then read
+    positions that they have in common.
+    """
+    positions = torch.arange(domain.size)
+    row, column = positions // domain.width, positions % domain.width
+    key = row // TILE * -(-domain.width // TILE) + column // TILE
+    side = TILE
+    while side > 1:
+        side //= 2
+        key = key * 4 + row // side % 2 * 2 + column // side % 2
+    return key.argsort()
+
+
 @dataclass(frozen=True)
 class DomainPlan:
     """Active positions of a domain.
 
     Attributes:
-        index: int64 ``[1 or B, N]``, distinct positions in each sample: the active ones in ascending order, then, where
-            a sample has fewer than N, inactive ones as padding.
+        index: int64 ``[1 or B, N]``, distinct positions in each sample: the active ones in ascending order (on a GPU
+            in that of :func:`tile_order`), then, where a sample has fewer than N, inactive ones as padding.
         valid: bool ``[1 or B, N]``, False for padding; None when there is none.
         slot: int64 ``[1 or B, size]``, the row of each active position, -1 for every other one.
         density: active share of all positions, from 0 to 1.
@@ -110,7 +131,8 @@ def build_plan(
         stencils: stencils to plan for.
         device: where the plan's tensors go. The plan itself is made on the CPU: it needs the counts of active
             positions on the host.
-        bucketed: pad rows and halos to the sizes of :func:`bucket`.
+        bucketed: pad rows and halos to the sizes of :func:`bucket`. Rows then lie in the order of :func:`tile_order`,
+            as on every GPU.
 
     Returns:
         The plan. A mask without any active position is allowed; all rows are padding then.
@@ -121,7 +143,11 @@ def build_plan(
     stencils = tuple(dict.fromkeys(stencils))
     ends = [domain for stencil in stencils for domain in (stencil.source, stencil.target)]
     padded = bucket if bucketed else _unpadded
-    plans = {domain: _plan_domain(reduce_mask(mask, domain), padded) for domain in dict.fromkeys([*domains, *ends])}
+    tiled = bucketed or torch.device(device).type != "cpu"
+    plans = {
+        domain: _plan_domain(reduce_mask(mask, domain), padded, tile_order(domain) if tiled else None)
+        for domain in dict.fromkeys([*domains, *ends])
+    }
     tensors: dict[PlanInput, Tensor | None] = {}
     for domain, plan in plans.items():
         tensors[PlanInput("index", domain)] = plan.index
@@ -138,20 +164,26 @@ def _unpadded(count: int) -> int:
     return max(count, MINIMUM_ROWS)
 
 
-def _plan_domain(mask: Tensor, padded: Callable[[int], int]) -> DomainPlan:
-    """Plan one domain from its mask, bool ``[b, height, width]``; ``padded`` says how many rows so many need."""
+def _plan_domain(mask: Tensor, padded: Callable[[int], int], ranks: Tensor | None) -> DomainPlan:
+    """Plan one domain from its mask, bool ``[b, height, width]``.
+
+    ``padded`` says how many rows so many need; ``ranks`` are all positions in the order of rows, None: ascending.
+    """
     active = mask.flatten(1)
     batch, size = active.shape
-    order = active.cumsum(1)  # [b, size]: number of active positions up to and with each one
+    positions = torch.arange(size) if ranks is None else ranks
+    active = active if ranks is None else active[:, ranks]  # [b, size], in the order of rows
+    order = active.cumsum(1)  # number of active positions up to and with each one
     counts = order[:, -1]
     slot = torch.where(active, order - 1, -1)
+    if ranks is not None:
+        slot = torch.empty_like(slot).scatter_(1, ranks.expand(batch, size), slot)
     density = int(counts.sum()) / (batch * size)
     rows = min(size, padded(int(counts.max())))
     if bool((counts == rows).all()):
-        return DomainPlan((active.nonzero()[:, 1]).view(batch, rows), None, slot, density)
-    positions = torch.arange(size)
+        return DomainPlan(positions[active.nonzero()[:, 1]].view(batch, rows), None, slot, density)
     # Inactive positions come behind the active ones, so the first N of this permutation are distinct.
-    place = torch.where(active, order - 1, counts[:, None] + positions - order)
+    place = torch.where(active, order - 1, counts[:, None] + torch.arange(size) - order)
     index = torch.empty_like(place).scatter_(1, place, positions.expand(batch, size))[:, :rows].contiguous()
     return DomainPlan(index, torch.arange(rows) < counts[:, None], slot, density)
 

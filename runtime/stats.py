@@ -27,8 +27,8 @@ class Stats:
 
     Attributes:
         calls: graph calls by phase: ``record``; ``edit`` (masked: sparse, or as a whole if it cannot be traced);
-            ``dense`` (inside an edit, before its mask is known or of a graph without spatial inputs). Calls outside
-            record and edit are not counted.
+            ``dense`` (inside an edit: before its mask is known, with a mask of everything, or of a graph without
+            spatial inputs). Calls outside record and edit are not counted.
         density: for every resolution of the last mask (``"64x64"``), the fraction of active positions, 0 to 1.
         bytes_stored: bytes all bases hold now; a tensor that several bases share counts once.
         bytes_loaded: bytes of the recorded tensors that edit calls were given.

@@ -18,7 +18,7 @@ from fisedit_compile.replay import KEPT, Captured, ReplayedGraph, Roles, capture
 from tolerances import assert_identical
 
 #: Inputs: a weight (held), a table (stable), a latent (copied), a number.
-ROLES = Roles(held=frozenset({0}), stable=frozenset({1}))
+ROLES = Roles(count=4, held=frozenset({0}), stable=frozenset({1}))
 
 
 def compute(weight: Tensor, table: Tensor, latent: Tensor, number: float) -> tuple[Tensor, None]:

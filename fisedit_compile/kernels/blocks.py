@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from fisedit_compile.kernels.chips import Chip
+from fisedit_compile.runtime.plans import TILE
 
 #: The smallest side of a product on tensor cores, and of ``tl.dot``.
 LEAST_BLOCK = 16
@@ -22,8 +23,10 @@ FLAT_INPUTS = 16
 FLAT_TILE = 32 * 64
 #: Seconds: launching a kernel, waiting for memory, filling and draining a program.
 LAUNCH, LATENCY, PROGRAM = 4e-6, 0.7e-6, 1.0e-6
-#: Bytes a cycle that a processor reads from the second-level cache.
-CACHE_BYTES = 64
+#: Bytes a cycle that a processor reads from the second-level cache, and from the first.
+CACHE_BYTES, NEAR_BYTES = 64, 128
+#: Fewest rows of a program that share what they read: in smaller ones it is the weights that are read.
+SHARING_ROWS = 64
 #: Share of the peak that the best dense convolution reaches.
 DENSE_SHARE = 0.6
 #: Tiles of at least so many elements reach such a share of it.
@@ -98,6 +101,8 @@ class ConvBlocks:
         splits: parts of the sum, each a program of its own.
         warps: of a program.
         ahead: steps whose factors are loaded before they are needed.
+        share: a block of channels goes through all taps before the next one, by way of the first-level cache: of rows
+            that lie in tiles of pixels each position is read once from further away, not once for each tap.
     """
 
     rows: int
@@ -106,6 +111,14 @@ class ConvBlocks:
     splits: int = 1
     warps: int = 4
     ahead: int = 3
+    share: bool = False
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        """Height and width of a program's rows as a tile of pixels, in the order of plans for GPUs; see
+        ``runtime.plans.tile_order``."""
+        height = min(TILE, 1 << (self.rows.bit_length() - 1) // 2)
+        return height, self.rows // height
 
     @property
     def stages(self) -> int:
@@ -114,7 +127,8 @@ class ConvBlocks:
 
     def __str__(self) -> str:
         split = f", sum in {self.splits} parts" if self.splits > 1 else ""
-        return f"{self.rows}x{self.outputs}x{self.inputs}{split}, {self.warps} warps, {self.ahead} steps ahead"
+        shared = ", {}x{} pixels share reads".format(*self.pixels) if self.share else ""
+        return f"{self.rows}x{self.outputs}x{self.inputs}{shared}{split}, {self.warps} warps, {self.ahead} steps ahead"
 
 
 @dataclass(frozen=True)
@@ -211,8 +225,23 @@ def candidates(problem: ConvProblem, chip: Chip) -> tuple[ConvBlocks, ...]:
         if shared_bytes(blocks, problem, chip) > chip.shared_limit:
             continue
         # A part of fewer than four steps is over before its loads arrive.
-        found += [replace(blocks, splits=splits) for splits in SPLITS if splits == 1 or steps // splits >= 4]
+        split = [replace(blocks, splits=splits) for splits in SPLITS if splits == 1 or steps // splits >= 4]
+        found += split
+        if rows >= SHARING_ROWS and problem.taps > 1 and not problem.flat:
+            found += [replace(one, share=True) for one in split]
     return tuple(found)
+
+
+def _far_share(problem: ConvProblem, blocks: ConvBlocks, chip: Chip) -> float:
+    """Share of its gathered reads that a program makes further away than the first-level cache, when rows share."""
+    height, width = blocks.pixels
+    around = math.isqrt(problem.taps) - 1
+    # What the mask's outline adds, and what the tile's does.
+    sources = problem.source_total / max(1, problem.total) * (height + around) * (width + around) / blocks.rows
+    held = sources * blocks.rows * blocks.inputs * problem.dtype.itemsize
+    resident = _resident(blocks, problem, chip)
+    fits = resident * (held + shared_bytes(blocks, problem, chip)) <= chip.shared_total
+    return min(1.0, sources / problem.taps) if fits else 1.0
 
 
 def _steps(problem: ConvProblem, inputs: int) -> int:
@@ -252,7 +281,10 @@ def estimate(problem: ConvProblem, blocks: ConvBlocks, chip: Chip) -> float:
     dtype = problem.dtype if chip.matrix_units else torch.float32
     peak = chip.flops(dtype, problem.tensor_float) / chip.processors * _tile_share(blocks, chip)
     arithmetic = 2.0 * blocks.rows * blocks.outputs * blocks.inputs / peak
-    reading = (blocks.rows + blocks.outputs) * blocks.inputs * size / (CACHE_BYTES * chip.clock)
+    far = _far_share(problem, blocks, chip) if blocks.share else 1.0
+    reading = (blocks.rows * far + blocks.outputs) * blocks.inputs * size / (CACHE_BYTES * chip.clock)
+    if blocks.share:
+        reading = max(reading, blocks.rows * blocks.inputs * size / (NEAR_BYTES * chip.clock))
     waiting = LATENCY / blocks.ahead
     places = chip.processors * _resident(blocks, problem, chip)
     seconds = 0.0

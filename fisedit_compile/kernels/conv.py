@@ -228,6 +228,7 @@ def conv_launches(call: ConvCall, blocks: ConvBlocks, output: Tensor, workspace:
         "FLAT": problem.flat,
         "EVEN": group_inputs % blocks.inputs == 0,
         "SAME_TYPE": call.rows.dtype == call.recorded.dtype,
+        "SHARE": blocks.share,
         "SPLIT": split,
         "PRECISION": "tf32" if problem.tensor_float else "ieee",
     }

@@ -33,7 +33,7 @@ from fisedit_compile.kernels.sources import write_atomically
 logger = logging.getLogger(__name__)
 
 #: Candidates that are measured, the most promising ones by the model.
-MEASURED = 12
+MEASURED = 16
 #: Launches before and while timing.
 WARM_UP, REPEATS = 3, 20
 
@@ -44,7 +44,7 @@ def problem_key(problem: ConvProblem, chip: Chip) -> str:
     dtype = str(problem.dtype).removeprefix("torch.") + ("-tf32" if problem.tensor_float else "")
     return (
         f"{chip.name}|{dtype}|{sizes.inputs}->{sizes.outputs}|taps {sizes.taps}|groups {sizes.groups}"
-        f"|rows {sizes.total} of {sizes.dense_total}"
+        f"|rows {sizes.total} of {sizes.dense_total} from {sizes.source_total}"
     )
 
 

@@ -11,15 +11,16 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fisedit_compile.bench.conv_shapes import DENSITIES, MODELS, ConvShape, conv_shapes
 from fisedit_compile.kernels import norm, rows
-from fisedit_compile.kernels.blocks import ConvBlocks, ConvProblem, choose, shared_bytes
+from fisedit_compile.kernels.blocks import ConvBlocks, ConvProblem, candidates, choose, shared_bytes
 from fisedit_compile.kernels.chips import KNOWN_CHIPS, Capability, Chip
 from fisedit_compile.kernels.conv import NOTHING, ConvCall, conv_launches
 from fisedit_compile.kernels.launches import Launch
@@ -75,6 +76,13 @@ def chosen(chip: Chip, dtype: torch.dtype) -> dict[ConvBlocks, tuple[ConvShape, 
     return found
 
 
+def sharing(found: dict[ConvBlocks, tuple[ConvShape, ConvProblem]], chip: Chip) -> list[Any]:
+    """The largest of these choices first, as their rows share reads: what measuring may choose in their place."""
+    twins = [(replace(blocks, share=True), of) for blocks, of in found.items() if not blocks.share]
+    twins = [(blocks, of) for blocks, of in twins if blocks in candidates(of[1], chip)]
+    return sorted(twins, key=lambda twin: -twin[0].rows * twin[0].outputs)
+
+
 @dataclass(frozen=True)
 class Variant:
     """A launch to compile, what it is, and the shared memory the choice counted on."""
@@ -91,7 +99,10 @@ def conv_variants(capability: Capability, dtypes: tuple[torch.dtype, ...], every
     for dtype in dtypes:
         if not chip.supports(dtype):
             continue
-        for blocks, (shape, problem) in chosen(chip, dtype).items():
+        found = chosen(chip, dtype)
+        for blocks, of in sharing(found, chip)[: None if everything else 1]:
+            found.setdefault(blocks, of)
+        for blocks, (shape, problem) in found.items():
             expected = shared_bytes(blocks, problem, chip)
             for epilogue in EPILOGUES if everything else ("residual",):
                 for launch in conv_variant(shape, blocks, dtype, epilogue, dtype):

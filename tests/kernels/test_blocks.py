@@ -96,6 +96,20 @@ def test_compact_masks_read_less() -> None:
     assert choose(compact, chip).seconds < choose(scattered, chip).seconds
 
 
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+def test_rows_share_reads_where_reading_is_the_limit(
+    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only of a compact mask, where neighbours read the same positions, and not where the weights are what is read."""
+    chip, compact = KNOWN_CHIPS[capability], problem(0.5)
+    scattered = replace(compact, source_total=9 * compact.total)
+    assert not choose(compact, chip).blocks.share
+    monkeypatch.setattr("fisedit_compile.kernels.blocks.CACHE_BYTES", 4)
+    assert choose(compact, chip).blocks.share and not choose(scattered, chip).blocks.share
+    assert not any(blocks.share for blocks in candidates(replace(compact, taps=1), chip))
+    assert {blocks.rows for blocks in candidates(compact, chip) if blocks.share} == {64, 128}
+
+
 def test_more_processors_take_no_longer() -> None:
     chip = KNOWN_CHIPS[8, 0]
     larger = replace(chip, processors=2 * chip.processors)
@@ -107,6 +121,7 @@ def test_it_can_be_read() -> None:
     text = str(choose(problem(0.05), KNOWN_CHIPS[8, 0]))
     assert text.startswith("sparse: ") and " warps" in text and text.endswith("(model)")
     assert str(ConvBlocks(16, 64, 32, 4)) == "16x64x32, sum in 4 parts, 4 warps, 3 steps ahead"
+    assert str(ConvBlocks(128, 64, 64, share=True)) == "128x64x64, 8x16 pixels share reads, 4 warps, 3 steps ahead"
     assert str(KNOWN_CHIPS[8, 0]) == "A100 (8.0, 108 processors)"
     assert problem(0.25).density == 0.25 and problem(0.05).bucket().total == 512
 

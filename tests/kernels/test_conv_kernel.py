@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -43,12 +45,15 @@ def convolve(tensors: tuple, blocks: ConvBlocks | None, epilogue: Chain = conv.N
     outputs=st.sampled_from([1, 8, 17, 24]),
     bias=st.booleans(),
     splits=st.sampled_from([1, 1, 2, 5]),
+    share=st.booleans(),
     dtype=st.sampled_from(FACTORS),
     seed=st.integers(0, 99),
 )
-def test_any_shape(batch: int, shared: bool, splits: int, dtype: torch.dtype, seed: int, **sizes: int) -> None:
+def test_any_shape(
+    batch: int, shared: bool, splits: int, share: bool, dtype: torch.dtype, seed: int, **sizes: int
+) -> None:
     tensors = conv_tensors(batch, 1 if shared else batch, dtype=dtype, seed=seed, **sizes)
-    result = convolve(tensors, ConvBlocks(16, 16, 16, splits=splits))
+    result = convolve(tensors, ConvBlocks(16, 16, 16, splits=splits, share=share))
     assert result.is_contiguous()
     assert_near(result, naive.conv_rows(*tensors).to(dtype))
 
@@ -62,17 +67,18 @@ def test_padding_in_every_direction(dtype: torch.dtype, splits: int, inputs: int
     assert_near(result, naive.conv_rows(*tensors).to(dtype))
 
 
-@pytest.mark.parametrize("blocks", [SMALL, SPLIT])
+@pytest.mark.parametrize("blocks", [SMALL, SPLIT, replace(SMALL, share=True), replace(SPLIT, share=True)], ids=str)
 @pytest.mark.parametrize(("groups", "inputs", "outputs"), [(2, 40, 34), (3, 12, 27), (4, 64, 32)])
 def test_groups(groups: int, inputs: int, outputs: int, blocks: ConvBlocks) -> None:
     tensors = conv_tensors(groups=groups, inputs=inputs, outputs=outputs)
     assert_near(convolve(tensors, blocks), naive.conv_rows(*tensors))
 
 
-def test_recordings_of_another_dtype() -> None:
+@pytest.mark.parametrize("share", [False, True])
+def test_recordings_of_another_dtype(share: bool) -> None:
     for inputs in (4, 24):
         tensors = conv_tensors(inputs=inputs, recorded_dtype=torch.float16)
-        assert_near(convolve(tensors, SMALL), naive.conv_rows(*tensors))
+        assert_near(convolve(tensors, replace(SMALL, share=share)), naive.conv_rows(*tensors))
 
 
 def test_more_parts_than_steps() -> None:

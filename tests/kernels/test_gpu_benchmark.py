@@ -66,6 +66,50 @@ def test_whole_edits(benchmark: ModuleType, capsys: pytest.CaptureFixture, monke
         assert f"| sd15 | {tier} | decode |  |  |  |" in lines
 
 
+def test_sharing_rows_are_timed_where_they_can_be_chosen(benchmark: ModuleType, kernels_run: None) -> None:
+    run = benchmark.Run(torch.device("cpu"), torch.float32, 1)
+    halo, table, _ = benchmark._plan(ConvShape(16, 16, 9, 256, 256), "square", 0.5, run.device)
+    rows, recorded = torch.randn(1, 128, 16), torch.randn(1, 256, 16)
+    call = (rows, recorded, halo, table, torch.randn(16, 144), torch.randn(16), 1)
+    problem = benchmark.conv.problem_of(rows, recorded, table, call[4], 1)
+    small = benchmark.conv.ConvBlocks(16, 16, 16)
+    found = benchmark.candidates(problem, benchmark.chip_of(run.device))
+    (shared, *_) = [blocks for blocks in found if blocks.share]
+    assert benchmark._sharing(run, problem, benchmark.replace(shared, share=False), [call]) > 0
+    assert benchmark._sharing(run, problem, small, [call]) is None
+
+
+@pytest.mark.parametrize("failing", ["memcheck", "racecheck", None])
+def test_sanitizing_ends_the_program_where_something_is_found(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, failing: str | None
+) -> None:
+    commands = []
+
+    def run(command: list[str], env: dict[str, str], **options: object) -> subprocess.CompletedProcess:
+        commands.append(command)
+        assert env["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
+        return subprocess.CompletedProcess(command, int(command[2] == failing))
+
+    monkeypatch.setattr(benchmark.shutil, "which", lambda name: f"/opt/{name}")
+    monkeypatch.setattr(benchmark.subprocess, "run", run)
+    folder = Path(__file__).parents[2]
+    if failing is None:
+        benchmark.sanitize(folder, {})
+        assert [command[2] for command in commands] == ["memcheck", "racecheck"]
+        assert all((folder / part).is_file() for command in commands for part in command if part.endswith(".py"))
+    else:
+        with pytest.raises(SystemExit, match=f"--tool {failing} found an error"):
+            benchmark.sanitize(folder, {})
+
+
+def test_without_a_sanitizer_it_says_so(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(benchmark.shutil, "which", lambda name: None)
+    benchmark.sanitize(Path(), {})
+    assert "not installed" in capsys.readouterr().out
+
+
 def test_wrong_use(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit):
         benchmark.main(["everything"])

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from fisedit_compile.errors import GraphError
+from fisedit_compile.kernels.blocks import ConvBlocks
 from fisedit_compile.runtime.masks import reduce_mask
-from fisedit_compile.runtime.plans import bucket, build_plan
+from fisedit_compile.runtime.plans import bucket, build_plan, tile_order
 from fisedit_compile.runtime.spec import Domain, PlanInput, Stencil
 
 from sparse_maps import Case, masks, take, window
@@ -223,7 +224,7 @@ def test_buckets_hold_their_counts_and_waste_little() -> None:
 @settings(max_examples=50, deadline=None)
 @given(data=st.data())
 def test_bucketed_plans_are_padded_ones(data: st.DataObject) -> None:
-    """The same rows and taps as without buckets, then padding; positions stay distinct."""
+    """The same rows and taps as without buckets, in order of tiles, then padding; positions stay distinct."""
     domain = Domain(data.draw(st.integers(1, 9)), data.draw(st.integers(1, 9)))
     mask = data.draw(masks(domain, 2))
     stencil = window(domain)
@@ -232,18 +233,40 @@ def test_bucketed_plans_are_padded_ones(data: st.DataObject) -> None:
     halo, table = (padded.tensor(PlanInput(kind, stencil)) for kind in ("halo", "table"))
     assert index.shape[1] == min(domain.size, bucket(plain.count(domain)))
     assert halo.shape[1] == bucket(halo.shape[1])
-    count = plain.count(domain)
     plain_index, plain_halo = plain.tensor(PlanInput("index", domain)), plain.tensor(PlanInput("halo", stencil))
+    rank = tile_order(domain).argsort()
     for sample in range(index.shape[0]):
         assert index[sample].unique().numel() == index.shape[1]
-        assert valid is None or int(valid[sample].sum()) == int(mask.expand(2, -1, -1)[sample].sum())
-        assert index[sample, :count].tolist() == plain_index[sample].tolist()
-        read = [
-            _positions(each.tensor(PlanInput("table", stencil))[sample, :count], own_index[sample], own_halo[sample])
+        active = int(mask.expand(2, -1, -1)[sample].sum())
+        assert valid is None or int(valid[sample].sum()) == active
+        assert sorted(index[sample, :active].tolist()) == plain_index[sample, :active].tolist()
+        assert rank[index[sample, :active]].diff().gt(0).all()
+        taps = [
+            _positions(each.tensor(PlanInput("table", stencil))[sample, :active], own_index[sample], own_halo[sample])
             for each, own_index, own_halo in ((plain, plain_index, plain_halo), (padded, index, halo))
         ]
         # Padding rows of the source stand for recorded values as halo positions do.
-        assert torch.equal(*read)
+        assert torch.equal(taps[0][index[sample, :active].argsort().argsort()], taps[1])
+
+
+@pytest.mark.parametrize(("rows", "height", "width"), [(4, 2, 2), (16, 4, 4), (32, 4, 8), (64, 8, 8), (128, 8, 16)])
+def test_rows_in_order_of_tiles_are_tiles(rows: int, height: int, width: int) -> None:
+    """What one program of a kernel takes lies together, in both directions."""
+    domain = Domain(16, 48)
+    order = tile_order(domain)
+    assert order.sort().values.tolist() == list(range(domain.size))
+    for block in order.view(-1, rows):
+        row, column = block // domain.width, block % domain.width
+        assert int(row.max() - row.min()) == height - 1 and int(column.max() - column.min()) == width - 1
+    assert ConvBlocks(rows, 64, 64).pixels == (height, width)
+
+
+def test_maps_that_are_no_multiple_of_a_tile_are_ordered_too() -> None:
+    for domain in (Domain(1, 1), Domain(5, 3), Domain(9, 17), Domain(1, 40)):
+        order = tile_order(domain)
+        assert order.sort().values.tolist() == list(range(domain.size))
+        tiles = (order // domain.width // 8) * 100 + order % domain.width // 8
+        assert tiles.diff().ge(0).all()
 
 
 def _positions(table: Tensor, index: Tensor, halo: Tensor) -> Tensor:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import pytest
 import torch
 from shape_networks import BLOCKS
 from torch import Tensor, nn
 
 import fisedit_compile as fisedit
+from fisedit_compile import executable
+from fisedit_compile.errors import MaskError
+from fisedit_compile.prologues import InvariantMemo
 
 from composite_networks import COMPOSITES
 from diffusers_networks import DIFFUSERS
@@ -72,6 +78,58 @@ def test_a_saved_dense_call_is_a_base() -> None:
     mask, inputs = case.mask(RAGGED), case.network.inputs(2)
     expected = case.reference.edit(recording, inputs, mask).outputs
     case.assert_all_near(case.edit(inputs, mask, base="dense"), expected, "edit of the dense edit")
+
+
+def test_a_full_mask_runs_the_dense_network() -> None:
+    case = compile_network(ALL["transformer block"])
+    full, inputs = case.mask(MaskRecipe("full")), case.network.inputs(1)
+    for output, expected in zip(case.edit(inputs, full), dense_outputs(case.network, 1), strict=True):
+        assert_identical(output, expected, "what the network itself computes")
+    stats = case.runtime.stats
+    assert (stats.calls["edit"], stats.calls["dense"]) == (0, 1)
+    assert set(stats.density.values()) == {1.0}
+
+
+@pytest.mark.parametrize("options", [{"norm": "cached"}, {"convolution": "rows"}], ids=str)
+def test_a_full_mask_runs_sparsely_where_that_is_something_else(options: dict[str, str]) -> None:
+    case = compile_network(ALL["resnet block"], **options)
+    full, inputs = case.mask(MaskRecipe("full")), case.network.inputs(1)
+    case.assert_all_near(case.edit(inputs, full), case.expected(inputs, full), "the reference of these options")
+    assert (case.runtime.stats.calls["edit"], case.runtime.stats.calls["dense"]) == (1, 0)
+
+
+def test_a_saved_edit_of_a_full_mask_is_a_base() -> None:
+    case = compile_network(ALL["transformer block"])
+    with case.runtime.edit("base", mask=case.mask(MaskRecipe("full")), save_as="whole"):
+        case.call(case.network.inputs(1))
+    recording = case.reference.record(case.network.inputs(1))
+    mask, inputs = case.mask(RAGGED), case.network.inputs(2)
+    expected = case.reference.edit(recording, inputs, mask).outputs
+    case.assert_all_near(case.edit(inputs, mask, base="whole"), expected, "edit of the whole")
+
+
+def test_a_full_mask_of_another_batch_is_refused() -> None:
+    case = compile_network(ALL["transformer block"])
+    masks = torch.ones(case.network.batch + 1, *case.network.resolution, dtype=torch.bool)
+    with pytest.raises(MaskError, match="masks for 3 samples"):
+        case.edit(case.network.inputs(1), masks)
+
+
+def test_what_depends_on_the_prompt_is_told_by_the_prompt_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Comparing weights with copies of them at every call would cost more than is spared."""
+    told: list[tuple[Tensor, ...]] = []
+
+    class Memo(InvariantMemo):
+        def get(self, inputs: Sequence[Any], compute: Callable[[], Sequence[Tensor]]) -> tuple[Tensor, ...]:
+            told.append(tuple(inputs))
+            return super().get(inputs, compute)
+
+    monkeypatch.setattr(executable, "InvariantMemo", Memo)
+    case = compile_network(ALL["sd15"], packing=False)
+    inputs = case.network.inputs(1)
+    case.edit(inputs, case.mask(RAGGED))
+    (prompt,) = told[0]
+    assert any(prompt.shape == value.shape and torch.equal(prompt.cpu(), value) for value in inputs[1:])
 
 
 def record_steps(network: Network, steps: int) -> tuple[fisedit.Runtime, nn.Module]:

@@ -60,6 +60,7 @@ def conv_rows(
     FLAT: tl.constexpr,  # few input channels: a step goes over several taps
     EVEN: tl.constexpr,  # BLOCK_K divides Cin / groups
     SAME_TYPE: tl.constexpr,  # rows and recorded have one dtype
+    SHARE: tl.constexpr,  # taps follow each other, so that the first-level cache still has what neighbours have read
     SPLIT: tl.constexpr,  # each program sums a part of the inputs, and another kernel adds the parts
     PRECISION: tl.constexpr,  # of products of float32: "tf32" or "ieee"
 ):
@@ -80,6 +81,8 @@ def conv_rows(
     rows_base = rows + sample * rows_sample + group * group_inputs  # [BM]
     recorded_base = recorded + sample * recorded_sample + group * group_inputs  # [BM]
 
+    # Unless asked to, asynchronous copies of 16 bytes pass the first-level cache by.
+    CACHE: tl.constexpr = ".ca" if SHARE else ""
     steps_per_tap = tl.cdiv(group_inputs, BLOCK_K)
     steps = tl.cdiv(taps * group_inputs, BLOCK_K) if FLAT else taps * steps_per_tap
     first, last = 0, steps
@@ -101,8 +104,8 @@ def conv_rows(
             recorded_address = recorded_base[:, None] + (slot - source_count) * recorded_row + channel[None, :]
             inside = slot >= 0
         else:
-            tap = step // steps_per_tap
-            channel = (step % steps_per_tap) * BLOCK_K + tl.arange(0, BLOCK_K)  # [BK]
+            tap = step % taps if SHARE else step // steps_per_tap
+            channel = (step // taps if SHARE else step % steps_per_tap) * BLOCK_K + tl.arange(0, BLOCK_K)  # [BK]
             column = tap * group_inputs + channel
             column_inside = channel < group_inputs
             slot = tl.load(reads_row + tap, mask=target_inside, other=-1).to(tl.int64)[:, None]  # [BM, 1]
@@ -111,10 +114,12 @@ def conv_rows(
             recorded_address = (recorded_base[:, None] + (slot - source_count) * recorded_row) + channel[None, :]
             inside = (slot >= 0) if EVEN else (slot >= 0) & column_inside[None, :]
         if SAME_TYPE:
-            values = tl.load(tl.where(from_rows, rows_address, recorded_address), mask=inside, other=0.0)  # [BM, BK]
+            address = tl.where(from_rows, rows_address, recorded_address)
+            values = tl.load(address, mask=inside, other=0.0, cache_modifier=CACHE)  # [BM, BK]
         else:
-            values = tl.load(rows_address, mask=inside & from_rows, other=0.0)
-            values += tl.load(recorded_address, mask=inside & (slot >= source_count), other=0.0).to(values.dtype)
+            values = tl.load(rows_address, mask=inside & from_rows, other=0.0, cache_modifier=CACHE)
+            kept = tl.load(recorded_address, mask=inside & (slot >= source_count), other=0.0, cache_modifier=CACHE)
+            values += kept.to(values.dtype)
         weight_address = weight + (weight_row[None, :] + column[:, None])
         if EVEN and not FLAT:
             weights = tl.load(weight_address, mask=output_inside[None, :], other=0.0)  # [BK, BN]
