@@ -9,10 +9,10 @@ Before: ``h = conv2d(x, w)``, ``d = dropout(h, 0.5, True)``, ``return (d, mean(d
 After:  ``g = opaque(x, w)``, ``return (g[0], g[1])``
 
 Conditions:
-1. Outputs keep their values and layouts; the call has ``spatial_outputs`` (None for what is not spatial) and its reason
-   as ``dense_reason``. Where the report says why nothing can be masked, it says both.
+1. Outputs keep their values and layouts.
 2. An input that the graph changes in place has ``meta["changed"]``: the graph must get the caller's own tensor.
-3. What was found about operators that are gone leaves the report.
+3. What was found about operators that are gone leaves the report. The whole is among its ``dense_nodes``; where it says
+   why nothing can be masked, it says there why the graph runs as a whole as well.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from torch import fx
 
 from fisedit_compile.passes.ir import spatial_of
-from fisedit_compile.passes.report import Report
+from fisedit_compile.passes.report import Miss, Report
 
 NAME = "collapse"
 
@@ -92,11 +92,7 @@ def collapse(graph_module: fx.GraphModule, opaque: Opaque, report: Report) -> fx
         node.meta.update(val=value.meta["val"], origin=node.name)
         if (spatial := spatial_of(value)) is not None:
             node.meta["spatial"] = spatial
-    call.meta.update(origin=call.name, dense_reason=opaque.reason)
-    if report.dense_reason is None:
-        call.meta["spatial_outputs"] = [spatial_of(node) for node in results]
-    else:
-        report.dense_reason = f"{opaque.reason}; moreover {report.dense_reason}"
+    call.meta["origin"] = call.name
     for position in opaque.changed:
         inputs[position].meta["changed"] = True
     output.args = (tuple(results),)
@@ -106,5 +102,9 @@ def collapse(graph_module: fx.GraphModule, opaque: Opaque, report: Report) -> fx
     report.misses.clear()
     report.connections.clear()
     report.match(NAME)
+    if report.dense_reason is None:
+        report.dense_nodes.append(Miss("trace", call.name, str(opaque), opaque.reason))
+    else:
+        report.dense_reason = f"{opaque.reason}; moreover {report.dense_reason}"
     graph_module.recompile()
     return graph_module

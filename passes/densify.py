@@ -19,7 +19,7 @@ import operator
 
 from torch import fx
 
-from fisedit_compile.passes.family import is_annotated
+from fisedit_compile.passes.collapse import Opaque
 from fisedit_compile.passes.ir import eliminate_dead_code, origin_of, reads_spatial, spatial_of, to_map, to_rows
 from fisedit_compile.passes.report import Report
 
@@ -56,8 +56,9 @@ def densify(graph_module: fx.GraphModule, report: Report) -> fx.GraphModule:
         mixed = spatial_of(node) is not None and not node.meta.get("changed")
         if mixed and [user.target for user in node.users] != [to_rows]:
             _wrap(graph, node)
-        touches = reads_spatial(node) or is_annotated(node)
-        if node.op == "call_function" and node.target is not operator.getitem and touches:
+        touches = reads_spatial(node) or spatial_of(node) is not None
+        named = node.target is operator.getitem or isinstance(node.target, Opaque)
+        if node.op == "call_function" and not named and touches:
             report.stays_dense(node, node.meta.get("dense_reason", "its pass is disabled"))
     for node in list(graph.nodes):
         if node.target is to_rows and node.args[0].target is to_map:

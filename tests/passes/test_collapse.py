@@ -17,7 +17,7 @@ from fisedit_compile.passes.densify import densify
 from fisedit_compile.passes.ir import to_map, to_rows, unknown
 from fisedit_compile.passes.program import InputInfo
 from fisedit_compile.passes.propagate_domains import NO_INPUT
-from fisedit_compile.passes.report import Report
+from fisedit_compile.passes.report import Miss, Report
 from fisedit_compile.runtime.spec import Domain
 
 from graphs import BATCH_SIZE, DOMAIN, PICTURE, GraphBuilder, aten, calls, layout, only, outputs, targets, text
@@ -63,14 +63,13 @@ def test_condition_1_one_call_makes_all_outputs() -> None:
     assert image.args == (call, 0) and vector.args == (call, 1)
     assert tuple(image.meta["val"].shape) == PICTURE and tuple(vector.meta["val"].shape) == PICTURE[:2]
     assert image.meta["spatial"] == layout("bchw") and "spatial" not in vector.meta
-    assert call.meta["spatial_outputs"] == [layout("bchw"), None] and call.meta["dense_reason"] == "it is random"
     assert [node.meta["origin"] for node in calls(module)] == [node.name for node in calls(module)]
 
 
-def test_condition_1_a_reason_why_nothing_is_masked_is_appended() -> None:
+def test_condition_3_a_reason_why_nothing_is_masked_is_appended() -> None:
     builder, report = GraphBuilder(), Report(dense_reason="no picture")
     run(builder, opaque(), *traced(builder), report=report)
-    assert report.dense_reason == "it is random; moreover no picture"
+    assert report.dense_reason == "it is random; moreover no picture" and report.dense_nodes == []
 
 
 def test_condition_1_it_is_dense_and_its_borders_are_mixed() -> None:
@@ -82,8 +81,7 @@ def test_condition_1_it_is_dense_and_its_borders_are_mixed() -> None:
     image, vector = outputs(module)
     assert image.target is to_map and image.args[0].args[0].args == (only(module, whole), 0)
     assert vector.args == (only(module, whole), 1)
-    (miss,) = report.dense_nodes
-    assert (miss.target, miss.reason) == ("the whole graph", "it is random")
+    assert report.dense_nodes == [Miss("trace", "opaque", "the whole graph", "it is random")]
 
 
 def test_condition_2_an_input_changed_in_place_is_given_as_it_is() -> None:
