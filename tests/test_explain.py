@@ -108,7 +108,7 @@ def test_graphs_that_cannot_be_traced_are_listed() -> None:
     report = explained(lambda x: functional.dropout(x, 0.5, training=True))
     assert report.total_macs == 0 and report.sparse_mac_fraction == 0.0
     (node,) = report.dense_nodes
-    assert (node.pass_name, node.target) == ("densify", "the whole graph")
+    assert (node.pass_name, node.target) == ("trace", "the whole graph")
     assert "aten.dropout.default is random" in node.reason
     assert "aten.dropout.default is random" in str(report)
 
