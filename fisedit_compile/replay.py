@@ -195,7 +195,6 @@ class ReplayedGraph:
         self._held_positions = sorted(roles.held)
         self._held = picker(self._held_positions)
         self._others = [position for position in range(roles.count) if position not in roles.held]
-        self._layouts: dict[Hashable, bool] = {}
         self._forms: OrderedDict[Hashable, _Form | None] = OrderedDict()
         self._statics: weakref.WeakValueDictionary[Hashable, _Static] = weakref.WeakValueDictionary()
         self.refusal: str | None = None
@@ -243,7 +242,6 @@ class ReplayedGraph:
                     self._refuse_place(self._held_positions[number], place)
                     return inputs, None
                 form[number] = held[number].item()
-        layouts = self._layouts
         for position in self._others:
             value = given[position]
             if not isinstance(value, Tensor):
@@ -252,13 +250,11 @@ class ReplayedGraph:
             if value.device != device:
                 self._refuse_place(position, value.device)
                 return inputs, None
-            layout = value.dtype, value.shape, value.stride()
-            if layout not in layouts:
-                layouts[layout] = is_dense(*layout[1:])
-            if not layouts[layout]:
+            shape, strides = value.shape, value.stride()
+            if not is_dense(shape, strides):
                 value = inputs[position] = value.contiguous()
-                layout = value.dtype, value.shape, value.stride()
-            form.append(layout)
+                strides = value.stride()
+            form.append((value.dtype, shape, strides))
         return inputs, tuple(form)
 
     def _refuse_place(self, position: int, place: torch.device) -> None:
