@@ -128,7 +128,7 @@ def _surroundings(example_inputs: Sequence[Any], options: Options) -> str:
     """What a program depends on besides its graph."""
     return (
         f"norm={options.norm} packing={options.packing} {options.pack_all} convolution={options.convolution} "
-        f"disabled={sorted(options.disabled_passes)} autocast={_autocast(example_inputs)}"
+        f"disabled={sorted(options.disabled_passes)} tokens={options.tokens} autocast={_autocast(example_inputs)}"
     )
 
 
@@ -193,7 +193,7 @@ def fisedit(
         example_inputs: its flat inputs.
         mode: one of ``config.MODES``.
         options: ``runtime`` (a ``Runtime``; None: ``default_runtime()``), ``norm``, ``lowering``, ``packing``,
-            ``convolution``, ``cuda_graphs``, ``disable_passes``.
+            ``convolution``, ``cuda_graphs``, ``tokens``, ``disable_passes``.
 
     Returns:
         What Dynamo calls in place of the graph.

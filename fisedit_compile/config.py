@@ -22,7 +22,8 @@ MODES = {
     "max-autotune-no-cudagraphs": "inductor",
 }
 CONVOLUTIONS = ("auto", "rows", "tiles", "dense")
-VALID_OPTIONS = ("runtime", "norm", "lowering", "packing", "convolution", "cuda_graphs", "disable_passes")
+VALID_OPTIONS = ("runtime", "norm", "lowering", "packing", "convolution", "cuda_graphs", "tokens", "disable_passes")
+Resolutions = tuple[tuple[int, int], ...]
 
 
 def cache_folder() -> Path:
@@ -76,6 +77,7 @@ class Options:
             ``"dense"`` where that is possible.
         cuda_graphs: on CUDA, capture the launches of sparse calls and replay them for later calls of the same form.
         disabled_passes: names of optional passes to leave out. Their operators stay dense, results stay right.
+        tokens: names of inputs ``[B, H * W, C]`` that are pictures row by row, and the resolutions (H, W) of each.
     """
 
     norm: str = "exact"
@@ -85,6 +87,28 @@ class Options:
     convolution: str = "auto"
     cuda_graphs: bool = True
     disabled_passes: frozenset[str] = frozenset()
+    tokens: tuple[tuple[str, Resolutions], ...] = ()
+
+
+def _parse_tokens(given: Any) -> tuple[tuple[str, Resolutions], ...]:
+    """Option tokens: ``{"hidden_states": (64, 64)}``, or a list of resolutions for each name."""
+    expected = (
+        "option tokens must map names of inputs [B, H * W, C] to (H, W) or a list of such pairs with different H * W"
+    )
+    if not isinstance(given, Mapping):
+        raise OptionError(f"{expected}, got {given!r}")
+    parsed = []
+    for name, resolutions in given.items():
+        pairs = [resolutions] if isinstance(resolutions, tuple) else resolutions
+        if not isinstance(name, str) or not isinstance(pairs, list) or not pairs:
+            raise OptionError(f"{expected}, got {name!r}: {resolutions!r}")
+        for pair in pairs:
+            if not (isinstance(pair, tuple) and len(pair) == 2 and all(type(n) is int and n > 0 for n in pair)):
+                raise OptionError(f"{expected}, got {pair!r} for {name!r}")
+        if len({height * width for height, width in pairs}) < len(pairs):
+            raise OptionError(f"{expected}; of {pairs} for {name!r}, several have as many tokens")
+        parsed.append((name, tuple(pairs)))
+    return tuple(sorted(parsed))
 
 
 def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> tuple[Any, Options]:
@@ -122,5 +146,12 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> tuple[
     if isinstance(disabled, str):
         disabled = tuple(name.strip() for name in disabled.split(",") if name.strip())
     return given.get("runtime"), Options(
-        norm, lowering, limit, packing is True, convolution, cuda_graphs, frozenset(disabled)
+        norm,
+        lowering,
+        limit,
+        packing is True,
+        convolution,
+        cuda_graphs,
+        frozenset(disabled),
+        _parse_tokens(given.get("tokens", {})),
     )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
+from fisedit_compile import private
 from fisedit_compile.config import Options, parse_options
 from fisedit_compile.errors import OptionError
 from fisedit_compile.kernel_report import KernelChoice, kernel_choices
@@ -354,10 +355,15 @@ def explain(model: Any, *args: Any, **kwargs: Any) -> ExplainReport:
     The network and its inputs may be on the meta device. Nothing is computed, recorded or compiled.
 
     Args:
-        model: a module or function; compiled or not.
+        model: a module or function; the options of a module that ``torch.compile(..., backend="fisedit")`` returned
+            count, others are taken with the default ones.
         args, kwargs: of the call.
+
+    Raises:
+        OptionError: one of the module's options is unknown or has an invalid value.
     """
-    _, options = parse_options(None, None)
+    settings = private.compile_settings(model, "fisedit") if isinstance(model, private.OptimizedModule) else {}
+    _, options = parse_options(settings.get("mode"), settings.get("options"))
     return explain_with(options, model, *args, **kwargs)
 
 

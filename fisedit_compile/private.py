@@ -67,6 +67,7 @@ __all__ = [
     "OptimizedModule",
     "compile_forward",
     "compile_frozen",
+    "compile_settings",
     "compile_with_inductor",
     "compiling",
     "dynamo_limits",
@@ -353,6 +354,14 @@ def end_failed_capture(device: torch.device, pool: Any) -> None:
     """Tell a GPU's allocator that a capture into ``pool`` is over; PyTorch before 2.13 forgets to when one fails."""
     with suppress(RuntimeError):  # it was told
         torch._C._cuda_endAllocateToPool(device.index, pool)
+
+
+def compile_settings(module: OptimizedModule, backend: str) -> Mapping[str, Any]:
+    """``mode`` and ``options`` that a module was compiled with, where it was for ``backend``; else none."""
+    found: Any = module.dynamo_ctx.callback
+    while hasattr(found, "_torchdynamo_orig_backend"):
+        found = found._torchdynamo_orig_backend
+    return found.kwargs if getattr(found, "compiler_name", None) == backend else {}
 
 
 def compile_frozen(module: torch.nn.Module) -> Callable[..., Any]:

@@ -7,8 +7,9 @@ or edit.
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -319,9 +320,29 @@ def capture_all(model: Any, *args: Any, **kwargs: Any) -> list[TracedGraph | Den
     function = model._orig_mod if isinstance(model, private.OptimizedModule) else model
     if isinstance(function, nn.Module):
         function = function.forward
+    args, kwargs = _by_name(function, args, kwargs)
     with torch.no_grad(), private.dynamo_limits(64):
         private.compile_forward(function, backend)(*args, **kwargs)
     return found
+
+
+def _by_name(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same arguments, by keyword as far as possible: keywords name the inputs."""
+    try:
+        bound = inspect.signature(function).bind(*args, **kwargs)
+    except (TypeError, ValueError):  # no signature, or not these arguments: the call itself says so best
+        return args, kwargs
+    kinds = {name: parameter.kind for name, parameter in bound.signature.parameters.items()}
+    if inspect.Parameter.VAR_POSITIONAL in (kinds[name] for name in bound.arguments):
+        return args, kwargs
+    named = {
+        name: value
+        for name, value in bound.arguments.items()
+        if kinds[name] is inspect.Parameter.POSITIONAL_OR_KEYWORD and name not in kwargs
+    }
+    return bound.args[: len(args) - len(named)], {**named, **kwargs}
 
 
 def capture(model: Any, *args: Any, **kwargs: Any) -> list[TracedGraph]:

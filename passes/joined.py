@@ -1,7 +1,9 @@
-"""Where the parts of joined values lie behind operators that treat the indices of one dimension alike."""
+"""Where the parts of joined values lie behind operators that treat the indices of one dimension alike, and who cuts
+them apart again."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +12,7 @@ from torch import Tensor, fx
 
 from fisedit_compile.passes.arguments import read_arguments
 from fisedit_compile.passes.ir import shape_of
+from fisedit_compile.passes.sparsify_complex import TARGETS as COMPLEX
 from fisedit_compile.passes.sparsify_layout import CUTS, JOINS, PERMUTES, RESHAPES, SLICES, permutation
 from fisedit_compile.passes.sparsify_linear import LAST, NORMS
 from fisedit_compile.passes.sparsify_pointwise import REDUCTIONS
@@ -57,7 +60,10 @@ def _attended(node: fx.Node, known: Known) -> Joined | None:
         return None
     if given["dropout_p"] or given["is_causal"]:
         return None
-    if mask is not None and (mask in known or shape_of(mask)[-2:-1] != (1,)):
+    if mask is None:
+        return query
+    keys = known.get(mask)  # all parts read all keys
+    if shape_of(mask)[-2:-1] != (1,) or (mask in known and keys != Joined(len(shape_of(mask)) - 1, query.sizes)):
         return None
     return query
 
@@ -96,6 +102,8 @@ def _of_first(node: fx.Node, joined: Joined) -> Joined | list[Joined] | None:
     given = read_arguments(node)
     if target in LAST:
         return joined if dim != rank - 1 and len(shape_of(node.args[1])) == 2 else None  # type: ignore[arg-type]
+    if target in COMPLEX:
+        return joined if target is aten.view_as_real.default or dim != rank - 1 else None
     if target in NORMS:
         return joined if dim < rank - len(given["normalized_shape"]) else None
     if target is aten.expand.default:
@@ -116,3 +124,47 @@ def _of_first(node: fx.Node, joined: Joined) -> Joined | list[Joined] | None:
         found = Joined(dim - dropped, sizes)
         return [found] * len(node.meta["val"]) if target in CUTS else found
     return None
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Elements ``start`` to ``stop`` of part ``number`` of ``source``; ``node`` stands for them."""
+
+    node: fx.Node
+    source: fx.Node
+    number: int
+    start: int
+    stop: int
+
+
+def _bounds(node: fx.Node, joined: Joined) -> list[tuple[fx.Node, int, int]]:
+    """What a cut along the joined dimension takes: (node, start, stop) for each result that is read."""
+    if node.target not in CUTS | SLICES:
+        return []
+    given = read_arguments(node)
+    if int(given["dim"]) % len(shape_of(node.args[0])) != joined.dim:  # type: ignore[arg-type]
+        return []
+    total = sum(joined.sizes)
+    if node.target is aten.slice.Tensor:
+        start, stop, _ = slice(given["start"], given["end"]).indices(total)
+        return [(node, start, stop)] if given["step"] == 1 else []
+    if node.target is aten.select.int:
+        return [(node, int(given["index"]) % total, int(given["index"]) % total + 1)]
+    if node.target in CUTS - {aten.unbind.int}:
+        ends = list(itertools.accumulate((value.shape[joined.dim] for value in node.meta["val"]), initial=0))
+        numbers = {user: int(user.args[1]) for user in node.users if isinstance(user.args[1], int)}
+        return [(user, ends[number], ends[number + 1]) for user, number in numbers.items()]
+    return []
+
+
+def find_cuts(node: fx.Node, joined: Joined) -> list[Cut]:
+    """The readers of a joined value that take elements of one part."""
+    found = []
+    for reader in node.users:
+        for result, start, stop in _bounds(reader, joined) if reader.args and reader.args[0] is node else ():
+            begin = 0
+            for number, size in enumerate(joined.sizes):
+                if begin <= start < stop <= begin + size:
+                    found.append(Cut(result, node, number, start - begin, stop - begin))
+                begin += size
+    return found

@@ -15,6 +15,7 @@ from fisedit_compile.runtime.spec import Domain
 BATCH, HEIGHT, WIDTH, SPACE, CHANNEL = "batch", "height", "width", "space", "channel"
 NCHW = (BATCH, CHANNEL, HEIGHT, WIDTH)
 NHWC = (BATCH, HEIGHT, WIDTH, CHANNEL)
+TOKENS = (BATCH, SPACE, CHANNEL)
 
 
 @dataclass(frozen=True)

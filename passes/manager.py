@@ -34,11 +34,13 @@ from fisedit_compile.passes.propagate_domains import propagate_domains
 from fisedit_compile.passes.report import Report
 from fisedit_compile.passes.resample import FAMILY as RESAMPLE
 from fisedit_compile.passes.sparsify_attention import FAMILY as ATTENTION
+from fisedit_compile.passes.sparsify_complex import FAMILY as COMPLEX
 from fisedit_compile.passes.sparsify_conv import FAMILY as CONVOLUTION
 from fisedit_compile.passes.sparsify_layout import FAMILY as LAYOUT
 from fisedit_compile.passes.sparsify_linear import FAMILY as LINEAR
 from fisedit_compile.passes.sparsify_pointwise import FAMILY as POINTWISE
 from fisedit_compile.passes.split_joined import split_joined
+from fisedit_compile.passes.tokens import declare_tokens
 from fisedit_compile.passes.verify import verify
 from fisedit_compile.runtime.spec import Domain, Stencil
 
@@ -46,13 +48,14 @@ logger = logging.getLogger(__name__)
 
 #: Passes that may be left out: what they would have rewritten stays dense.
 OPTIONAL = ("normalise_attention", "sparsify_conv", "sparsify_norm", "sparsify_attention", "sparsify_linear",
-            "sparsify_layout", "sparsify_pointwise", "resample", "hoist_invariants",
+            "sparsify_layout", "sparsify_complex", "sparsify_pointwise", "resample", "hoist_invariants",
             "choose_convolution", "pack_weights")  # fmt: skip
 
 
 def families(options: Options) -> tuple[Family, ...]:
     """The families of operators in the order in which they are rewritten."""
-    return (CONVOLUTION, norms.family(options.norm == "cached"), ATTENTION, LINEAR, LAYOUT, POINTWISE, RESAMPLE)
+    norm = norms.family(options.norm == "cached")
+    return (CONVOLUTION, norm, ATTENTION, LINEAR, LAYOUT, COMPLEX, POINTWISE, RESAMPLE)
 
 
 def disabled_passes(options: Options) -> frozenset[str]:
@@ -119,12 +122,13 @@ def build_program(
 
     Raises:
         GraphError: a pass broke an invariant.
-        OptionError: a pass that cannot be disabled is named.
+        OptionError: a pass that cannot be disabled is named, or option ``tokens`` does not fit an input.
     """
     report = Report()
     runner = _Runner(options, report)
     kinds = families(options)
     edit = graph_module
+    inputs = declare_tokens(edit.graph, inputs, options.tokens)
     runner.dump("traced", edit)
     runner.run("canonicalize", edit, lambda: canonicalize(edit, report))
     runner.run("normalise_attention", edit, lambda: normalise_attention(edit, report))

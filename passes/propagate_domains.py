@@ -8,7 +8,8 @@ After:  ``node.meta["spatial"] = Spatial(domain, dims)`` on spatial values (``"s
         that read a spatial value and stay dense.
 
 Conditions for an input to be spatial:
-1. It is a floating tensor of rank 4 with more than one position, and not a parameter.
+1. It is a floating tensor of rank 4 with more than one position, and not a parameter; or it is one of the tokens that
+   the user says are pictures (tokens.py), for which condition 2 holds.
 2. It flows into a convolution, norm or resampling through elementwise and layout operators only; or it has more than
    one row and column, does not flow into the mask of an attention, and no other input flows into one of those, unless
    it has the resolution of one that does. (The tokens of several images are [B, images, tokens, C].)
@@ -36,7 +37,7 @@ from fisedit_compile.passes.domain_graph import (
 )
 from fisedit_compile.passes.family import Family
 from fisedit_compile.passes.ir import reads_spatial, shape_of, spatial_of, unknown
-from fisedit_compile.passes.layouts import HEIGHT, NCHW, NHWC, WIDTH, Spatial
+from fisedit_compile.passes.layouts import HEIGHT, NCHW, NHWC, TOKENS, WIDTH, Spatial
 from fisedit_compile.passes.program import InputInfo
 from fisedit_compile.passes.recognise import Recogniser
 from fisedit_compile.passes.report import Report
@@ -50,12 +51,15 @@ BEHIND = "it reads what a dense operator made of a spatial value"
 
 
 def find_spatial_inputs(graph: fx.Graph, infos: Sequence[InputInfo], report: Report) -> list[fx.Node]:
-    """Annotate the spatial inputs; a rank-4 input that is not spatial is reported with its reason."""
+    """Annotate the spatial inputs; one of rank 4 or of tokens that is not spatial is reported with its reason."""
     flow = data_flow(graph)
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     known: dict[fx.Node, tuple[Spatial, bool]] = {}
     for node, info in zip(placeholders, infos, strict=True):
         value = node.meta.get("val")
+        if info.tokens is not None:
+            known[node] = (Spatial(info.tokens, TOKENS), True)
+            continue
         if info.kind != "user" or not isinstance(value, torch.Tensor) or value.dim() != 4:
             continue
         dims = NHWC if reads_channels_last(flow, node.name) else NCHW
@@ -117,6 +121,18 @@ def _annotate(
         recogniser.recognise(node)
 
 
+def _no_input(graph: fx.Graph, infos: Sequence[InputInfo]) -> str:
+    """Why nothing is spatial, and which inputs the user could declare to be pictures."""
+    placeholders = (node.meta.get("val") for node in graph.nodes if node.op == "placeholder")
+    tokens = [
+        info.name
+        for info, value in zip(infos, placeholders, strict=True)
+        if info.kind == "user" and isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() == 3
+    ]
+    hint = f"; option tokens makes one of tokens [B, H * W, C], here of {' or '.join(tokens)}" if tokens else ""
+    return NO_INPUT + hint
+
+
 def _forget(node: fx.Node) -> None:
     for key in ("spatial", "spatial_outputs", "dense_reason"):
         node.meta.pop(key, None)
@@ -169,7 +185,7 @@ def propagate_domains(
             node.meta["dense_reason"] = BEHIND
             recogniser.recognise(node)
     if not inputs:
-        report.dense_reason = NO_INPUT
+        report.dense_reason = _no_input(graph, infos)
     _check_outputs(graph, recogniser.doubtful, report)
     report.matches[NAME] += len(inputs)
     for source, target, data in domain_graph(graph).edges(data=True):

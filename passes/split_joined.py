@@ -19,11 +19,9 @@ Conditions:
 
 from __future__ import annotations
 
-import itertools
 import math
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,55 +29,24 @@ from torch import Tensor, fx
 
 from fisedit_compile.passes.arguments import read_arguments
 from fisedit_compile.passes.ir import copy_provenance, eliminate_dead_code, shape_of
-from fisedit_compile.passes.joined import Joined, behind
+from fisedit_compile.passes.joined import Cut, Joined, behind, find_cuts
 from fisedit_compile.passes.report import Report
-from fisedit_compile.passes.sparsify_layout import CUTS, RESHAPES, SLICES
+from fisedit_compile.passes.sparsify_layout import RESHAPES
 from fisedit_compile.passes.targets import aten, is_elementwise
 
 NAME = "split_joined"
 CATS = {aten.cat.default, aten.concat.default}
 
 
-@dataclass(frozen=True)
-class Cut:
-    """Elements ``start`` to ``stop`` of part ``number`` of ``source``; ``node`` stands for them."""
-
-    node: fx.Node
-    source: fx.Node
-    number: int
-    start: int
-    stop: int
-
-
 def _root(node: fx.Node) -> Joined | None:
     """A join of values (condition 1)."""
     values = node.args[0] if node.target in CATS else ()
-    if not isinstance(values, (list, tuple)) or len(values) < 2:
+    if not isinstance(values, (list, tuple)) or len(values) < 2 or math.prod(shape_of(node)) == 0:
         return None
     dim = int(read_arguments(node)["dim"]) % len(shape_of(node))
     if any(len(shape_of(value)) != len(shape_of(node)) for value in values):
         return None
     return Joined(dim, tuple(shape_of(value)[dim] for value in values)) if dim > 0 else None
-
-
-def _bounds(node: fx.Node, joined: Joined) -> list[tuple[fx.Node, int, int]]:
-    """What a cut along the joined dimension takes: (node, start, stop) for each result that is read."""
-    if node.target not in CUTS | SLICES:
-        return []
-    given = read_arguments(node)
-    if int(given["dim"]) % len(shape_of(node.args[0])) != joined.dim:  # type: ignore[arg-type]
-        return []
-    total = sum(joined.sizes)
-    if node.target is aten.slice.Tensor:
-        start, stop, _ = slice(given["start"], given["end"]).indices(total)
-        return [(node, start, stop)] if given["step"] == 1 else []
-    if node.target is aten.select.int:
-        return [(node, int(given["index"]) % total, int(given["index"]) % total + 1)]
-    if node.target in CUTS - {aten.unbind.int}:
-        ends = list(itertools.accumulate((value.shape[joined.dim] for value in node.meta["val"]), initial=0))
-        numbers = {user: int(user.args[1]) for user in node.users if isinstance(user.args[1], int)}
-        return [(user, ends[number], ends[number + 1]) for user, number in numbers.items()]
-    return []
 
 
 class _Splitter:
@@ -122,7 +89,7 @@ class _Splitter:
         if node.target is aten.scaled_dot_product_attention.default:
             given = read_arguments(node)
             operands = (self.part(given["query"], number), self.whole(given["key"]), self.whole(given["value"]))
-            mask = () if given["attn_mask"] is None else (given["attn_mask"],)
+            mask = () if given["attn_mask"] is None else (self.whole(given["attn_mask"]),)
             keywords = {"enable_gqa": True} if given.get("enable_gqa") else {}
             return self.call(node, node.target, *operands, *mask, scale=given["scale"], **keywords)
         if node.target in RESHAPES or node.target is aten.expand.default:
@@ -164,21 +131,10 @@ class _Splitter:
         node.replace_all_uses_with(new)
 
 
-def _find_cuts(node: fx.Node, joined: Joined) -> list[Cut]:
-    """Condition 3 for all readers of a joined value."""
-    found = []
-    for reader in node.users:
-        for result, start, stop in _bounds(reader, joined) if reader.args and reader.args[0] is node else ():
-            begin = 0
-            for number, size in enumerate(joined.sizes):
-                if begin <= start < stop <= begin + size:
-                    found.append(Cut(result, node, number, start - begin, stop - begin))
-                begin += size
-    return found
-
-
-def _analyse(nodes: Sequence[fx.Node]) -> tuple[dict[fx.Node, Joined | list[Joined]], set[fx.Node]]:
-    """Which values are joined (condition 2), and the joins themselves."""
+def _analyse(
+    nodes: Sequence[fx.Node], sizes: tuple[int, ...]
+) -> tuple[dict[fx.Node, Joined | list[Joined]], set[fx.Node]]:
+    """Which values hold parts of these sizes (condition 2), and the joins that they come from."""
     joined: dict[fx.Node, Joined | list[Joined]] = {}
     roots: set[fx.Node] = set()
     for node in nodes:
@@ -189,7 +145,7 @@ def _analyse(nodes: Sequence[fx.Node]) -> tuple[dict[fx.Node, Joined | list[Join
             source = joined.get(node.args[0]) if isinstance(node.args[0], fx.Node) else None
             several = node.target is operator.getitem and isinstance(source, list)
             found = source[node.args[1]] if several else behind(node, joined)  # type: ignore[index]
-        if found is None and (root := _root(node)) is not None and math.prod(shape_of(node)) > 0:
+        if found is None and (root := _root(node)) is not None and root.sizes == sizes:
             found = root
             roots.add(node)
         if found is not None:
@@ -197,15 +153,13 @@ def _analyse(nodes: Sequence[fx.Node]) -> tuple[dict[fx.Node, Joined | list[Join
     return joined, roots
 
 
-def split_joined(graph_module: fx.GraphModule, report: Report) -> fx.GraphModule:
-    """Run the pass in place and return the module."""
-    nodes = list(graph_module.graph.nodes)
-    joined, roots = _analyse(nodes)
+def _split(nodes: Sequence[fx.Node], sizes: tuple[int, ...]) -> int:
+    """Compute part by part what is joined of parts of these sizes; returns the number of cuts."""
+    joined, roots = _analyse(nodes, sizes)
     splitter = _Splitter(joined, roots)
-    cuts = [cut for node, value in joined.items() if isinstance(value, Joined) for cut in _find_cuts(node, value)]
+    cuts = [cut for node, value in joined.items() if isinstance(value, Joined) for cut in find_cuts(node, value)]
     for cut in cuts:
         splitter.replace(cut)
-        report.match(NAME)
     # Whoever else reads a value that is now made part by part reads the parts joined: nothing is computed twice.
     made: set[fx.Node] = set()
     while missing := {node for node, _ in splitter.parts} - made:
@@ -214,7 +168,18 @@ def split_joined(graph_module: fx.GraphModule, report: Report) -> fx.GraphModule
             splitter.whole(node)
     for node, whole in splitter.wholes.items():
         node.replace_all_uses_with(whole)
-    eliminate_dead_code(graph_module.graph)
-    graph_module.graph.lint()
+    return len(cuts)
+
+
+def split_joined(graph_module: fx.GraphModule, report: Report) -> fx.GraphModule:
+    """Run the pass in place and return the module."""
+    graph = graph_module.graph
+    found = [root.sizes for node in graph.nodes if (root := _root(node)) is not None]
+    # One way of joining at a time: a value may be made of parts in several dimensions (rotary embeddings in channels).
+    for sizes in dict.fromkeys(found):
+        for _ in range(_split(list(graph.nodes), sizes)):
+            report.match(NAME)
+        eliminate_dead_code(graph)
+    graph.lint()
     graph_module.recompile()
     return graph_module

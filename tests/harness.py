@@ -78,7 +78,11 @@ def recipes() -> strategies.SearchStrategy[MaskRecipe]:
 def reference_of(network: Network, dtype: torch.dtype = torch.float32) -> Reference:
     """The reference of a network; tracing is slow, so tests share it."""
     return Reference(
-        network.module(dtype), network.inputs(0, dtype), network.spatial, channels_last=network.channels_last
+        network.module(dtype),
+        network.inputs(0, dtype),
+        network.spatial,
+        channels_last=network.channels_last,
+        tokens=network.tokens,
     )
 
 
@@ -161,6 +165,8 @@ def compile_network(
     Weights are packed unless ``packing`` says otherwise, also where plain products were measured to be faster.
     """
     options.setdefault("packing", True)
+    if network.tokens is not None:
+        options["tokens"] = {"tokens": network.tokens}
     runtime = fisedit.Runtime(storage=storage, tier=tier)
     module = compiled(network.module(dtype), runtime, norm=norm, lowering=lowering, **options)
     reference = reference_of(network, dtype).with_norm(norm)

@@ -50,6 +50,7 @@ class Network:
         spatial: positions of the inputs that are maps ``[B, C, H, W]``.
         fixed: positions of the inputs that an edit must not change (timesteps).
         channels_last: whether the maps come as ``[B, H, W, C]``.
+        tokens: resolution (H, W) of the maps, when they come as ``[B, H * W, C]`` in the argument ``tokens``.
         radius: how far an output position looks in one axis, for networks of convolutions and pointwise operators that
             keep the resolution; None for all others.
     """
@@ -60,6 +61,7 @@ class Network:
     spatial: tuple[int, ...] = (0,)
     fixed: tuple[int, ...] = ()
     channels_last: bool = False
+    tokens: tuple[int, int] | None = None
     radius: int | None = None
 
     def module(self, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -88,6 +90,8 @@ class Network:
     @property
     def resolution(self) -> tuple[int, int]:
         """Height and width of the finest spatial input."""
+        if self.tokens is not None:
+            return self.tokens
         first = 1 if self.channels_last else 2
         sizes = [self.shapes[position][first : first + 2] for position in self.spatial]
         height, width = max(sizes, key=lambda size: size[0] * size[1])

@@ -186,6 +186,7 @@ class Reference:
         inputs: example inputs; their sizes are fixed.
         spatial: positions of the inputs that are maps.
         channels_last: whether those are ``[B, H, W, C]`` instead of ``[B, C, H, W]``.
+        tokens: their resolution (H, W), when they are ``[B, H * W, C]``.
         norm: ``"exact"``, or ``"cached"`` for group norms that keep the recorded statistics.
     """
 
@@ -196,6 +197,7 @@ class Reference:
         spatial: Sequence[int] = (0,),
         norm: str = "exact",
         channels_last: bool = False,
+        tokens: tuple[int, int] | None = None,
     ) -> None:
         with torch.no_grad():
             program = torch.export.export(model, tuple(inputs), strict=False).run_decompositions({})
@@ -207,7 +209,7 @@ class Reference:
         assert len(placeholders) == len(inputs), "networks under test take tensors by position only"
         self.batch = inputs[spatial[0]].shape[0]
         maps = [inputs[position].movedim(-1, 1) if channels_last else inputs[position] for position in spatial]
-        sizes = [height_and_width(value) for value in maps]
+        sizes = [tokens or height_and_width(value) for value in maps]
         self.finest = max(sizes, key=lambda size: size[0] * size[1])
         self.places = self._find_places({placeholders[position] for position in spatial}, set(sizes))
         results = flatten_nodes(self.module.graph.output_node().args[0])

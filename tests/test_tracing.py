@@ -118,8 +118,8 @@ def test_names_of_inputs_and_modules_are_those_of_the_model() -> None:
     names = {info.name: info.kind for info in traced.input_infos}
     assert names["network.conv_in.weight"] == "parameter"
     assert names["network.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0.bias"] == "parameter"
-    assert [name for name, kind in names.items() if kind == "scalar"] == ["args[1]"]
-    assert {name for name, kind in names.items() if kind == "user"} == {"args[0]", "args[2]"}
+    assert [name for name, kind in names.items() if kind == "scalar"] == ["timestep"]
+    assert {name for name, kind in names.items() if kind == "user"} == {"x", "prompt"}
     paths = {node.meta["module_path"] for node in traced.gm.graph.nodes}
     assert "network.down_blocks.0.attentions.0.transformer_blocks.0.ff.net.2" in paths
 

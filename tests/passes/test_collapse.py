@@ -173,7 +173,8 @@ def test_an_outline_without_a_picture_is_not_masked() -> None:
     tokens = builder.input(2, 20, 6)
     module = builder.module(builder.marker(unknown, tokens, val=torch.empty(2, 20, 6, device="meta")))
     program = build_program(module, builder.infos, Options(), opaque())
-    assert program.edit is None and program.report.dense_reason == f"it is random; moreover {NO_INPUT}"
+    hint = "option tokens makes one of tokens [B, H * W, C], here of x"
+    assert program.edit is None and program.report.dense_reason == f"it is random; moreover {NO_INPUT}; {hint}"
 
 
 def test_only_the_graph_itself_is_run() -> None:

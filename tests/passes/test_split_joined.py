@@ -93,6 +93,54 @@ def test_other_readers_read_the_parts_joined() -> None:
     assert targets(module).count(aten.relu.default) == 2
 
 
+def test_a_mask_of_the_keys_is_read_whole() -> None:
+    builder = GraphBuilder()
+    _, _, joined = tokens(builder)
+    shapes = ((2, 1, PROMPT), (2, 1, POSITIONS))
+    parts = [builder.input(*shape, name="mask") for shape in shapes]
+    mask = builder.call(aten.cat.default, parts, 2)
+    attended = builder.call(aten.scaled_dot_product_attention.default, joined, joined, joined, mask)
+    module, report = run(builder, cut(builder, attended))
+    keys = ("aten.cat", ["t", "x"], 1)
+    masks = ("aten.cat", ["mask", "mask_1"], 2)
+    assert spell(outputs(module)[0]) == ("aten.scaled_dot_product_attention", "x", keys, keys, masks, ("scale", None))
+    assert report.matches == {"split_joined": 1}
+
+
+def test_pairs_of_channels_as_complex_numbers() -> None:
+    builder = GraphBuilder()
+    _, _, joined = tokens(builder)
+    pairs = builder.call(aten.reshape.default, joined, [2, PROMPT + POSITIONS, CHANNELS // 2, 2])
+    numbers = builder.call(torch.ops.fisedit.complex_of_pairs.default, pairs)
+    real = builder.call(aten.view_as_real.default, numbers)
+    module, _ = run(builder, cut(builder, real))
+    inner = ("fisedit.complex_of_pairs", ("aten.reshape", "x", [2, POSITIONS, CHANNELS // 2, 2]))
+    assert spell(outputs(module)[0]) == ("aten.view_as_real", inner)
+
+
+def test_values_that_are_joined_in_other_dimensions_as_well() -> None:
+    """Angles of rotary embeddings are joined along the channels, and multiply what is joined along the tokens."""
+    builder = GraphBuilder()
+    _, _, joined = tokens(builder)
+    sizes = (2, 4)
+    angles = [builder.parameter(PROMPT + POSITIONS, size, name=f"angles_{size}") for size in sizes]
+    turns = builder.call(aten.cat.default, angles, 1)
+    module, report = run(builder, cut(builder, builder.call(aten.mul.Tensor, joined, turns)))
+    share = ("aten.slice.Tensor", ("aten.cat", ["angles_2", "angles_4"], 1), 0, PROMPT, PROMPT + POSITIONS)
+    assert spell(outputs(module)[0]) == ("aten.mul.Tensor", "x", share)
+    assert report.matches == {"split_joined": 1}
+
+
+def test_two_ways_of_joining_are_both_split() -> None:
+    builder = GraphBuilder()
+    _, x, joined = tokens(builder)
+    first = cut(builder, builder.call(aten.relu.default, joined))
+    other = builder.call(aten.tanh.default, builder.call(aten.cat.default, [first, x], 2))
+    module, report = run(builder, builder.call(aten.slice.Tensor, other, 2, 0, CHANNELS))
+    assert spell(outputs(module)[0]) == ("aten.tanh", ("aten.relu", "x"))
+    assert report.matches == {"split_joined": 2}
+
+
 MIXING: dict[str, Make] = {
     "a cut across parts": lambda b, x: b.call(aten.slice.Tensor, x, 1, 2, 20),
     "every second element": lambda b, x: b.call(aten.slice.Tensor, x, 1, 0, 6, 2),

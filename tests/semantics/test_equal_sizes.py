@@ -182,6 +182,9 @@ def test_no_spatial_input_runs_densely_and_says_so(caplog: pytest.LogCaptureFixt
         with runtime.edit("base", mask=torch.eye(8)):
             assert_near(network(draw((2, 5, 6), seed)), module(draw((2, 5, 6), seed)), "dense")
     (message,) = [record.getMessage() for record in caplog.records if record.name.startswith("fisedit_compile")]
-    assert message.endswith("runs densely and is not masked: none of its inputs is a picture or a feature map")
+    reason = (
+        "none of its inputs is a picture or a feature map; option tokens makes one of tokens [B, H * W, C], here of "
+    )
+    assert message.endswith(f"runs densely and is not masked: {reason}args[0]")
     (miss,) = fisedit.explain(module, draw((2, 5, 6), 1)).dense_nodes
-    assert (miss.target, miss.reason) == ("the whole graph", "none of its inputs is a picture or a feature map")
+    assert (miss.target, miss.reason) == ("the whole graph", f"{reason}input")
