@@ -84,8 +84,8 @@ class Decoder(StrEnum):
 Model = Annotated[
     str,
     typer.Option(
-        help="Folder of a diffusers pipeline with a U-Net (safetensors weights), or 'scenes', the small model that "
-        "comes with the package.",
+        help="Folder of a diffusers pipeline with a U-Net or a transformer (safetensors weights), or 'scenes', the "
+        "small model that comes with the package.",
         metavar="PATH",
     ),
 ]

@@ -18,18 +18,27 @@ CHANGEABLE = frozenset(
     {
         "prompt",
         "prompt_2",
+        "prompt_3",
         "negative_prompt",
         "negative_prompt_2",
+        "negative_prompt_3",
         "prompt_embeds",
+        "prompt_embeds_mask",
+        "prompt_attention_mask",
         "negative_prompt_embeds",
+        "negative_prompt_embeds_mask",
+        "negative_prompt_attention_mask",
         "pooled_prompt_embeds",
         "negative_pooled_prompt_embeds",
         "ip_adapter_image",
         "ip_adapter_image_embeds",
         "guidance_scale",
         "guidance_rescale",
+        "true_cfg_scale",
         "clip_skip",
         "cross_attention_kwargs",
+        "joint_attention_kwargs",
+        "attention_kwargs",
         "callback_on_step_end",
         "callback_on_step_end_tensor_inputs",
         "output_type",
@@ -37,7 +46,7 @@ CHANGEABLE = frozenset(
 )
 """Arguments an edit may change. All others decide noise, steps or size, which the edit shares with the recorded run."""
 
-_EMBEDDINGS = ("prompt_embeds", "pooled_prompt_embeds")
+_EMBEDDINGS = ("prompt_embeds", "pooled_prompt_embeds", "prompt_embeds_mask", "prompt_attention_mask")
 
 
 class CallArguments:
@@ -61,7 +70,7 @@ class CallArguments:
         if "callback_on_step_end" not in self._defaults:
             raise PipelineError(
                 f"{self._name} has no callback_on_step_end, through which an edit session follows the steps; use a "
-                "text-to-image, image-to-image or inpainting pipeline with a U-Net, such as StableDiffusionPipeline"
+                "text-to-image, image-to-image or inpainting pipeline with it, such as StableDiffusionPipeline"
             )
 
     def value(self, given: Mapping[str, Any], name: str) -> Any:
@@ -95,7 +104,7 @@ class CallArguments:
             raise PipelineError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
 
     def guided(self, given: Mapping[str, Any]) -> bool:
-        """Whether the run has classifier-free guidance, which doubles the batch of its U-Net calls."""
+        """Whether the run has classifier-free guidance, which doubles the batch of its network calls."""
         scale = self.value(given, "guidance_scale")
         return scale is not None and scale > 1
 
@@ -126,7 +135,7 @@ class CallArguments:
             raise PipelineError(
                 f"guidance_scale was {self.value(recorded, 'guidance_scale')} and cannot become "
                 f"{self.value(merged, 'guidance_scale')}: guidance is on above 1 only, and crossing 1 changes the "
-                "batch of every U-Net call; stay on the same side of 1, or call generate with the new value first"
+                "batch of every network call; stay on the same side of 1, or call generate with the new value first"
             )
         counts = [_prompt_count(given) for given in (recorded, merged)]
         if counts[0] != counts[1]:

@@ -88,7 +88,8 @@ class AutoencoderCall:
 
         @wraps(original)
         def decode(latents: Tensor, *positional: Any, **named: Any) -> Any:
-            if self.job.outcome is not None:
+            # Autoencoders of videos take five dimensions also for a single picture.
+            if self.job.outcome is not None or latents.dim() != 4:
                 return original(latents, *positional, **named)
             # Graphs are made for strides: those of the latents must not depend on what the scheduler did.
             latents = latents.contiguous()

@@ -1,4 +1,4 @@
-"""The compiled U-Net of a session, and putting it into the pipeline for the duration of one call."""
+"""The compiled network of a session, and putting it into the pipeline for the duration of one call."""
 
 from __future__ import annotations
 
@@ -13,58 +13,78 @@ from fisedit_compile.errors import PipelineError
 from fisedit_compile.pipelines.attributes import replaced_attribute
 from fisedit_compile.pipelines.autoencoder import AutoencoderCall
 from fisedit_compile.pipelines.timing import StageClock
+from fisedit_compile.runtime import Domain
+
+NETWORKS = ("unet", "transformer")
+"""What pipelines call the network that is called at every step."""
+
+TOKENS_ARGUMENT = "hidden_states"
+"""What the networks of pipelines that pack latents call their tokens."""
 
 
 class PipelineBinding:
-    """Compiles a pipeline's U-Net beside the pipeline, which stays as the user made it between calls.
+    """Compiles a pipeline's U-Net or transformer beside the pipeline, which stays as the user made it between calls.
 
     Args:
         pipe: a diffusers pipeline.
         options: of the backend; ``runtime`` among them.
 
     Raises:
-        PipelineError: the pipeline has no U-Net, no scheduler or no autoencoder.
+        PipelineError: the pipeline has neither U-Net nor transformer, no scheduler or no autoencoder.
     """
 
     def __init__(self, pipe: Any, options: Mapping[str, Any]) -> None:
-        for part in ("unet", "scheduler", "vae"):
-            if getattr(pipe, part, None) is None:
-                raise PipelineError(
-                    f"an edit session needs a diffusers pipeline with a {part}, and {type(pipe).__name__} has none; "
-                    "use one with a U-Net, such as StableDiffusionPipeline or StableDiffusionXLPipeline"
-                )
+        found = [name for name in NETWORKS if getattr(pipe, name, None) is not None]
+        missing = [part for part in ("scheduler", "vae") if getattr(pipe, part, None) is None]
+        if missing or not found:
+            raise PipelineError(
+                f"an edit session needs a diffusers pipeline with a {(missing or [' or a '.join(NETWORKS)])[0]}, and "
+                f"{type(pipe).__name__} has none; use one with a U-Net, such as StableDiffusionPipeline or "
+                "StableDiffusionXLPipeline, or with a transformer, such as StableDiffusion3Pipeline or FluxPipeline"
+            )
         self._pipe = pipe
+        self._name = found[0]
         self._options = dict(options)
         self._compiled: Any = None
+        self._tokens: Domain | None = None
         self._clock: StageClock | None = None
 
     @property
     def module(self) -> torch.nn.Module:
-        """The pipeline's U-Net itself, also when the user has put a compiled one into the pipeline."""
-        unet: torch.nn.Module = self._pipe.unet
-        return getattr(unet, "_orig_mod", unet)
+        """The pipeline's network itself, also when the user has put a compiled one into the pipeline."""
+        network: torch.nn.Module = getattr(self._pipe, self._name)
+        return getattr(network, "_orig_mod", network)
 
     @property
     def device(self) -> torch.device:
-        """The device of the U-Net's parameters."""
+        """The device of the network's parameters."""
         return next(self.module.parameters()).device
 
     @contextmanager
-    def installed(self, clock: StageClock, autoencoder: AutoencoderCall) -> Iterator[None]:
-        """Put the compiled U-Net, a timed text encoding and the session's autoencoder into the pipeline, and take them
-        out again.
+    def installed(self, clock: StageClock, autoencoder: AutoencoderCall, tokens: Domain | None) -> Iterator[None]:
+        """Put the compiled network, a timed text encoding and the session's autoencoder into the pipeline, and take
+        them out again.
+
+        Args:
+            clock: counts the seconds by stage.
+            autoencoder: of this call.
+            tokens: resolution of the tokens that the network takes; None: it takes maps.
 
         Raises:
-            PipelineError: the U-Net is offloaded to the host between calls.
+            PipelineError: the network is offloaded to the host between calls.
         """
-        pipe, original = self._pipe, self._pipe.unet
+        pipe, original = self._pipe, getattr(self._pipe, self._name)
         if getattr(self.module, "_hf_hook", None) is not None:
             raise PipelineError(
-                "the pipeline's U-Net is offloaded (its hooks would be tied to the compiled module, and stay so); call "
-                "pipe.remove_all_hooks() and pipe.to(device), or use the session's storage and budget to save memory"
+                "the pipeline's network is offloaded (its hooks would be tied to the compiled module, and stay so); "
+                "call pipe.remove_all_hooks() and pipe.to(device), or save memory by the session's storage and budget"
             )
-        if self._compiled is None or self._compiled._orig_mod is not self.module:
-            self._compiled = torch.compile(self.module, backend="fisedit", options=self._options)
+        if self._compiled is None or self._compiled._orig_mod is not self.module or self._tokens != tokens:
+            options: dict[str, Any] = dict(self._options)
+            if tokens is not None:
+                options["tokens"] = {TOKENS_ARGUMENT: (tokens.height, tokens.width)}
+            self._compiled = torch.compile(self.module, backend="fisedit", options=options)
+            self._tokens = tokens
             # A hook of the compiled module itself runs outside of the graph, and not in the user's module.
             self._compiled.register_forward_pre_hook(self._before_call)
             clock.lap("setup")
@@ -72,12 +92,12 @@ class PipelineBinding:
             if callable(getattr(pipe, "encode_prompt", None)):
                 restore.enter_context(replaced_attribute(pipe, "encode_prompt", _timed(pipe.encode_prompt, clock)))
             if getattr(self.module, "_compiled_call_impl", None) is not None:
-                # The user called compile() on the U-Net; its calls would never come to the session's compiled one.
+                # The user called compile() on the network; its calls would never come to the session's compiled one.
                 restore.enter_context(replaced_attribute(self.module, "_compiled_call_impl", None))
             restore.enter_context(autoencoder.installed(pipe.vae))
             self._clock = clock
-            restore.callback(setattr, pipe, "unet", original)
-            pipe.unet = self._compiled
+            restore.callback(setattr, pipe, self._name, original)
+            setattr(pipe, self._name, self._compiled)
             yield
 
     def _before_call(self, module: torch.nn.Module, inputs: Any) -> None:

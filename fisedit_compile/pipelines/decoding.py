@@ -185,7 +185,7 @@ class SparseDecoder:
                 share = density / SPARSE_EFFICIENCY + (SAVING_COST if job.keep else 0.0)
                 plans.append(_Plan("sparse", "its decode was recorded", share))
             else:
-                reasons.append(record.reason or "the recorded decode gave way to the U-Net's recordings")
+                reasons.append(record.reason or "the recorded decode gave way to the network's recordings")
         if self._choice in ("auto", "region"):
             if record.statistics is not None and job.pixels is not None:
                 boxed = box_share(grown.any(dim=0)) if bool(grown.any()) else 0.0

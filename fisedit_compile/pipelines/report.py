@@ -31,15 +31,15 @@ class Report:
     """What a generation or an edit cost and did.
 
     Attributes:
-        seconds: by stage.  ``text``: text encoding; ``prepare``: everything else before the first U-Net call;
-            ``setup``: what the first U-Net call of a phase took beyond the average of the phase's other calls, that is
-            tracing, compiling, packing weights and making index plans (a phase of a single call cannot be split, its
-            set-up stays in the phase), and tracing and compiling the decoder; ``dense`` and ``sparse``: U-Net calls and
-            scheduler steps of that phase;
+        seconds: by stage.  ``text``: text encoding; ``prepare``: everything else before the first network call;
+            ``setup``: what the first network call of a phase took beyond the average of the phase's other calls, that
+            is tracing, compiling, packing weights and making index plans (a phase of a single call cannot be split,
+            its set-up stays in the phase), and tracing and compiling the decoder; ``dense`` and ``sparse``: network
+            calls and scheduler steps of that phase;
             ``mask``: finding the automatic mask, without its dense steps; ``decode``: decoding and what follows;
             ``total``.
         scheduler_steps: number of scheduler steps.
-        dense_calls, sparse_calls: number of U-Net calls in each phase.
+        dense_calls, sparse_calls: number of network calls in each phase.
         density: active share of each resolution, such as ``{"64x64": 0.1}``, finest first; empty for a generation.
         dense_seconds: of an edit: total of the recorded dense run its history began with, without that run's set-up;
             ``speed_up`` compares with it.  None for a generation.
@@ -89,8 +89,8 @@ class Report:
             if value or stage in ("setup", "total")
         ]
         rows.append(("scheduler steps", str(self.scheduler_steps)))
-        rows.append(("dense U-Net calls", str(self.dense_calls)))
-        rows.append(("sparse U-Net calls", str(self.sparse_calls)))
+        rows.append(("dense network calls", str(self.dense_calls)))
+        rows.append(("sparse network calls", str(self.sparse_calls)))
         rows.extend((f"active at {resolution}", f"{share:.1%}") for resolution, share in self.density.items())
         if self.dense_seconds is not None:
             rows.append(("speed-up", f"{self.speed_up:.2f}x"))

@@ -1,6 +1,6 @@
-"""The schedulers an edit session knows by name, and how many U-Net calls each of their steps takes.
+"""The schedulers an edit session knows by name, and how many network calls each of their steps takes.
 
-A pipeline calls ``callback_on_step_end`` once for each U-Net call.  A scheduler step may take several calls: two
+A pipeline calls ``callback_on_step_end`` once for each network call.  A scheduler step may take several calls: two
 with Heun's method, four in the Runge-Kutta warm-up of PNDM.  Masks are found after a number of *steps*, recorded runs
 are lined up by *calls*, so the two are counted apart.
 """
@@ -25,7 +25,7 @@ class KnownScheduler:
         name: what the command line calls it.
         class_name: its class in diffusers.
         options: changes to the pipeline's scheduler configuration.
-        calls: how its steps map to U-Net calls, in words.
+        calls: how its steps map to network calls, in words.
     """
 
     name: str
@@ -60,7 +60,7 @@ def make_scheduler(name: str, current: Any) -> Any:
 
 
 def calls_for_steps(scheduler: Any, steps: int, total_calls: int) -> int:
-    """After how many U-Net calls ``steps`` steps of the scheduler are finished.
+    """After how many network calls ``steps`` steps of the scheduler are finished.
 
     Args:
         scheduler: a diffusers scheduler.
@@ -80,7 +80,7 @@ def calls_for_steps(scheduler: Any, steps: int, total_calls: int) -> int:
 
 
 def steps_for_calls(scheduler: Any, total_calls: int) -> int:
-    """How many scheduler steps a run of ``total_calls`` U-Net calls makes: the least number that takes them all."""
+    """How many scheduler steps a run of ``total_calls`` network calls makes: the least number that takes them all."""
     steps = range(total_calls + 1)
     return next(count for count in steps if calls_for_steps(scheduler, count, total_calls) == total_calls)
 

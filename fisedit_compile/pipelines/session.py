@@ -17,7 +17,8 @@ from fisedit_compile.pipelines.arguments import CallArguments, keep_value
 from fisedit_compile.pipelines.autoencoder import AutoencoderCall, EncodeMemory
 from fisedit_compile.pipelines.binding import PipelineBinding
 from fisedit_compile.pipelines.decoding import DecodeJob, DecodeRecord, SparseDecoder
-from fisedit_compile.pipelines.masking import AutomaticMask, grow_mask, paste_outside, to_latents, to_pixels
+from fisedit_compile.pipelines.latents import packed_resolution
+from fisedit_compile.pipelines.masking import AutomaticMask, grow_mask, paste_outside, to_pixels
 from fisedit_compile.pipelines.noise import Generators, NoiseSource, new_generator
 from fisedit_compile.pipelines.picture import Picture
 from fisedit_compile.pipelines.report import Report, SeamError
@@ -51,10 +52,10 @@ class _Entry:
 class EditSession:
     """Generates a picture with a diffusers pipeline and edits it, computing only what changes.
 
-    The pipeline is not modified: its U-Net is compiled beside it and put in its place only while the session calls the
-    pipeline.  Works with pipelines that have a U-Net and ``callback_on_step_end`` (text-to-image, image-to-image and
-    inpainting, Stable Diffusion 1.x, 2.x and XL) and with any scheduler that steps each latent on its own (DDIM, PNDM,
-    Euler, DPM-Solver++ multistep, Heun).
+    The pipeline is not modified: its network is compiled beside it, and in its place only while the session calls the
+    pipeline.  Works with pipelines that have a U-Net or a transformer and ``callback_on_step_end`` (text-to-image,
+    image-to-image and inpainting; Stable Diffusion 1.x, 2.x, XL and 3, Flux) and with any scheduler that steps each
+    latent on its own (DDIM, PNDM, Euler, DPM-Solver++ multistep, Heun, flow matching by Euler).
 
     Args:
         pipe: the pipeline.
@@ -66,11 +67,11 @@ class EditSession:
         automatic_mask: how masks are found when none is given.
         decoder: how edits are decoded. ``"sparse"``: from the recorded decode; ``"region"``: densely in boxes around
             the mask; ``"dense"``; ``"auto"``: whatever is cheapest. Decodes are recorded while the budget has room for
-            them, and dropped when the U-Net's recordings need it; what cannot be done falls back to ``dense``.
+            them, and dropped when the network's recordings need it; what cannot be done falls back to ``dense``.
         decoder_halo: by how many latent cells around the mask more is decoded, in every direction.
 
     Raises:
-        PipelineError: the pipeline has no U-Net or no ``callback_on_step_end``.
+        PipelineError: the pipeline has no network, autoencoder, scheduler or ``callback_on_step_end``.
         OptionError: a storage, budget, tier, norm, lowering or decoder that does not exist, or a negative halo.
     """
 
@@ -91,7 +92,7 @@ class EditSession:
         self.runtime = Runtime(storage=storage, budget=budget, tier=tier)
         self.automatic_mask = automatic_mask or AutomaticMask()
         options = {"runtime": self.runtime, "norm": norm, "lowering": lowering}
-        # Wrong options are told now, not in the middle of the first U-Net call.
+        # Wrong options are told now, not in the middle of the first network call.
         parse_options(None, options)
         self._decoder = SparseDecoder(self.runtime.expendable(), options, decoder, decoder_halo)
         self._binding = PipelineBinding(pipe, options)
@@ -119,7 +120,7 @@ class EditSession:
             num_inference_steps: as for the pipeline; None: the pipeline's default.
             generator: source of the noise; None: a new one, seeded from PyTorch's global generator.
             **arguments: further arguments of the pipeline.  A ``callback_on_step_end`` of your own is called first
-                after every U-Net call, in edits as well, and what it returns is obeyed.
+                after every network call, in edits as well, and what it returns is obeyed.
 
         Returns:
             The picture; it is what the pipeline itself returns for these arguments, within float tolerance.
@@ -138,7 +139,9 @@ class EditSession:
         generator = generator if generator is not None else new_generator()
         noise = NoiseSource.of(generator)
         clock = StageClock(self._binding.device)
-        follower = StepFollower(*self._arguments.user_callback(given), clock)
+        size = (self._arguments.value(given, name) for name in ("height", "width"))
+        tokens = packed_resolution(self.pipe, *size)
+        follower = StepFollower(*self._arguments.user_callback(given), clock, tokens)
         with ExitStack() as undo:
             name = self._new_name("generation")
             undo.callback(self._drop, name)
@@ -207,7 +210,7 @@ class EditSession:
         Raises:
             PipelineError: nothing was generated yet, or a change would break the correspondence with the recorded run.
             MaskError: the mask cannot be used, or was given together with ``automatic_mask``.
-            WeightsChangedError: the U-Net's weights are not those of the recorded run.
+            WeightsChangedError: the network's weights are not those of the recorded run.
             BudgetError: keeping the edit would exceed the budget; drop older pictures or use ``keep=False``.
         """
         if not self._entries:
@@ -223,7 +226,7 @@ class EditSession:
         if mask is not None:
             if automatic_mask is not None:
                 raise MaskError("give either mask or automatic_mask, not both")
-            latent_mask = to_latents(mask, entry.trajectory.latents[-1])
+            latent_mask = entry.trajectory.cells.mask(mask, entry.trajectory.latents[-1])
         follower = EditFollower(
             *self._arguments.user_callback(given),
             clock,
@@ -276,7 +279,7 @@ class EditSession:
     def _check_pipeline(self, entry: _Entry) -> None:
         """Refuse a pipeline whose parts were exchanged since the recorded run."""
         if self._binding.module is not entry.module:
-            raise PipelineError("the pipeline has another U-Net than when the picture was generated; generate it again")
+            raise PipelineError("the pipeline has another network than when the picture was generated; generate again")
         difference = scheduler_difference(entry.scheduler, describe_scheduler(self.pipe.scheduler))
         if difference is not None:
             raise PipelineError(f"{difference}; put the scheduler back, or call generate with the new one first")
@@ -299,7 +302,7 @@ class EditSession:
         }
         if self._arguments.accepts("generator"):
             arguments["generator"] = generator
-        with self._binding.installed(clock, autoencoder):
+        with self._binding.installed(clock, autoencoder, follower.tokens):
             output = self.pipe(**arguments)
         flagged = getattr(output, "nsfw_content_detected", None)
         pixels = None if wants_latents else output.images

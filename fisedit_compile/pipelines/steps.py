@@ -1,4 +1,4 @@
-"""What a session does after every U-Net call: follow, record, find the mask, keep the latents outside it."""
+"""What a session does after every network call: follow, record, find the mask, keep the latents outside it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from fisedit_compile.errors import PipelineError
 from fisedit_compile.pipelines.arguments import same_value
+from fisedit_compile.pipelines.latents import LatentCells
 from fisedit_compile.pipelines.masking import AutomaticMask, MaskFinder
 from fisedit_compile.pipelines.schedulers import calls_for_steps, steps_for_calls
 from fisedit_compile.pipelines.timing import StageClock
+from fisedit_compile.runtime import Domain
 
 
 class MaskReceiver(Protocol):
@@ -25,14 +26,16 @@ class MaskReceiver(Protocol):
 
 @dataclass
 class Trajectory:
-    """The latents after each U-Net call of a run, and the scheduler's timesteps.
+    """The latents after each network call of a run, and the scheduler's timesteps.
 
     Attributes:
-        latents: ``[B, C, height, width]`` each, on the pipeline's device.
+        latents: of one shape each, on the pipeline's device.
+        cells: where their cells lie.
         timesteps: the scheduler's, on the host.
     """
 
     latents: list[Tensor] = field(default_factory=list)
+    cells: LatentCells = LatentCells(Domain(1, 1))
     timesteps: Tensor | None = None
 
 
@@ -43,9 +46,13 @@ class StepFollower:
         callback: the user's callback, or None.
         names: tensors the user's callback is to be given.
         clock: counts the seconds of every call.
+        tokens: resolution of the tokens that the pipeline packs its latents to; None: it does not.
     """
 
-    def __init__(self, callback: Callable[..., Any] | None, names: Sequence[str], clock: StageClock) -> None:
+    def __init__(
+        self, callback: Callable[..., Any] | None, names: Sequence[str], clock: StageClock, tokens: Domain | None
+    ) -> None:
+        self.tokens = tokens
         self.trajectory = Trajectory()
         self._callback = callback
         self._names = tuple(names)
@@ -57,7 +64,7 @@ class StepFollower:
         return list(dict.fromkeys((*self._names, "latents")))
 
     def __call__(self, pipe: Any, call: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        """Follow one U-Net call and its scheduler step; the pipeline takes the returned tensors.
+        """Follow one network call and its scheduler step; the pipeline takes the returned tensors.
 
         Raises:
             PipelineError: the user's callback returns no dictionary or interrupts the run.
@@ -69,6 +76,7 @@ class StepFollower:
             outputs = _check_outputs(pipe, call, self._callback(pipe, call, timestep, given))
         if call == 0:
             self.trajectory.timesteps = pipe.scheduler.timesteps.cpu()
+            self.trajectory.cells = LatentCells.of(tensors["latents"], self.tokens)
         latents = self.after_call(pipe, call, outputs.get("latents", tensors["latents"]))
         outputs["latents"] = latents
         self.trajectory.latents.append(latents.detach().clone())
@@ -115,7 +123,7 @@ class EditFollower(StepFollower):
         mask: Tensor | None,
         settings: AutomaticMask,
     ) -> None:
-        super().__init__(callback, names, clock)
+        super().__init__(callback, names, clock, recorded.cells.tokens)
         self.mask = mask
         self.run: MaskReceiver | None = None
         self._recorded = recorded
@@ -145,16 +153,14 @@ class EditFollower(StepFollower):
             self._find(self._finder, pipe, call, latents)
         if self.mask is None:
             return latents
-        mixed = torch.where(self.mask.unsqueeze(1), latents, self._recorded.latents[call].to(latents.dtype))
-        # The next U-Net call must see the strides it was compiled for: those of the latents, which a clone keeps.
-        return latents.clone().copy_(mixed)
+        return self._recorded.cells.keep(latents, self._recorded.latents[call], self.mask)
 
     def _check_run(self, pipe: Any, latents: Tensor) -> None:
         recorded = self._recorded
         total = len(recorded.latents)
         if pipe.num_timesteps != total:
             raise PipelineError(
-                f"the recorded run made {total} U-Net calls, this one makes {pipe.num_timesteps}; "
+                f"the recorded run made {total} network calls, this one makes {pipe.num_timesteps}; "
                 "keep the steps and the scheduler of the recorded run, or call generate first"
             )
         if recorded.latents[0].shape != latents.shape:
@@ -175,10 +181,10 @@ class EditFollower(StepFollower):
             steps = finder.settings.scaled_steps(steps_for_calls(pipe.scheduler, total))
             self._calls_by_step = [calls_for_steps(pipe.scheduler, step + 1, total) for step in range(steps)]
         if call + 1 in self._calls_by_step:
-            finder.add(latents, self._recorded.latents[call])
+            finder.add(*map(self._recorded.cells.maps, (latents, self._recorded.latents[call])))
         if call + 1 == self._calls_by_step[-1]:
             self._clock.lap("dense")
-            self.mask = finder.mask()
+            self.mask = self._recorded.cells.expand(finder.mask())
             self._finder = None
             if call + 1 < total and not bool(self.mask.all()):
                 if self.run is None:

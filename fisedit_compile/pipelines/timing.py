@@ -15,8 +15,8 @@ STAGES = ("text", "prepare", "setup", "dense", "mask", "sparse", "decode")
 class StageClock:
     """Splits the time of a pipeline call into stages.
 
-    A lap goes from the end of the previous lap to now.  The first U-Net call of a phase also traces, compiles or plans;
-    :meth:`seconds` moves what it took beyond the average of the phase's other calls to the stage ``setup``.
+    A lap goes from the end of the previous lap to now.  The first network call of a phase also traces, compiles or
+    plans; :meth:`seconds` moves what it took beyond the average of the phase's other calls to the stage ``setup``.
 
     Args:
         device: the pipeline's device; on CUDA the clock waits for the device where it must, never at every call.
@@ -44,13 +44,13 @@ class StageClock:
         self._last = now
 
     def begin_loop(self) -> None:
-        """Called before every U-Net call; the first one ends the preparation."""
+        """Called before every network call; the first one ends the preparation."""
         if not self._looping:
             self._looping = True
             self.lap("prepare")
 
     def call(self, stage: str, last: bool) -> None:
-        """A U-Net call and its scheduler step are done.
+        """A network call and its scheduler step are done.
 
         Args:
             stage: ``dense`` or ``sparse``.
@@ -77,7 +77,7 @@ class StageClock:
         self._known_setup[stage] += seconds
 
     def calls(self, stage: str) -> int:
-        """Number of U-Net calls counted in ``dense`` or ``sparse``."""
+        """Number of network calls counted in ``dense`` or ``sparse``."""
         return self._calls[stage]
 
     def seconds(self) -> dict[str, float]:

@@ -321,7 +321,7 @@ def test_another_unet_is_noticed(session: EditSession) -> None:
     generate(session)
     recorded = session.pipe.unet
     session.pipe.unet = tiny_pipeline().unet
-    with pytest.raises(PipelineError, match="another U-Net"):
+    with pytest.raises(PipelineError, match="another network"):
         session.edit(FIRST, mask=box())
     session.pipe.unet = recorded
     session.edit(FIRST, mask=box())

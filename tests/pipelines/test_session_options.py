@@ -126,7 +126,7 @@ def test_pipelines_without_a_unet() -> None:
     class Transformer:
         unet = None
 
-    with pytest.raises(PipelineError, match="with a unet, and Transformer has none"):
+    with pytest.raises(PipelineError, match="with a scheduler, and Transformer has none"):
         EditSession(Transformer())
 
 

@@ -1,0 +1,160 @@
+"""Edit sessions on pipelines whose network is a transformer; and such a pipeline as it comes, with a runtime."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformer_pipelines import (
+    COLUMNS,
+    HEIGHT,
+    KINDS,
+    ROWS,
+    WIDTH,
+    picture_arguments,
+    prompt_arguments,
+    transformer_pipeline,
+)
+
+import fisedit_compile as fisedit
+from fisedit_compile.errors import PipelineError
+from fisedit_compile.pipelines import EditSession
+from fisedit_compile.pipelines.latents import LatentCells, packed_resolution
+from fisedit_compile.runtime import Domain
+
+from tolerances import assert_identical, assert_near
+
+STEPS = 4
+TOKENS = Domain(ROWS, COLUMNS)
+
+
+def noise() -> torch.Generator:
+    return torch.Generator().manual_seed(3)
+
+
+def box() -> Tensor:
+    """A mask in pixels; it covers rows 3 to 7 and columns 2 to 4 of the tokens, and none of them exactly."""
+    mask = torch.zeros((HEIGHT, WIDTH))
+    mask[14:30, 9:17] = 1
+    return mask
+
+
+def covered(scale: int) -> Tensor:
+    """What the box covers, at so many cells for each token: ``[rows, columns]``."""
+    mask = torch.zeros((ROWS * scale, COLUMNS * scale), dtype=torch.bool)
+    mask[3 * scale : 8 * scale, 2 * scale : 5 * scale] = True
+    return mask
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_pipeline_class(kind: str) -> None:
+    pipe = transformer_pipeline(kind)
+    arguments: dict[str, Any] = {"num_inference_steps": STEPS, **picture_arguments(kind)}
+    first, second = (prompt_arguments(kind, seed) for seed in (1, 2))
+    wanted, other = (
+        pipe(**arguments, **prompt, generator=noise(), output_type="pt").images for prompt in (first, second)
+    )
+    transformer = pipe.transformer
+    session = EditSession(pipe)
+    base = session.generate(None, generator=noise(), **arguments, **first)
+    assert base.pixels is not None
+    assert_near(base.pixels, wanted, "the recorded run")
+
+    changes = {name: value for name, value in second.items() if not name.startswith("negative")}
+    edited = session.edit(mask=box(), **changes)
+    assert edited.pixels is not None and edited.mask is not None and edited.pixel_mask is not None
+    # Masks of packed latents keep tokens whole; SD 3 cuts its patches itself, and its mask follows latent cells.
+    cells = covered(2)
+    if kind == "sd3":
+        cells = torch.zeros_like(cells)
+        cells[7:15, 4:9] = True
+    assert torch.equal(edited.mask[0], cells)
+    pixels = cells.repeat_interleave(2, 0).repeat_interleave(2, 1)
+    assert torch.equal(edited.pixel_mask[0], pixels)
+    assert_identical(edited.pixels[:, :, ~pixels], base.pixels[:, :, ~pixels], "outside the mask")
+    assert ((edited.pixels != base.pixels)[:, :, pixels].float().mean() > 0.9).all(), "inside the mask"
+    calls = len(edited.report.density) and edited.report.sparse_calls
+    assert calls == base.report.dense_calls and edited.report.dense_calls == 0
+    assert edited.report.decoder == "sparse"
+
+    found = session.edit(**prompt_arguments(kind, 5)) if kind != "sd3" else session.edit(**changes)
+    assert found.mask is not None and found.pixels is not None and found.report.dense_calls == 1
+    assert found.mask.shape == (1, 2 * ROWS, 2 * COLUMNS)
+    outside = ~found.pixel_mask.unsqueeze(1).expand_as(found.pixels)
+    assert_identical(found.pixels[outside], edited.pixels[outside], "outside the mask that was found")
+
+    everything = session.undo() and session.undo()
+    assert everything is base
+    whole = session.edit(mask=torch.ones(2, 2), keep=False, **changes)
+    assert whole.pixels is not None
+    assert_near(whole.pixels, other, "a mask of everything is the pipeline's own run")
+    assert pipe.transformer is transformer
+
+
+def test_a_pipeline_is_edited_as_it_comes() -> None:
+    pipe = transformer_pipeline("flux")
+
+    def latents(prompt: int) -> Tensor:
+        given = prompt_arguments("flux", prompt)
+        size = {"height": HEIGHT, "width": WIDTH, "num_inference_steps": STEPS}
+        return pipe(**given, **size, generator=noise(), output_type="latent").images
+
+    expected = latents(1), latents(2)
+    runtime = fisedit.Runtime()
+    options = {"runtime": runtime, "tokens": {"hidden_states": (ROWS, COLUMNS)}}
+    pipe.transformer.compile(backend="fisedit", options=options)
+    with runtime.record("base"):
+        base = latents(1)
+    assert_near(base, expected[0], "the recorded run")
+    with runtime.edit("base", mask=box()):
+        edited = latents(2)
+    changed = (edited != base).any(dim=2).reshape(ROWS, COLUMNS)
+    assert torch.equal(changed, covered(1)), "all of the mask changes, and nothing else"
+    with runtime.edit("base", mask=torch.ones(1, 1)):
+        assert_near(latents(2), expected[1], "a mask of everything is the dense run")
+    with runtime.edit("base", mask=torch.zeros(1, 1)):
+        assert_identical(latents(2), base, "an empty mask returns the recording")
+    assert runtime.stats.calls == {"record": STEPS, "edit": 2 * STEPS, "dense": STEPS}
+
+
+def test_another_size_is_another_resolution_of_tokens() -> None:
+    pipe = transformer_pipeline("flux")
+    session = EditSession(pipe, decoder="dense")
+    given = prompt_arguments("flux", 1)
+    for height, width in ((HEIGHT, WIDTH), (24, 32)):
+        base = session.generate(None, generator=noise(), num_inference_steps=2, height=height, width=width, **given)
+        edited = session.edit(mask=torch.eye(4), prompt_embeds=given["prompt_embeds"] + 1)
+        assert list(edited.report.density) == [f"{height // 4}x{width // 4}"] and edited.report.sparse_calls == 2
+        assert base.pixels is not None and edited.pixels is not None and edited.pixels.shape[-2:] == (height, width)
+
+
+def test_latents_that_are_neither_maps_nor_tokens_are_refused() -> None:
+    with pytest.raises(PipelineError, match=r"have shape \(1, 60, 16\), .* needs \[B, 140, C\] for 14x10"):
+        LatentCells.of(torch.zeros(1, 60, 16), TOKENS)
+    with pytest.raises(PipelineError, match=r"have shape \(1, 4, 3, 8, 8\), .* needs \[B, C, height, width\]"):
+        LatentCells.of(torch.zeros(1, 4, 3, 8, 8), None)
+
+
+def test_tokens_are_laid_out_in_rows() -> None:
+    cells = LatentCells.of(torch.zeros(2, 140, 3), TOKENS)
+    assert cells == LatentCells(Domain(2 * ROWS, 2 * COLUMNS), TOKENS)
+    numbers = torch.arange(140.0).expand(2, 3, -1).transpose(1, 2)
+    assert torch.equal(cells.maps(numbers)[1, 2], torch.arange(140.0).reshape(ROWS, COLUMNS))
+    mask = cells.mask(box(), numbers)
+    assert torch.equal(mask[0], covered(2))
+    kept = cells.keep(numbers + 1000, numbers, mask)
+    assert torch.equal((kept != numbers)[0, :, 0].reshape(ROWS, COLUMNS), covered(1))
+
+
+def test_pipelines_that_do_not_tell_their_tokens() -> None:
+    class Silent:
+        def _pack_latents(self) -> None:
+            """As pipelines that pack have."""
+
+    with pytest.raises(PipelineError, match="Silent packs its latents to tokens and has no vae_scale_factor"):
+        packed_resolution(Silent(), 64, 64)
+    assert packed_resolution(transformer_pipeline("sd3"), None, None) is None
+    pipe = transformer_pipeline("flux")
+    assert packed_resolution(pipe, HEIGHT, None) == Domain(ROWS, pipe.default_sample_size // 2)
