@@ -25,6 +25,7 @@ from fisedit_compile.passes.hoist_invariants import hoist_invariants
 from fisedit_compile.passes.hoist_parameters import hoist_parameters
 from fisedit_compile.passes.insert_cache_ops import insert_cache_ops
 from fisedit_compile.passes.ir import eliminate_dead_code, shape_of, spatial_of
+from fisedit_compile.passes.join_slices import join_slices
 from fisedit_compile.passes.lift_cache_io import lift_edit, lift_invariants, lift_stores
 from fisedit_compile.passes.lower_conversions import lower_conversions
 from fisedit_compile.passes.normalise_attention import normalise_attention
@@ -45,8 +46,8 @@ from fisedit_compile.runtime.spec import Domain, Stencil
 logger = logging.getLogger(__name__)
 
 #: Passes that may be left out: what they would have rewritten stays dense.
-OPTIONAL = ("normalise_attention", "sparsify_conv", "sparsify_norm", "sparsify_attention", "sparsify_linear",
-            "sparsify_layout", "sparsify_pointwise", "resample", "hoist_invariants",
+OPTIONAL = ("join_slices", "normalise_attention", "sparsify_conv", "sparsify_norm", "sparsify_attention",
+            "sparsify_linear", "sparsify_layout", "sparsify_pointwise", "resample", "hoist_invariants",
             "choose_convolution", "pack_weights")  # fmt: skip
 
 
@@ -127,6 +128,7 @@ def build_program(
     edit = graph_module
     runner.dump("traced", edit)
     runner.run("canonicalize", edit, lambda: canonicalize(edit, report))
+    runner.run("join_slices", edit, lambda: join_slices(edit, report))
     runner.run("normalise_attention", edit, lambda: normalise_attention(edit, report))
     runner.run("split_joined", edit, lambda: split_joined(edit, report))
     runner.run("propagate_domains", edit, lambda: propagate_domains(edit, inputs, kinds, report))

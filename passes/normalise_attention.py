@@ -34,7 +34,7 @@ import torch
 from torch import fx
 
 from fisedit_compile.passes.arguments import read_arguments
-from fisedit_compile.passes.ir import copy_provenance, eliminate_dead_code, shape_of
+from fisedit_compile.passes.ir import eliminate_dead_code, insert_call, shape_of
 from fisedit_compile.passes.matrix_products import (
     PRODUCTS,
     Operand,
@@ -45,10 +45,9 @@ from fisedit_compile.passes.matrix_products import (
 )
 from fisedit_compile.passes.report import Report
 from fisedit_compile.passes.sparsify_layout import PERMUTES
-from fisedit_compile.passes.targets import NO_OPERATION, RESHAPES, aten
+from fisedit_compile.passes.targets import NO_OPERATION, RESHAPES, SOFTMAXES, aten
 
 NAME = "normalise_attention"
-SOFTMAXES = {aten.softmax.int, aten._softmax.default}
 CASTS = {aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default}
 QUOTIENTS = {aten.div.Tensor, aten.div.Scalar}
 SCALES = {aten.mul.Tensor, aten.mul.Scalar} | QUOTIENTS
@@ -250,15 +249,7 @@ class _Writer:
         self.before = before
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        with self.before.graph.inserting_before(self.before):
-            node = self.before.graph.call_function(target, args, kwargs)
-        copy_provenance(self.before, node)
-        if "module_path" in self.before.meta:
-            node.meta["module_path"] = self.before.meta["module_path"]
-        values = fx.node.map_arg(args, lambda value: value.meta["val"])
-        with torch.no_grad():
-            node.meta["val"] = target(*values, **kwargs)
-        return node
+        return insert_call(self.before, target, *args, **kwargs)
 
     def permuted(self, operand: Operand) -> fx.Node:
         """A node with the operand's dimensions in its order."""
