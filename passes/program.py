@@ -13,7 +13,8 @@ from fisedit_compile.runtime.spec import Domain, PlanInput, Site, Stencil
 @dataclass(frozen=True)
 class InputInfo:
     """What a flat input of the traced graph is: ``parameter`` (also buffers), ``state`` (a buffer or parameter that the
-    graph changes in place), ``scalar`` (compared between record and edit) or ``user`` (all others)."""
+    graph changes in place), ``scalar`` (compared between record and edit) or ``user`` (all others; labels.py says which
+    numbers are among them)."""
 
     kind: str
     name: str
