@@ -20,6 +20,7 @@ from fisedit_compile.passes.collapse import Opaque, collapse
 from fisedit_compile.passes.count_macs import count_macs
 from fisedit_compile.passes.deferred import DeferredModule
 from fisedit_compile.passes.densify import densify
+from fisedit_compile.passes.expand_layers import expand_layers
 from fisedit_compile.passes.family import Family, rewrite_nodes
 from fisedit_compile.passes.hoist_invariants import hoist_invariants
 from fisedit_compile.passes.hoist_parameters import hoist_parameters
@@ -46,9 +47,9 @@ from fisedit_compile.runtime.spec import Domain, Stencil
 logger = logging.getLogger(__name__)
 
 #: Passes that may be left out: what they would have rewritten stays dense.
-OPTIONAL = ("join_slices", "normalise_attention", "sparsify_conv", "sparsify_norm", "sparsify_attention",
-            "sparsify_linear", "sparsify_layout", "sparsify_pointwise", "resample", "hoist_invariants",
-            "choose_convolution", "pack_weights")  # fmt: skip
+OPTIONAL = ("expand_layers", "join_slices", "normalise_attention", "sparsify_conv", "sparsify_norm",
+            "sparsify_attention", "sparsify_linear", "sparsify_layout", "sparsify_pointwise", "resample",
+            "hoist_invariants", "choose_convolution", "pack_weights")  # fmt: skip
 
 
 def families(options: Options) -> tuple[Family, ...]:
@@ -128,6 +129,7 @@ def build_program(
     edit = graph_module
     runner.dump("traced", edit)
     runner.run("canonicalize", edit, lambda: canonicalize(edit, report))
+    runner.run("expand_layers", edit, lambda: expand_layers(edit, report))
     runner.run("join_slices", edit, lambda: join_slices(edit, report))
     runner.run("normalise_attention", edit, lambda: normalise_attention(edit, report))
     runner.run("split_joined", edit, lambda: split_joined(edit, report))

@@ -19,6 +19,7 @@ from tolerances import assert_near
 
 ORDER = [
     "canonicalize",
+    "expand_layers",
     "join_slices",
     "normalise_attention",
     "split_joined",
@@ -148,7 +149,7 @@ def test_a_disabled_pass_leaves_its_operators_dense_and_results_right(program: P
     builder, output = small_unet()
     built = compile_graph(builder, output, options=Options(disabled_passes=frozenset({name})))
     assert name not in built.report.seconds and built.report.matches[name] == 0
-    if name in ("join_slices", "normalise_attention"):
+    if name in ("expand_layers", "join_slices", "normalise_attention"):
         return  # The small network has nothing for them to do.
     if name in ("pack_weights", "hoist_invariants", "choose_convolution"):
         assert program.report.matches[name] > 0 or name == "choose_convolution"  # its maps are small
@@ -191,7 +192,7 @@ def test_passes_are_disabled_by_the_environment(monkeypatch: pytest.MonkeyPatch)
 def test_other_passes_cannot_be_disabled(name, monkeypatch: pytest.MonkeyPatch) -> None:
     builder = GraphBuilder()
     output = builder.call(aten.relu.default, builder.picture())
-    with pytest.raises(OptionError, match=f"cannot disable {name}; passes that can be disabled are join_slices"):
+    with pytest.raises(OptionError, match=f"cannot disable {name}; passes that can be disabled are expand_layers"):
         compile_graph(builder, output, options=Options(disabled_passes=frozenset({name})))
     monkeypatch.setenv("FISEDIT_DISABLE_PASSES", f"resample,{name}")
     builder = GraphBuilder()
