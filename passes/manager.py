@@ -41,13 +41,15 @@ from fisedit_compile.passes.sparsify_layout import FAMILY as LAYOUT
 from fisedit_compile.passes.sparsify_linear import FAMILY as LINEAR
 from fisedit_compile.passes.sparsify_pointwise import FAMILY as POINTWISE
 from fisedit_compile.passes.split_joined import split_joined
+from fisedit_compile.passes.undo_merges import undo_merges
 from fisedit_compile.passes.verify import verify
 from fisedit_compile.runtime.spec import Domain, Stencil
 
 logger = logging.getLogger(__name__)
 
 #: Passes that may be left out: what they would have rewritten stays dense.
-OPTIONAL = ("expand_layers", "join_slices", "normalise_attention", "sparsify_conv", "sparsify_norm",
+OPTIONAL = ("expand_layers", "join_slices", "normalise_attention", "undo_merges", "sparsify_conv",
+            "sparsify_norm",
             "sparsify_attention", "sparsify_linear", "sparsify_layout", "sparsify_pointwise", "resample",
             "hoist_invariants", "choose_convolution", "pack_weights")  # fmt: skip
 
@@ -132,6 +134,7 @@ def build_program(
     runner.run("expand_layers", edit, lambda: expand_layers(edit, report))
     runner.run("join_slices", edit, lambda: join_slices(edit, report))
     runner.run("normalise_attention", edit, lambda: normalise_attention(edit, report))
+    runner.run("undo_merges", edit, lambda: undo_merges(edit, report))
     runner.run("split_joined", edit, lambda: split_joined(edit, report))
     runner.run("propagate_domains", edit, lambda: propagate_domains(edit, inputs, kinds, report))
     if opaque is not None:

@@ -90,7 +90,7 @@ class Normed(nn.Module):
 
 
 class EncoderLayers(nn.Module):
-    """Layers that inference makes one operator, between convolutions."""
+    """Layers that inference makes one operator, and attention that puts positions first, between convolutions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,9 +98,12 @@ class EncoderLayers(nn.Module):
         self.first = nn.TransformerEncoderLayer(12, 2, 20, batch_first=True)
         self.second = nn.TransformerEncoderLayer(12, 4, 20, activation="gelu", norm_first=True, batch_first=True)
 
+        self.attention = nn.MultiheadAttention(12, 3, batch_first=True)
+
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.enter(x)
-        tokens = self.second(self.first(hidden.flatten(2).transpose(1, 2)))
+        tokens = self.first(hidden.flatten(2).transpose(1, 2))
+        tokens = self.second(tokens + self.attention(tokens, tokens, tokens)[0])
         return self.leave(tokens.transpose(1, 2).reshape(hidden.shape))
 
 
