@@ -71,7 +71,8 @@ def describe_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[
     """Classify the flat inputs of a Dynamo graph.
 
     ``parameter``: a tensor read from a module; ``scalar``: numbers, other tensors of rank 0 or 1, and numbers of a
-    module, of Python or numpy, that come as new tensors at every call (compared by value); ``user``: the rest.
+    module, of Python or numpy, that come as new tensors at every call (compared by value); ``user``: the rest. The
+    traced graph may show that a scalar is a label (passes/labels.py), which then counts as ``user``.
     """
     infos = []
     for placeholder, value in zip(placeholders(gm.graph), example_inputs, strict=True):

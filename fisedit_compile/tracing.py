@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from fisedit_compile.description import (
 from fisedit_compile.forms import DynamicNumber, StaticTensor
 from fisedit_compile.passes.collapse import Opaque
 from fisedit_compile.passes.deferred import DeferredModule
+from fisedit_compile.passes.labels import find_labels
 from fisedit_compile.passes.program import InputInfo
 from fisedit_compile.private import FunctionalTrace
 
@@ -279,12 +280,17 @@ def trace(gm: fx.GraphModule, inputs: GraphInputs) -> TracedGraph:
             node.target = aten.reshape.default
         node.meta["module_path"] = module_path(node)
     logger.debug("traced a graph of %d nodes with %d inputs", len(graph.nodes), len(values))
+    infos = list(inputs.infos)
+    for at in find_labels(graph, infos):
+        infos[at] = replace(infos[at], kind="user")
+    if opaque is not None:
+        infos = [
+            replace(info, kind="state") if at in changed and info.kind == "parameter" else info
+            for at, info in enumerate(infos)
+        ]
     return TracedGraph(
         DeferredModule(module, graph),
-        tuple(
-            InputInfo("state", info.name) if opaque and at in changed and info.kind == "parameter" else info
-            for at, info in enumerate(inputs.infos)
-        ),
+        tuple(infos),
         numbers=tuple(sorted({*numbers, *inputs.wrapped})),
         steady=tuple(sorted(inputs.wrapped if private.INTEGERS_CHOOSE_GRAPHS else {*numbers, *inputs.wrapped})),
         constants=frozenset(at for at, value in enumerate(values) if not isinstance(value, DYNAMIC)),

@@ -45,6 +45,11 @@ def macs_of(node: fx.Node) -> tuple[str, int] | None:
         samples, tokens, width = shape_of(given["src"])
         weights = sum(math.prod(shape_of(given[name])) for name in ENCODER_WEIGHTS)
         return "transformer layer", samples * tokens * (weights + 2 * tokens * width)
+    if node.target is aten._native_multi_head_attention.default:
+        given = read_arguments(node)
+        (samples, queries, width), keys = shape_of(given["query"]), shape_of(given["key"])[1]
+        # One linear layer for queries and one for results, two for keys.
+        return "attention layer", 2 * samples * width * ((queries + keys) * width + queries * keys)
     return None
 
 

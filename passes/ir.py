@@ -88,6 +88,19 @@ def copy_provenance(source: fx.Node, target: fx.Node) -> None:
             target.meta[key] = source.meta[key]
 
 
+def insert_call(before: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    """Insert a call before a node whose place it takes: with a value, and with what names the node's site."""
+    with before.graph.inserting_before(before):
+        node = before.graph.call_function(target, args, kwargs)
+    copy_provenance(before, node)
+    if "module_path" in before.meta:
+        node.meta["module_path"] = before.meta["module_path"]
+    values, keywords = fx.node.map_arg((args, kwargs), lambda value: value.meta["val"])
+    with torch.no_grad():
+        node.meta["val"] = target(*values, **keywords)
+    return node
+
+
 def likely_rows(domain: Domain) -> int:
     """How many rows of a sample an edit is likely to compute at a resolution."""
     return max(1, round(TYPICAL_DENSITY * domain.size))

@@ -20,11 +20,13 @@ from fisedit_compile.passes.collapse import Opaque, collapse
 from fisedit_compile.passes.count_macs import count_macs
 from fisedit_compile.passes.deferred import DeferredModule
 from fisedit_compile.passes.densify import densify
+from fisedit_compile.passes.expand_layers import expand_layers
 from fisedit_compile.passes.family import Family, rewrite_nodes
 from fisedit_compile.passes.hoist_invariants import hoist_invariants
 from fisedit_compile.passes.hoist_parameters import hoist_parameters
 from fisedit_compile.passes.insert_cache_ops import insert_cache_ops
 from fisedit_compile.passes.ir import eliminate_dead_code, shape_of, spatial_of
+from fisedit_compile.passes.join_slices import join_slices
 from fisedit_compile.passes.lift_cache_io import lift_edit, lift_invariants, lift_stores
 from fisedit_compile.passes.lower_conversions import lower_conversions
 from fisedit_compile.passes.normalise_attention import normalise_attention
@@ -41,15 +43,16 @@ from fisedit_compile.passes.sparsify_linear import FAMILY as LINEAR
 from fisedit_compile.passes.sparsify_pointwise import FAMILY as POINTWISE
 from fisedit_compile.passes.split_joined import split_joined
 from fisedit_compile.passes.tokens import declare_tokens
+from fisedit_compile.passes.undo_merges import undo_merges
 from fisedit_compile.passes.verify import verify
 from fisedit_compile.runtime.spec import Domain, Stencil
 
 logger = logging.getLogger(__name__)
 
 #: Passes that may be left out: what they would have rewritten stays dense.
-OPTIONAL = ("normalise_attention", "sparsify_conv", "sparsify_norm", "sparsify_attention", "sparsify_linear",
-            "sparsify_layout", "sparsify_complex", "sparsify_pointwise", "resample", "hoist_invariants",
-            "choose_convolution", "pack_weights")  # fmt: skip
+OPTIONAL = ("expand_layers", "join_slices", "normalise_attention", "undo_merges", "sparsify_conv", "sparsify_norm",
+            "sparsify_attention", "sparsify_linear", "sparsify_layout", "sparsify_complex", "sparsify_pointwise",
+            "resample", "hoist_invariants", "choose_convolution", "pack_weights")  # fmt: skip
 
 
 def families(options: Options) -> tuple[Family, ...]:
@@ -131,7 +134,10 @@ def build_program(
     inputs = declare_tokens(edit.graph, inputs, options.tokens)
     runner.dump("traced", edit)
     runner.run("canonicalize", edit, lambda: canonicalize(edit, report))
+    runner.run("expand_layers", edit, lambda: expand_layers(edit, report))
+    runner.run("join_slices", edit, lambda: join_slices(edit, report))
     runner.run("normalise_attention", edit, lambda: normalise_attention(edit, report))
+    runner.run("undo_merges", edit, lambda: undo_merges(edit, report))
     runner.run("split_joined", edit, lambda: split_joined(edit, report))
     runner.run("propagate_domains", edit, lambda: propagate_domains(edit, inputs, kinds, report))
     if opaque is not None:

@@ -18,7 +18,7 @@ Conditions, looked at for each softmax:
    product. Nothing else reads the weights or the scores.
 2. The scores are a product of two tensors (query and key) with one or two batch dimensions that do not broadcast.
 3. Between the scores and the softmax stand casts, products with or quotients by Python numbers, and at most one added
-   mask, added last and unscaled.
+   mask, added last and unscaled. Such numbers may also scale query and key.
 4. Scores are cast to wider dtypes only, and query, key, value and result have one dtype once the casts that widen
    query and key are left out.
 5. A mask has that dtype or is widened from it, and broadcasts to the scores without growing them.
@@ -34,7 +34,7 @@ import torch
 from torch import fx
 
 from fisedit_compile.passes.arguments import read_arguments
-from fisedit_compile.passes.ir import copy_provenance, eliminate_dead_code, shape_of
+from fisedit_compile.passes.ir import eliminate_dead_code, insert_call, shape_of
 from fisedit_compile.passes.matrix_products import (
     PRODUCTS,
     Operand,
@@ -45,10 +45,9 @@ from fisedit_compile.passes.matrix_products import (
 )
 from fisedit_compile.passes.report import Report
 from fisedit_compile.passes.sparsify_layout import PERMUTES
-from fisedit_compile.passes.targets import NO_OPERATION, RESHAPES, aten
+from fisedit_compile.passes.targets import NO_OPERATION, RESHAPES, SOFTMAXES, aten
 
 NAME = "normalise_attention"
-SOFTMAXES = {aten.softmax.int, aten._softmax.default}
 CASTS = {aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default}
 QUOTIENTS = {aten.div.Tensor, aten.div.Scalar}
 SCALES = {aten.mul.Tensor, aten.mul.Scalar} | QUOTIENTS
@@ -190,6 +189,19 @@ def _scores_and_mask(node: fx.Node) -> tuple[fx.Node, fx.Node]:
     return (first, second) if from_product(first) else (second, first)
 
 
+def _without_scale(operand: Operand) -> tuple[Operand, float]:
+    """The operand before products with, and quotients by, Python numbers; and what these come to."""
+    scale = 1.0
+    while True:
+        inner = operand.before_permutation() if operand.permuted else operand
+        if inner.node.target not in SCALES or (factor := _number(inner.node, 1)) is None:
+            return operand, scale
+        if _dtype(tensor_argument(inner.node)) != _dtype(inner.node):
+            return operand, scale
+        scale = scale / factor if inner.node.target in QUOTIENTS else scale * factor
+        operand = _input_of(inner)
+
+
 def _before_widening(operand: Operand, dtype: torch.dtype) -> Operand:
     """The operand before casts that widen it from ``dtype``, and before permutations that need not be run."""
     start = operand
@@ -234,7 +246,8 @@ def _match(softmax: fx.Node) -> Attention:
     # The value is [keys, D]; as the right operand of a product it is read as [D, keys].
     value = output.right.swapped()
     dtype = _dtype(value.node)
-    query, key = _before_widening(scores.left, dtype), _before_widening(scores.right, dtype)
+    (left, before), (right, after) = _without_scale(scores.left), _without_scale(scores.right)
+    query, key, scale = _before_widening(left, dtype), _before_widening(right, dtype), scale * before * after
     found = (_dtype(query.node), _dtype(key.node), dtype, _dtype(end))
     if len(set(found)) != 1:
         raise Unmatched("query, key, value and result differ in dtype: " + ", ".join(map(str, found)))
@@ -250,15 +263,7 @@ class _Writer:
         self.before = before
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        with self.before.graph.inserting_before(self.before):
-            node = self.before.graph.call_function(target, args, kwargs)
-        copy_provenance(self.before, node)
-        if "module_path" in self.before.meta:
-            node.meta["module_path"] = self.before.meta["module_path"]
-        values = fx.node.map_arg(args, lambda value: value.meta["val"])
-        with torch.no_grad():
-            node.meta["val"] = target(*values, **kwargs)
-        return node
+        return insert_call(self.before, target, *args, **kwargs)
 
     def permuted(self, operand: Operand) -> fx.Node:
         """A node with the operand's dimensions in its order."""
@@ -295,12 +300,28 @@ def _unfolded(operand: Operand) -> Operand | None:
     return Operand(source, (0, 1, order[1] + 1, order[2] + 1))
 
 
+def _samples_behind(operand: Operand) -> tuple[int, int] | None:
+    """Samples and heads that a reshape of ``[..., B, heads * D]`` to ``[..., B * heads, D]`` merged."""
+    while operand.permuted:
+        operand = operand.before_permutation()
+    node, dim = operand.node, operand.order[0]
+    if node.target not in RESHAPES:
+        return None
+    before, after = shape_of(tensor_argument(node)), shape_of(node)
+    if len(before) != len(after) or dim + 2 != len(after) or before[:dim] != after[:dim]:
+        return None
+    return (before[dim], after[dim] // before[dim]) if after[dim] % before[dim] == 0 else None
+
+
 def _samples_and_heads(attention: Attention) -> tuple[int, int]:
     """Read off whichever operand has heads or had them folded into the batch; without any, one head."""
     for operand in (attention.query, attention.value, attention.key):
         source = operand if len(operand.order) == 4 else _unfolded(operand)
         if source is not None:
             return source.shape[0], source.shape[1]
+    for operand in (attention.query, attention.value, attention.key):
+        if len(operand.order) == 3 and (found := _samples_behind(operand)) is not None:
+            return found
     return attention.query.shape[0], 1
 
 

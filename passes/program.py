@@ -13,8 +13,9 @@ from fisedit_compile.runtime.spec import Domain, PlanInput, Site, Stencil
 @dataclass(frozen=True)
 class InputInfo:
     """What a flat input of the traced graph is: ``parameter`` (also buffers), ``state`` (a buffer or parameter that the
-    graph changes in place), ``scalar`` (compared between record and edit) or ``user`` (all others). ``tokens``: the
-    resolution of a picture ``[B, H * W, C]``, where the user says that it is one."""
+    graph changes in place), ``scalar`` (compared between record and edit) or ``user`` (all others; labels.py says which
+    numbers are among them). ``tokens``: the resolution of a picture ``[B, H * W, C]``, where the user says that it is
+    one."""
 
     kind: str
     name: str

@@ -24,11 +24,10 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from fisedit_compile.passes.arguments import read_arguments
-from fisedit_compile.passes.ir import copy_provenance, eliminate_dead_code, shape_of
+from fisedit_compile.passes.ir import eliminate_dead_code, insert_call, shape_of
 from fisedit_compile.passes.joined import Cut, Joined, behind, find_cuts
 from fisedit_compile.passes.report import Report
 from fisedit_compile.passes.sparsify_layout import RESHAPES
@@ -57,15 +56,6 @@ class _Splitter:
         self.parts: dict[tuple[fx.Node, int], fx.Node] = {}
         self.wholes: dict[fx.Node, fx.Node] = {}
 
-    def call(self, before: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        with before.graph.inserting_before(before):
-            node = before.graph.call_function(target, args, kwargs)
-        copy_provenance(before, node)
-        values = fx.node.map_arg((args, kwargs), lambda value: value.meta["val"])
-        with torch.no_grad():
-            node.meta["val"] = target(*values[0], **values[1])
-        return node
-
     def whole(self, node: fx.Node) -> fx.Node:
         """All parts of a value, joined."""
         joined = self.joined.get(node)
@@ -73,7 +63,7 @@ class _Splitter:
             return node
         if node not in self.wholes:
             parts = [self.part(node, number) for number in range(len(joined.sizes))]
-            self.wholes[node] = self.call(node, aten.cat.default, parts, joined.dim)
+            self.wholes[node] = insert_call(node, aten.cat.default, parts, joined.dim)
         return self.wholes[node]
 
     def part(self, node: fx.Node, number: int) -> fx.Node:
@@ -91,13 +81,13 @@ class _Splitter:
             operands = (self.part(given["query"], number), self.whole(given["key"]), self.whole(given["value"]))
             mask = () if given["attn_mask"] is None else (self.whole(given["attn_mask"]),)
             keywords = {"enable_gqa": True} if given.get("enable_gqa") else {}
-            return self.call(node, node.target, *operands, *mask, scale=given["scale"], **keywords)
+            return insert_call(node, node.target, *operands, *mask, scale=given["scale"], **keywords)
         if node.target in RESHAPES or node.target is aten.expand.default:
             assert isinstance(joined, Joined)
             sizes = list(shape_of(node))
             sizes[joined.dim] = joined.sizes[number]
             target = aten.expand.default if node.target is aten.expand.default else aten.reshape.default
-            return self.call(node, target, self.part(node.args[0], number), sizes)  # type: ignore[arg-type]
+            return insert_call(node, target, self.part(node.args[0], number), sizes)  # type: ignore[arg-type]
 
         def convert(value: Any) -> Any:
             if not isinstance(value, fx.Node):
@@ -109,7 +99,7 @@ class _Splitter:
             return value
 
         args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), convert)
-        return self.call(node, node.target, *args, **kwargs)
+        return insert_call(node, node.target, *args, **kwargs)
 
     def _share(self, node: fx.Node, value: fx.Node, joined: Joined, number: int) -> fx.Node:
         """The share of a part in an operand that is not joined itself: positions of tokens, for one."""
@@ -117,7 +107,7 @@ class _Splitter:
         if dim < 0 or shape_of(value)[dim] == 1:
             return value
         start = sum(joined.sizes[:number])
-        return self.call(node, aten.slice.Tensor, value, dim, start, start + joined.sizes[number])
+        return insert_call(node, aten.slice.Tensor, value, dim, start, start + joined.sizes[number])
 
     def replace(self, cut: Cut) -> None:
         """Take a cut from its part."""
@@ -125,9 +115,9 @@ class _Splitter:
         assert isinstance(joined, Joined)
         new = self.part(cut.source, cut.number)
         if node.target is aten.select.int:
-            new = self.call(node, aten.select.int, new, joined.dim, cut.start)
+            new = insert_call(node, aten.select.int, new, joined.dim, cut.start)
         elif (cut.start, cut.stop) != (0, joined.sizes[cut.number]):
-            new = self.call(node, aten.slice.Tensor, new, joined.dim, cut.start, cut.stop)
+            new = insert_call(node, aten.slice.Tensor, new, joined.dim, cut.start, cut.stop)
         node.replace_all_uses_with(new)
 
 

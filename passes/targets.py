@@ -106,6 +106,8 @@ RESOLUTION_CHANGES = CONVOLUTIONS | {
     aten.upsample_nearest2d.vec,
 }
 
+SOFTMAXES = {aten.softmax.int, aten._softmax.default}
+
 #: Behind one of these, a rank-4 input is a picture-like map and not, say, an attention bias.
 ANCHORS = RESOLUTION_CHANGES | {aten.group_norm.default, aten.batch_norm.default, aten.instance_norm.default}
 

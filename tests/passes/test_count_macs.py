@@ -109,3 +109,11 @@ def test_a_layer_of_a_transformer_in_one_operator() -> None:
     node = builder.call(target, x, width, 2, *weights, True, True, 1e-5, *norms, *fed)
     products = 20 * (3 * width * width + width * width + 2 * width * inner)
     assert macs_of(node) == ("transformer layer", 2 * (products + 2 * 20 * 20 * width))
+
+
+def test_attention_with_its_linear_layers_in_one_operator() -> None:
+    builder = GraphBuilder()
+    x, width = builder.tokens(), 6
+    weights = [builder.parameter(*shape) for shape in [(3 * width, width), (3 * width,), (width, width), (width,)]]
+    node = builder.call(aten._native_multi_head_attention.default, x, x, x, width, 2, *weights)
+    assert macs_of(node) == ("attention layer", 2 * (20 * (3 * width * width + width * width) + 2 * 20 * 20 * width))

@@ -127,6 +127,42 @@ def test_mask_and_scale_by_numbers() -> None:
     assert targets(module) == [SDPA]
 
 
+def test_numbers_that_scale_query_and_key() -> None:
+    build = Builder()
+    query, key, value = (build.input(B, H, length, D, name=name) for name, length in (("q", T), ("k", S), ("v", S)))
+    scaled = build(aten.mul.Tensor, query, 0.5)
+    across = build(aten.permute.default, build(aten.div.Tensor, build(aten.mul.Tensor, key, 3.0), 4.0), [0, 1, 3, 2])
+    weights = build(aten.softmax.int, build(aten.matmul.default, scaled, across), -1)
+    module, report = run(build, build(aten.matmul.default, weights, value))
+    assert report.matches[NAME] == 1 and targets(module) == [SDPA]
+    assert only(module, SDPA).args == (query, key, value) and only(module, SDPA).kwargs == {"scale": 0.375}
+
+
+def test_scales_that_are_tensors_stay() -> None:
+    build = Builder()
+    query, key, value = build.input(B, T, D, name="q"), build.input(B, S, D), build.input(B, S, D)
+    scaled = build(aten.mul.Tensor, query, build.input(1, name="scale"))
+    weights = build(aten.softmax.int, build(aten.bmm.default, scaled, build(aten.transpose.int, key, 1, 2)), -1)
+    module, report = run(build, build(aten.bmm.default, weights, value))
+    assert report.matches[NAME] == 1 and only(module, SDPA).kwargs == {"scale": 1.0}
+    assert only(module, SDPA).args[0].args[0].target is aten.mul.Tensor  # type: ignore[union-attr]
+
+
+def test_samples_and_heads_that_were_merged_behind_positions() -> None:
+    """As in nn.MultiheadAttention."""
+    build = Builder()
+    operands = []
+    for length in (T, S, S):
+        merged = build(aten.reshape.default, build.input(length, B, H * D), [length, B * H, D])
+        operands.append(build(aten.transpose.int, merged, 0, 1))
+    query, key, value = operands
+    weights = build(aten.softmax.int, build(aten.bmm.default, query, build(aten.transpose.int, key, 1, 2)), -1)
+    module, report = run(build, build(aten.bmm.default, weights, value))
+    assert report.matches[NAME] == 1
+    shapes = [tuple(node.meta["val"].shape) for node in only(module, SDPA).args]  # type: ignore[union-attr]
+    assert shapes == [(B, H, T, D), (B, H, S, D), (B, H, S, D)]
+
+
 def test_casts_around_the_softmax() -> None:
     build = Builder()
     half = torch.bfloat16

@@ -89,6 +89,24 @@ class Normed(nn.Module):
         return self.leave(torch.cat([fine, self.up(coarse * self.gate(coarse))], dim=1))
 
 
+class EncoderLayers(nn.Module):
+    """Layers that inference makes one operator, and attention that puts positions first, between convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(12, 3, 3, padding=1)
+        self.first = nn.TransformerEncoderLayer(12, 2, 20, batch_first=True)
+        self.second = nn.TransformerEncoderLayer(12, 4, 20, activation="gelu", norm_first=True, batch_first=True)
+
+        self.attention = nn.MultiheadAttention(12, 3, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.enter(x)
+        tokens = self.first(hidden.flatten(2).transpose(1, 2))
+        tokens = self.second(tokens + self.attention(tokens, tokens, tokens)[0])
+        return self.leave(tokens.transpose(1, 2).reshape(hidden.shape))
+
+
 def pixart() -> nn.Module:
     """PixArt of diffusers, one block."""
     from diffusers import PixArtTransformer2DModel
@@ -121,6 +139,7 @@ NETWORKS = [
     (Network("patches and a prompt", PatchTransformer, ((2, 3, 14, 10), (2, 11, 16))), 0.7),
     (Network("image prompt", ImagePrompt, ((2, 4, 13, 9), (2, 3, 7, 20))), 0.7),
     (Network("batch norms", Normed, ((2, 3, 14, 10),)), 0.9),
+    (Network("encoder layers", EncoderLayers, ((2, 3, 13, 9),)), 1.0),
     (Network("pixart", pixart, ((2, 4, 22, 18), (2, 7, 20), (2,)), fixed=(2,)), 0.9),
 ]
 
