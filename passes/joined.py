@@ -78,9 +78,7 @@ def written_part(node: fx.Node, joined: Joined) -> int | None:
 
 def _written(node: fx.Node, known: Known) -> Joined | None:
     joined = known.get(node.args[0])  # type: ignore[arg-type]
-    if not isinstance(joined, Joined) or node.args[1] in known:
-        return None
-    return joined if written_part(node, joined) is not None else None
+    return joined if isinstance(joined, Joined) and written_part(node, joined) is not None else None
 
 
 def behind(node: fx.Node, known: Known) -> Joined | list[Joined] | None:

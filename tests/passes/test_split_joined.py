@@ -138,10 +138,12 @@ def test_a_write_over_one_part_is_that_part() -> None:
     """``joined[:, PROMPT:] = turned``: rotary positions for the picture, not for the prompt."""
     builder = GraphBuilder()
     prompt, x, joined = tokens(builder)
-    turned = builder.call(aten.neg.default, cut(builder, joined))
+    turned = builder.call(aten.cat.default, [builder.call(aten.neg.default, cut(builder, joined))] * 2, 2)
+    turned = builder.call(aten.slice.Tensor, turned, 2, 3, 3 + CHANNELS)  # of both parts of another join
     written = builder.call(aten.slice_scatter.default, joined, turned, 1, PROMPT, 2**63 - 1)
     module, report = run(builder, cut(builder, attend(builder, written)))
-    new = ("aten.neg", "x")
+    negated = ("aten.neg", "x")
+    new = ("aten.slice.Tensor", ("aten.cat", [negated, negated], 2), 2, 3, 3 + CHANNELS)
     whole = ("aten.cat", ["t", new], 1)
     expected = ("aten.scaled_dot_product_attention", new, whole, whole)
     assert spell(outputs(module)[0])[:4] == expected

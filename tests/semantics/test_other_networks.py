@@ -60,7 +60,11 @@ class Overwritten(nn.Module):
         super().__init__()
         self.enter, self.leave = nn.Conv2d(3, CHANNELS, 3, padding=1), nn.Conv2d(CHANNELS, 3, 3, padding=1)
         self.packed = nn.Linear(CHANNELS, 3 * CHANNELS)
-        self.turn = nn.Parameter(torch.randn(1, 13 * 9, CHANNELS))
+        self.turn = nn.Parameter(torch.randn(2, 1, 13 * 9, CHANNELS))
+
+    def _turned(self, hidden: Tensor) -> Tensor:
+        first, second = hidden.chunk(2, dim=-1)
+        return hidden * self.turn[0] + torch.cat([-second, first], dim=-1) * self.turn[1]
 
     def forward(self, x: Tensor, prompt: Tensor) -> Tensor:
         hidden = self.enter(x)
@@ -70,8 +74,8 @@ class Overwritten(nn.Module):
         joined = torch.cat([prompt, hidden.flatten(2).transpose(1, 2)], dim=1)
         query, key, value = self.packed(joined).chunk(3, dim=-1)
         query, key = query.clone(), key.clone()
-        query[:, count:] = query[:, count:] * self.turn
-        key[:, count:] = key[:, count:] * self.turn
+        query[:, count:] = self._turned(query[:, count:])
+        key[:, count:] = self._turned(key[:, count:])
         attended = functional.scaled_dot_product_attention(*(part.unsqueeze(1) for part in (query, key, value)))
         return self.leave(hidden + attended[:, 0, count:].transpose(1, 2).reshape(hidden.shape))
 
