@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from fisedit_compile.passes.arguments import read_arguments
 from fisedit_compile.passes.ir import shape_of
 from fisedit_compile.passes.sparsify_complex import TARGETS as COMPLEX
-from fisedit_compile.passes.sparsify_layout import CUTS, JOINS, PERMUTES, RESHAPES, SLICES, permutation
+from fisedit_compile.passes.sparsify_layout import CUTS, JOINS, PERMUTES, RESHAPES, SLICES, WRITES, permutation
 from fisedit_compile.passes.sparsify_linear import LAST, NORMS
 from fisedit_compile.passes.sparsify_pointwise import REDUCTIONS
 from fisedit_compile.passes.targets import aten, is_elementwise
@@ -68,6 +68,24 @@ def _attended(node: fx.Node, known: Known) -> Joined | None:
     return query
 
 
+def written_part(node: fx.Node, joined: Joined) -> int | None:
+    """Which part of its first operand a write into a slice replaces as a whole; None when it does something else."""
+    given = read_arguments(node)
+    if node.target is not aten.slice_scatter.default or given["step"] != 1:
+        return None
+    if int(given["dim"]) % len(shape_of(node)) != joined.dim:
+        return None
+    start, stop, _ = slice(given["start"], given["end"]).indices(sum(joined.sizes))
+    ends = list(itertools.accumulate(joined.sizes, initial=0))
+    parts = [at for at in range(len(joined.sizes)) if (ends[at], ends[at + 1]) == (start, stop)]
+    return parts[0] if parts and stop > start else None
+
+
+def _written(node: fx.Node, known: Known) -> Joined | None:
+    joined = known.get(node.args[0])  # type: ignore[arg-type]
+    return joined if isinstance(joined, Joined) and written_part(node, joined) is not None else None
+
+
 def behind(node: fx.Node, known: Known) -> Joined | list[Joined] | None:
     """How the result of an operator is joined, or None when it mixes the parts or nothing is known."""
     target = node.target
@@ -85,6 +103,8 @@ def behind(node: fx.Node, known: Known) -> Joined | list[Joined] | None:
         if not isinstance(joined, Joined) or (target is not aten.stack.default and dim == joined.dim):
             return None
         return Joined(joined.dim + (target is aten.stack.default and dim <= joined.dim), joined.sizes)
+    if target in WRITES:
+        return _written(node, known)
     joined = known.get(node.args[0]) if isinstance(node.args[0], fx.Node) else None
     if not isinstance(joined, Joined) or any(value in known for value in node.all_input_nodes if value != node.args[0]):
         return None

@@ -13,7 +13,7 @@ Conditions:
 1. Values are joined along another dimension than the first.
 2. Between the join and the cut, operators treat the indices of that dimension alike: elementwise operators, linear
    layers and norms over other dimensions, permutations, reshapes that keep it, and attention, where it counts the
-   queries.
+   queries; or overwrite exactly one of the parts (rotary positions written into those of the picture).
 3. The cut takes elements of one part.
 """
 
@@ -28,9 +28,9 @@ from torch import Tensor, fx
 
 from fisedit_compile.passes.arguments import read_arguments
 from fisedit_compile.passes.ir import eliminate_dead_code, insert_call, shape_of
-from fisedit_compile.passes.joined import Cut, Joined, behind, find_cuts
+from fisedit_compile.passes.joined import Cut, Joined, behind, find_cuts, written_part
 from fisedit_compile.passes.report import Report
-from fisedit_compile.passes.sparsify_layout import RESHAPES
+from fisedit_compile.passes.sparsify_layout import RESHAPES, WRITES
 from fisedit_compile.passes.targets import aten, is_elementwise
 
 NAME = "split_joined"
@@ -88,6 +88,11 @@ class _Splitter:
             sizes[joined.dim] = joined.sizes[number]
             target = aten.expand.default if node.target is aten.expand.default else aten.reshape.default
             return insert_call(node, target, self.part(node.args[0], number), sizes)  # type: ignore[arg-type]
+
+        if node.target in WRITES and isinstance(joined, Joined) and written_part(node, joined) == number:
+            return node.args[1]  # type: ignore[return-value]
+        if node.target in WRITES:
+            return self.part(node.args[0], number)  # type: ignore[arg-type]
 
         def convert(value: Any) -> Any:
             if not isinstance(value, fx.Node):

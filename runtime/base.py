@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fisedit_compile.errors import BudgetError, OptionError
+from fisedit_compile.errors import BudgetError, CallMismatchError, FisEditError, OptionError, WeightsChangedError
 from fisedit_compile.runtime.fingerprint import Weights
 from fisedit_compile.runtime.spec import Site
 from fisedit_compile.runtime.stats import format_bytes
@@ -120,6 +120,24 @@ class Base:
     def describe(self) -> str:
         """Its graphs and how often each was called, in words."""
         return "; ".join(f"{key}: {len(recording.calls)} calls" for key, recording in self.recordings.items())
+
+    def unknown(self, key: ProgramKey) -> FisEditError:
+        """The error for a graph that it holds no calls of: which of its graphs is the nearest, and what differs."""
+        if any(known.graph_hash == key.graph_hash for known in self.recordings):
+            return WeightsChangedError(
+                f"base {self.name!r} was recorded with other parameters of {key}: the network, or some of its "
+                f"parameters, were replaced since; record the base again with this network"
+            )
+        if key.label and any(known.label == key.label for known in self.recordings):
+            return CallMismatchError(
+                f"base {self.name!r} has no calls of this version of {key}, but of another one: an option, a layer or "
+                f"a number of the network (such as the scale of an adapter) was changed since; record again, also "
+                f"after changing it back"
+            )
+        return CallMismatchError(
+            f"base {self.name!r} has no calls of {key}; it holds {self.describe()}. Edit with the network, "
+            f"the picture size, the batch and the precision the base was recorded with, or record again"
+        )
 
 
 def storage_of(tensor: Tensor) -> int:

@@ -27,7 +27,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from fisedit_compile.errors import CallMismatchError, FisEditError, GraphError, WeightsChangedError
+from fisedit_compile.errors import CallMismatchError, FisEditError, GraphError
 from fisedit_compile.runtime.base import Base, ProgramKey, RecordedCall, Scalar, write_rows
 from fisedit_compile.runtime.fingerprint import Fingerprint, Weights
 from fisedit_compile.runtime.masks import MaskLike, prepare_mask
@@ -228,7 +228,7 @@ class EditPhase(_Phase):
         self._require_sound()
         recording = self.base.recordings.get(key)
         if recording is None:
-            raise self._unknown_graph(key)
+            raise self.base.unknown(key)
         if key not in self._ordinals:
             recording.weights.verify(parameters, self.base.name)
             self._ordinals[key] = 0
@@ -386,15 +386,3 @@ class EditPhase(_Phase):
         except FisEditError as error:
             self._failure = str(error)
             raise
-
-    def _unknown_graph(self, key: ProgramKey) -> FisEditError:
-        twins = [known for known in self.base.recordings if known.graph_hash == key.graph_hash]
-        if twins:
-            return WeightsChangedError(
-                f"base {self.base.name!r} was recorded with other parameters of {key}: the network, or some of its "
-                f"parameters, were replaced since; record the base again with this network"
-            )
-        return CallMismatchError(
-            f"base {self.base.name!r} has no calls of {key}; it holds {self.base.describe()}. Edit with the network, "
-            f"the picture size, the batch and the precision the base was recorded with, or record again"
-        )

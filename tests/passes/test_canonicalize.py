@@ -134,6 +134,30 @@ def test_a_constant_that_is_an_output_is_copied() -> None:
     assert outputs(module) == (fresh,)
 
 
+def test_a_copy_over_another_value_is_what_was_copied() -> None:
+    builder = GraphBuilder()
+    x, y = builder.picture(), builder.picture(name="y")
+    module, report = run(builder, builder.call(RELU, builder.call(aten.copy.default, x, y)))
+    assert targets(module) == [RELU] and only(module, RELU).args == (y,)
+    assert report.matches == {"canonicalize": 1}
+
+
+@pytest.mark.parametrize("other", [(6, 1, 1), (2, 6, 5, 4)])
+def test_a_copy_that_broadcasts_or_casts_stays(other) -> None:
+    builder = GraphBuilder()
+    x, y = builder.picture(), builder.input(*other, name="y", dtype=torch.float64)
+    module, _ = run(builder, builder.call(RELU, builder.call(aten.copy.default, x, y)))
+    assert targets(module) == [aten.copy.default, RELU]
+
+
+def test_a_copy_over_another_value_that_is_an_output_stays() -> None:
+    builder = GraphBuilder()
+    x, y = builder.picture(), builder.call(RELU, builder.picture(name="y"))
+    copy = builder.call(aten.copy.default, x, y)
+    module, _ = run(builder, y, copy)
+    assert outputs(module) == (y, copy)
+
+
 def test_unused_nodes_vanish_and_inputs_stay() -> None:
     builder = GraphBuilder()
     x, y = builder.picture(), builder.picture(name="y")
@@ -160,6 +184,28 @@ def test_other_einsums_stay(equation) -> None:
     node = builder.call(aten.einsum.default, equation, [x, weight] if "," in equation else [x])
     module, _ = run(builder, builder.call(RELU, node))
     assert targets(module) == [aten.einsum.default, RELU]
+
+
+@pytest.mark.parametrize(
+    ("target", "arguments", "number"),
+    [(aten.new_zeros.default, (), 0), (aten.new_ones.default, (), 1), (aten.new_full.default, (0.5,), 0.5)],
+)
+@pytest.mark.parametrize("options", [{}, {"dtype": torch.int64}])
+def test_a_new_tensor_reads_no_map(target, arguments, number, options) -> None:
+    builder = GraphBuilder()
+    node = builder.call(target, builder.picture(), [3, 4], *arguments, **options)
+    module, _ = run(builder, builder.call(RELU, node))
+    full = only(module, aten.full.default)
+    assert targets(module) == [aten.full.default, RELU]
+    assert full.args == ([3, 4], number) and full.meta["val"].shape == (3, 4)
+    assert full.kwargs == {"dtype": options.get("dtype", torch.float32), "device": torch.device("cpu")}
+
+
+def test_a_new_tensor_without_a_number_stays() -> None:
+    builder = GraphBuilder()
+    node = builder.call(aten.new_empty.default, builder.picture(), [3, 4])
+    module, _ = run(builder, builder.call(RELU, node))
+    assert targets(module) == [aten.new_empty.default, RELU]
 
 
 @pytest.mark.parametrize("others", [False, True])

@@ -145,6 +145,31 @@ def test_slices_of_channels(change, after, rows) -> None:
     assert spell(outputs(module)[0]) == ("to_map", rows) and node.meta["spatial"] == layout(after)
 
 
+@pytest.mark.parametrize(
+    ("dims", "shape", "part", "change", "rows"),
+    [
+        ("bchw", (2, 6, 5, 4), (2, 2, 5, 4), (aten.slice_scatter.default, 1, 0, 2), (2, 0, 2, 1)),
+        ("bsc", (2, 20, 6), (2, 20, 3), (aten.slice_scatter.default, -1, 0, 6, 2), (2, 0, 6, 2)),
+        ("bcsc", (2, 3, 20, 4), (2, 3, 20, 2), (aten.slice_scatter.default, 3, 2, 4), (3, 2, 4, 1)),
+        ("bchw", (2, 6, 5, 4), (2, 5, 4), (aten.select_scatter.default, 1, 3), (2, 3)),
+    ],
+)
+@pytest.mark.parametrize("spatial", ["both", "whole", "part"])
+def test_writes_into_channels(dims, shape, part, change, rows, spatial) -> None:
+    builder = GraphBuilder()
+    target, dim, *arguments = change
+    shorter = dims if len(part) == len(shape) else dims[:dim] + dims[dim + 1 :]
+    x = builder.input(*shape, name="x", spatial=dims if spatial != "part" else None)
+    y = builder.input(*part, name="y", spatial=shorter if spatial != "whole" else None)
+    node = builder.call(target, x, y, dim, *arguments)
+    module, _ = run(builder, node)
+    marker, (written, whole, piece, *places) = spell(outputs(module)[0])
+    assert (marker, written, tuple(places)) == ("to_map", str(target).removesuffix(".default"), rows)
+    assert whole == ("to_rows", "x") if spatial != "part" else whole[0] == "fisedit.gather_rows"
+    assert piece == ("to_rows", "y") if spatial != "whole" else piece[0] == "fisedit.gather_rows"
+    assert node.meta["spatial"] == layout(dims) and updates(module) == []
+
+
 def reasons(builder: GraphBuilder, node) -> list[str]:
     return refused(sparsify_layout, FAMILY, builder, node)
 
@@ -201,6 +226,23 @@ def test_condition_3_joined_values_agree(first, second, dim, reason) -> None:
     assert reasons(builder, builder.call(aten.cat.default, values, dim)) == [reason]
 
 
+WRITTEN = "what is written lies on another resolution or has its dimensions in different order"
+
+
+@pytest.mark.parametrize(
+    ("part", "dims", "place", "reason"),
+    [
+        ((2, 6, 2, 4), None, (2, 0, 2), "it writes along positions or samples"),
+        ((1, 6, 5, 4), None, (0, 0, 1), "it writes along positions or samples"),
+        ((2, 2, 5, 4), "bcwh", (1, 0, 2), WRITTEN),
+    ],
+)
+def test_conditions_2_and_3_of_writes(part, dims, place, reason) -> None:
+    builder = GraphBuilder()
+    x, y = builder.input(2, 6, 5, 4, spatial="bchw"), builder.input(*part, name="y", spatial=dims)
+    assert reasons(builder, builder.call(aten.slice_scatter.default, x, y, *place)) == [reason]
+
+
 def anchored(builder: GraphBuilder):
     """A picture that is spatial because it is padded by nothing."""
     return builder.call(aten.constant_pad_nd.default, builder.picture(), [0, 0])
@@ -251,6 +293,12 @@ def anchored(builder: GraphBuilder):
                 aten.expand.default, b.call(aten.select.int, b.call(aten.unsqueeze.default, x, 1), 2, 4), [2, 3, 5, 4]
             ),
             lambda x: x[:, 4:5].expand(2, 3, 5, 4),
+            2,
+            False,
+        ),
+        (
+            lambda b, x: b.call(aten.slice_scatter.default, x, b.call(aten.slice.Tensor, x, 1, 0, 3), 1, 1, 6, 2),
+            lambda x: x.slice_scatter(x[:, 0:3], 1, 1, 6, 2),
             2,
             False,
         ),

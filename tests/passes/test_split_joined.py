@@ -182,6 +182,40 @@ def test_condition_1_samples_are_not_split() -> None:
     assert aten.cat.default in targets(module) and report.matches == {}
 
 
+def test_a_write_over_one_part_is_that_part() -> None:
+    """``joined[:, PROMPT:] = turned``: rotary positions for the picture, not for the prompt."""
+    builder = GraphBuilder()
+    prompt, x, joined = tokens(builder)
+    turned = builder.call(aten.cat.default, [builder.call(aten.neg.default, cut(builder, joined))] * 2, 2)
+    turned = builder.call(aten.slice.Tensor, turned, 2, 3, 3 + CHANNELS)  # of both parts of another join
+    written = builder.call(aten.slice_scatter.default, joined, turned, 1, PROMPT, 2**63 - 1)
+    module, report = run(builder, cut(builder, attend(builder, written)))
+    negated = ("aten.neg", "x")
+    new = ("aten.slice.Tensor", ("aten.cat", [negated, negated], 2), 2, 3, 3 + CHANNELS)
+    whole = ("aten.cat", ["t", new], 1)
+    expected = ("aten.scaled_dot_product_attention", new, whole, whole)
+    assert spell(outputs(module)[0])[:4] == expected
+    assert report.matches == {"split_joined": 2}
+
+
+@pytest.mark.parametrize(
+    ("shape", "place"),
+    [
+        ((2, POSITIONS + 1, CHANNELS), (1, PROMPT - 1, PROMPT + POSITIONS)),  # of both parts
+        ((2, POSITIONS - 1, CHANNELS), (1, PROMPT + 1, PROMPT + POSITIONS)),  # not the whole part
+        ((2, POSITIONS // 2, CHANNELS), (1, PROMPT, PROMPT + POSITIONS, 2)),  # every second
+        ((2, PROMPT + POSITIONS, 2), (2, 0, 2)),  # along another dimension
+    ],
+)
+def test_other_writes_stay(shape, place) -> None:
+    builder = GraphBuilder()
+    _, _, joined = tokens(builder)
+    written = builder.call(aten.slice_scatter.default, joined, builder.input(*shape, name="new"), *place)
+    module, report = run(builder, cut(builder, builder.call(aten.relu.default, written)))
+    assert targets(module) == [aten.cat.default, aten.slice_scatter.default, aten.relu.default, aten.slice.Tensor]
+    assert report.matches == {}
+
+
 def block(joined: Tensor, weight: Tensor) -> Tensor:
     packed = functional.linear(functional.layer_norm(joined, [CHANNELS]), weight)
     query, key, value = packed.unflatten(2, (3, 2, CHANNELS // 2)).permute(2, 0, 3, 1, 4).unbind(0)

@@ -53,6 +53,33 @@ class PatchTransformer(nn.Module):
         return torch.einsum("nhwpqc->nchpwq", pixels).reshape(x.shape)
 
 
+class Overwritten(nn.Module):
+    """Channels, and queries of the picture behind those of a prompt, are overwritten in place (FreeU, CogView)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Conv2d(3, CHANNELS, 3, padding=1), nn.Conv2d(CHANNELS, 3, 3, padding=1)
+        self.packed = nn.Linear(CHANNELS, 3 * CHANNELS)
+        self.turn = nn.Parameter(torch.randn(2, 1, 13 * 9, CHANNELS))
+
+    def _turned(self, hidden: Tensor) -> Tensor:
+        first, second = hidden.chunk(2, dim=-1)
+        return hidden * self.turn[0] + torch.cat([-second, first], dim=-1) * self.turn[1]
+
+    def forward(self, x: Tensor, prompt: Tensor) -> Tensor:
+        hidden = self.enter(x)
+        hidden[:, : CHANNELS // 2] = hidden[:, : CHANNELS // 2] * 1.3
+        hidden[:, -1] = hidden[:, 0].sin()
+        count = prompt.shape[1]
+        joined = torch.cat([prompt, hidden.flatten(2).transpose(1, 2)], dim=1)
+        query, key, value = self.packed(joined).chunk(3, dim=-1)
+        query, key = query.clone(), key.clone()
+        query[:, count:] = self._turned(query[:, count:])
+        key[:, count:] = self._turned(key[:, count:])
+        attended = functional.scaled_dot_product_attention(*(part.unsqueeze(1) for part in (query, key, value)))
+        return self.leave(hidden + attended[:, 0, count:].transpose(1, 2).reshape(hidden.shape))
+
+
 class ImagePrompt(nn.Module):
     """Cross-attention to tokens of several images, which come as [B, images, tokens, C] (IP-Adapter)."""
 
@@ -138,6 +165,7 @@ NETWORKS = [
     (Network("patches and a token", lambda: PatchTransformer(token=True), ((2, 3, 14, 10),)), 0.9),
     (Network("patches and a prompt", PatchTransformer, ((2, 3, 14, 10), (2, 11, 16))), 0.7),
     (Network("image prompt", ImagePrompt, ((2, 4, 13, 9), (2, 3, 7, 20))), 0.7),
+    (Network("written in place", Overwritten, ((2, 3, 13, 9), (2, 7, CHANNELS))), 0.9),
     (Network("batch norms", Normed, ((2, 3, 14, 10),)), 0.9),
     (Network("encoder layers", EncoderLayers, ((2, 3, 13, 9),)), 1.0),
     (Network("pixart", pixart, ((2, 4, 22, 18), (2, 7, 20), (2,)), fixed=(2,)), 0.9),
@@ -167,12 +195,17 @@ Build = Callable[[], nn.Module]
 
 
 @pytest.mark.parametrize(
-    ("build", "shape", "dense"),
+    ("build", "shapes", "dense"),
     [
-        (PatchTransformer, (2, 3, 14, 10), set()),
-        (Normed, (2, 3, 14, 10), {"aten.adaptive_avg_pool2d.default: it pools the whole map"}),
+        (PatchTransformer, ((2, 3, 14, 10),), set()),
+        (
+            Overwritten,
+            ((2, 3, 13, 9), (2, 7, CHANNELS)),
+            {"aten.cat.default: values are joined along positions or samples"},
+        ),
+        (Normed, ((2, 3, 14, 10),), {"aten.adaptive_avg_pool2d.default: it pools the whole map"}),
     ],
 )
-def test_what_stays_dense(build: Build, shape: tuple[int, ...], dense: set[str]) -> None:
-    report = fisedit.explain(build().eval().requires_grad_(False), torch.randn(shape))
+def test_what_stays_dense(build: Build, shapes: tuple[tuple[int, ...], ...], dense: set[str]) -> None:
+    report = fisedit.explain(build().eval().requires_grad_(False), *map(torch.randn, shapes))
     assert {f"{miss.target}: {miss.reason}" for miss in report.dense_nodes} == dense

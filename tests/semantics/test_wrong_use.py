@@ -8,7 +8,7 @@ import numpy
 import pytest
 import torch
 from shape_networks import BLOCKS
-from torch import Tensor
+from torch import Tensor, nn
 
 import fisedit_compile as fisedit
 from fisedit_compile.errors import (
@@ -25,7 +25,7 @@ from fisedit_compile.errors import (
 from composite_networks import COMPOSITES
 from harness import Case, MaskRecipe, compile_network, compiled
 from networks import Network
-from tolerances import assert_identical
+from tolerances import assert_identical, assert_near
 
 ALL = {network.name: network for network in (*BLOCKS, *COMPOSITES)}
 MASK = torch.zeros(13, 9)
@@ -265,3 +265,40 @@ def test_one_compiled_network_many_masks_is_used_by_the_test() -> None:
         for kind in ("pixel", "border", "rectangle", "ragged", "per-sample", "one sample"):
             mask = MaskRecipe(kind, seed).draw((13, 9), 2)
             assert mask.any() and not mask.all(), (kind, seed)
+
+
+class Adapted(nn.Module):
+    """A convolution with an adapter of low rank, whose scale is a Python number of the module, as in peft."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 3, padding=1)
+        self.down, self.up = nn.Conv2d(8, 2, 1, bias=False), nn.Conv2d(2, 8, 1, bias=False)
+        self.scaling = {"default": 0.7}
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.enter(x)
+        return self.leave(hidden + self.up(self.down(hidden)) * self.scaling["default"])
+
+
+@pytest.mark.parametrize("seen_before", [False, True])
+@torch.no_grad()
+def test_another_scale_of_an_adapter(seen_before: bool) -> None:
+    """It is a constant of another graph, or, once the compiler has seen it change, an input that is compared."""
+    torch.manual_seed(0)
+    network, runtime = Adapted().requires_grad_(False), fisedit.Runtime()
+    module = compiled(network, runtime)
+    base, new = torch.randn(2, 3, 13, 9), torch.randn(2, 3, 13, 9)
+    for scale in (0.1, 0.4, 0.7) if seen_before else (0.7,):
+        network.scaling["default"] = scale
+        module(base)
+    with runtime.record("base"):
+        recorded = module(base)
+    network.scaling["default"] = 0.3
+    error, message = (ScalarMismatchError, "0.7.*0.3") if seen_before else (CallMismatchError, "scale of an adapter")
+    with pytest.raises(error, match=message), runtime.edit("base", mask=MASK):
+        module(new)
+    network.scaling["default"] = 0.7
+    if seen_before:
+        with runtime.edit("base", mask=MASK):
+            assert_near(module(base), recorded, "with the scale that was recorded")
