@@ -13,10 +13,11 @@ from torch import Tensor, fx
 from fisedit_compile.passes.arguments import read_arguments
 from fisedit_compile.passes.ir import shape_of
 from fisedit_compile.passes.sparsify_complex import TARGETS as COMPLEX
-from fisedit_compile.passes.sparsify_layout import CUTS, JOINS, PERMUTES, RESHAPES, SLICES, WRITES, permutation
+from fisedit_compile.passes.sparsify_layout import CUTS, JOINS, PERMUTES, RESHAPES, SLICES, permutation
 from fisedit_compile.passes.sparsify_linear import LAST, NORMS
 from fisedit_compile.passes.sparsify_pointwise import REDUCTIONS
 from fisedit_compile.passes.targets import aten, is_elementwise
+from fisedit_compile.passes.writes import WRITES
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,9 @@ What counts, the strongest first:
    of one layout.
 5. Its shape, when it fits one layout only and no number of channels can be taken for a height, a width or positions.
 
+What never counts: a value whose first dimension is samples merged with something else (heads folded into the batch), or
+was cut out of such a one, however long it is.
+
 A value that passes none of them although its shape fits is ``doubtful``: it is treated as not spatial, which is right
 for every use but one. A graph that returns such a value stays dense as a whole.
 """
@@ -124,11 +127,15 @@ class Recogniser:
     def __init__(self, derived: Collection[fx.Node], batch: int, domains: set[Domain]) -> None:
         self._derived, self._batch, self._domains = derived, batch, domains
         self._probe = SizeProbe(derived, batch, domains)
+        self._folded: set[fx.Node] = set()
         self.doubtful: list[fx.Node] = []
 
     def recognise(self, node: fx.Node) -> None:
         """Annotate a node that no rule inferred, when it is a map again. In the order of the graph."""
         proof = self._probe.layout(node)
+        if self._is_folded(node):
+            self._folded.add(node)
+            return
         if not isinstance(node.meta.get("val"), Tensor):
             return
         layout = self._resized(node)
@@ -138,6 +145,18 @@ class Recogniser:
         if layout is not None:
             node.meta["spatial"] = layout
             self._domains.add(layout.domain)
+
+    def _is_folded(self, node: fx.Node) -> bool:
+        """Whether the first dimension is samples merged with something else, or cut out of that."""
+        if node.target in RESHAPES:
+            source = node.args[0]
+            before, after = shape_of(source), shape_of(node)  # type: ignore[arg-type]
+            if before[:1] != after[:1]:
+                return before[:1] == (self._batch,) and after[:1] > before[:1]
+            return source in self._folded
+        if node.target in PERMUTES:
+            return node.args[0] in self._folded and permutation(node, len(shape_of(node)))[0] == 0
+        return any(value in self._folded for value in node.all_input_nodes)
 
     def _resized(self, node: fx.Node) -> Spatial | None:
         source = spatial_of(node.args[0]) if node.args else None

@@ -9,12 +9,10 @@ Before: ``y = view(x, [B, HW, heads, D])``
 After:  ``y = to_map(reshape(to_rows(x), [B, -1, heads, D]))``
 Before: ``y = cat([x, z], 1)``           After: ``y = to_map(cat([to_rows(x), to_rows(z)], 2))``
 Before: ``a, b = chunk(x, 2, -1)``       After: ``a, b = to_map of chunk(to_rows(x), 2, 2)``
-Before: ``y = slice_scatter(x, z, 1, 0, 4)``
-After:  ``y = to_map(slice_scatter(to_rows(x), to_rows(z), 2, 0, 4))`` (what writing into a slice in place becomes)
 
 Conditions:
 1. Every dimension group keeps positions, samples and channels apart (see layouts.reshape_layout), or cuts the map
-   into square patches or puts them together (see patches.py).
+   into square patches or puts them together (see patches.py). Writes into channels: writes.py.
 2. What is joined, cut, overwritten, squeezed or expanded is a channel dimension.
 3. All joined values have the same dimensions, also a value and what is written into it; one that is not spatial has
    its full size.
@@ -34,6 +32,7 @@ from fisedit_compile.passes.layouts import CHANNEL, Spatial, check_dims, reshape
 from fisedit_compile.passes.patches import reshape_patches, rewrite_patches
 from fisedit_compile.passes.report import Report
 from fisedit_compile.passes.targets import RESHAPES, aten
+from fisedit_compile.passes.writes import WRITES, infer_write, rewrite_write
 
 NAME = "sparsify_layout"
 PERMUTES = {aten.permute.default, aten.transpose.int, aten.movedim.int, aten.movedim.intlist}
@@ -41,7 +40,6 @@ SQUEEZES = {aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.sq
 JOINS = {aten.cat.default, aten.stack.default, aten.concat.default}
 CUTS = {aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int}
 SLICES = {aten.slice.Tensor, aten.select.int, aten.narrow.default}
-WRITES = {aten.slice_scatter.default, aten.select_scatter.default}
 TARGETS = RESHAPES | PERMUTES | SQUEEZES | JOINS | CUTS | SLICES | WRITES | {aten.expand.default}
 
 
@@ -118,25 +116,12 @@ def _infer_cut(node: fx.Node, spatial: Spatial) -> Inferred:
     return [cut] * len(node.meta["val"]) if node.target in CUTS else cut
 
 
-def _infer_write(node: fx.Node) -> Inferred:
-    whole, part = node.args[:2]
-    dim = int(read_arguments(node)["dim"]) % len(shape_of(node))
-    known = {spatial} if (spatial := spatial_of(whole)) is not None else set()
-    if (spatial := spatial_of(part)) is not None:
-        selected = (CHANNEL,) if node.target is aten.select_scatter.default else ()
-        known.add(spatial.with_dims((*spatial.dims[:dim], *selected, *spatial.dims[dim:])))
-    if len(known) != 1:
-        return "what is written lies on another resolution or has its dimensions in different order"
-    (layout,) = known
-    return layout if layout.dims[dim] == CHANNEL else "it writes along positions or samples"
-
-
 def infer(node: fx.Node) -> Inferred:
     """The layout after the change of dimensions."""
     if node.target in JOINS:
         return _infer_join(node)
     if node.target in WRITES:
-        return _infer_write(node)
+        return infer_write(node)
     spatial = spatial_of(node.args[0])
     if spatial is None:
         return "the first operand is not a spatial value"
@@ -207,31 +192,12 @@ def _rewrite_cut(node: fx.Node, builder: RowsBuilder) -> str | None:
     return None
 
 
-def _rewrite_write(node: fx.Node, builder: RowsBuilder) -> str | None:
-    target, given = spatial_of(node), read_arguments(node)
-    assert target is not None
-    dim = int(given["dim"]) % len(target.dims)
-    given["dim"] = target.row_dim(dim)
-    selected = node.target is aten.select_scatter.default
-    part = target.with_dims(target.dims[:dim] + target.dims[dim + 1 :]) if selected else target
-    converted: list[fx.Node] = []
-    for value, spatial in zip(node.args[:2], (target, part), strict=True):
-        assert isinstance(value, fx.Node)
-        known = spatial_of(value) is not None
-        rows = builder.rows(value) if known else builder.dense_rows(value, spatial, shape_of(value))
-        if isinstance(rows, str):
-            return rows
-        converted.append(rows)
-    builder.replace(builder.call(node.target, *converted, *list(given.values())[2:]))
-    return None
-
-
 def rewrite(node: fx.Node, builder: RowsBuilder) -> str | None:
     """Rename, join, cut or overwrite the channel dimensions of the rows."""
     if node.target in JOINS:
         return _rewrite_join(node, builder)
     if node.target in WRITES:
-        return _rewrite_write(node, builder)
+        return rewrite_write(node, builder)
     if node.target in CUTS | SLICES:
         return _rewrite_cut(node, builder)
     _rewrite_shape_change(node, builder)

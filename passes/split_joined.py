@@ -30,8 +30,9 @@ from fisedit_compile.passes.arguments import read_arguments
 from fisedit_compile.passes.ir import eliminate_dead_code, insert_call, shape_of
 from fisedit_compile.passes.joined import Cut, Joined, behind, find_cuts, written_part
 from fisedit_compile.passes.report import Report
-from fisedit_compile.passes.sparsify_layout import RESHAPES, WRITES
+from fisedit_compile.passes.sparsify_layout import RESHAPES
 from fisedit_compile.passes.targets import aten, is_elementwise
+from fisedit_compile.passes.writes import WRITES
 
 NAME = "split_joined"
 CATS = {aten.cat.default, aten.concat.default}

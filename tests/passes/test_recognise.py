@@ -214,3 +214,53 @@ def test_a_graph_that_returns_a_doubtful_value_stays_dense() -> None:
         "of its dimensions are positions; another resolution or number of channels may"
     )
     assert [site.kind for site in program.sites] == ["value", "value"]
+
+
+def folded(builder: GraphBuilder, heads: int = 3) -> fx.Node:
+    """Positions of a map with heads merged with the samples: ``[2 * heads, 64, 6]``."""
+    tokens = builder.call(aten.flip.default, builder.call(aten.flatten.using_ints, picture(builder, 6 * heads), 2), [1])
+    split = builder.call(aten.reshape.default, tokens, [2, heads, 6, 64])
+    merged = builder.call(aten.reshape.default, split, [2 * heads, 6, 64])
+    return builder.call(aten.transpose.int, merged, 1, 2)
+
+
+def one(builder: GraphBuilder, x: fx.Node, number: int) -> fx.Node:
+    return builder.call(aten.slice.Tensor, x, 0, number, number + 1)
+
+
+CUTS: list[tuple[str, Callable[[GraphBuilder, fx.Node], fx.Node]]] = [
+    ("slice", lambda b, x: b.call(aten.slice.Tensor, x, 0, 0, 2)),
+    ("piece", lambda b, x: b.piece(b.call(aten.split.Tensor, x, 2, 0), 1)),
+    ("behind a product", lambda b, x: b.call(aten.slice.Tensor, b.call(aten.mul.Tensor, x, 2.0), 0, 2, 4)),
+    (
+        "joined again",
+        lambda b, x: b.call(aten.cat.default, [b.call(aten.slice.Tensor, x, 0, n, n + 1) for n in (0, 3)]),
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "make"), CUTS, ids=[case[0] for case in CUTS])
+def test_as_many_heads_as_samples_are_no_samples(name, make) -> None:
+    """Their positions are those of other samples, which matters where each has its own mask."""
+    builder = GraphBuilder()
+    node = make(builder, folded(builder))
+    read = builder.call(aten.linear.default, node, builder.parameter(4, 6))
+    assert node.meta["val"].shape == (2, 64, 6)
+    assert found(builder, node, read) is None
+
+
+def test_samples_taken_apart_from_heads_are_samples_again() -> None:
+    builder = GraphBuilder()
+    apart = builder.call(aten.reshape.default, folded(builder), [2, 3, 64, 6])
+    moved = builder.call(aten.reshape.default, builder.call(aten.transpose.int, apart, 1, 2), [2, 64, 18])
+    read = builder.call(aten.linear.default, moved, builder.parameter(4, 18))
+    assert found(builder, moved, read) == square("bsc")
+
+
+def test_samples_computed_twice_are_cut_into_samples() -> None:
+    builder = GraphBuilder()
+    x = picture(builder, 5)
+    doubled = builder.call(CONV, builder.call(aten.cat.default, [x, x]), builder.parameter(4, 5, 1, 1))
+    half = builder.call(aten.slice.Tensor, doubled, 0, 2, 4)
+    read = builder.call(CONV, half, builder.parameter(4, 4, 1, 1))
+    assert found(builder, half, read) == square("bchw")

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 import fisedit_compile as fisedit
 
 from diffusers_networks import unet
-from harness import MaskRecipe, compile_network, dense_outputs
+from harness import MaskRecipe, compile_network, compiled, dense_outputs
 from networks import Network
-from tolerances import assert_identical
+from tolerances import assert_identical, assert_near
 
 CHANNELS, HEADS, TOKENS = 12, 3, 20
 SHAPES = ((2, 3, 13, 9), (2, 7, TOKENS), (2, 7))
@@ -113,3 +113,50 @@ def test_a_unet_with_slices_is_as_sparse_as_without(size: str) -> None:
     network = small_unet()
     network.network.set_attention_slice(size)
     assert share(network, UNET_INPUTS) == share_without_slices() > 0.9
+
+
+class ByHand(nn.Module):
+    """Attention of as many heads at a time as there are samples, in a form that no rule knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Conv2d(3, CHANNELS, 3, padding=1), nn.Conv2d(CHANNELS, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.enter(x)
+        batch, channels, height, width = hidden.shape
+        split = hidden.reshape(batch, HEADS, channels // HEADS, height * width).transpose(2, 3)
+        folded = split.reshape(batch * HEADS, height * width, channels // HEADS)
+        found = []
+        for start in range(0, batch * HEADS, 2):
+            part = folded[start : start + 2]
+            scores = torch.softmax(torch.cos(torch.bmm(part, part.transpose(1, 2))), dim=-1)
+            found.append(torch.bmm(scores, part))
+        attended = torch.cat(found).reshape(batch, HEADS, height * width, -1).transpose(2, 3)
+        return self.leave(hidden + attended.reshape(hidden.shape))
+
+
+def test_heads_cut_like_samples_are_not_masked_like_samples() -> None:
+    """What a sample becomes does not depend on the masks of others."""
+    torch.manual_seed(5)
+    module = ByHand().eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(6)
+    base, new = torch.randn((2, 2, 3, 13, 9), generator=generator)
+    masks = torch.zeros((2, 13, 9))
+    masks[0, 2:6, 3:7] = 1
+    masks[1, 8:12, 1:3] = 1
+    runtime = fisedit.Runtime()
+    network = compiled(module, runtime)
+
+    def edit(which: slice) -> Tensor:
+        with torch.no_grad():
+            with runtime.record("base"):
+                network(base[which])
+            with runtime.edit("base", mask=masks[which]):
+                edited = network(new[which])
+        runtime.drop("base")
+        return edited
+
+    together = edit(slice(0, 2))
+    for sample in range(2):
+        assert_near(together[sample], edit(slice(sample, sample + 1))[0], f"sample {sample} alone")
