@@ -137,6 +137,28 @@ class Case:
         for number, (output, wanted) in enumerate(zip(outputs, expected, strict=True)):
             assert_near(output, wanted, f"{self.network.name}: output {number} {what}", dtype=self.dtype)
 
+    def check_edits(self, *recipes: MaskRecipe) -> None:
+        """Compare edits by masks of everything, of nothing and of the recipes with what they must be.
+
+        For networks whose outputs are all maps, and where a mask of everything runs the sparse graph: compiled with
+        ``convolution="rows"``, without group norms if they are compiled with ``norm="cached"``.
+        """
+        network = self.network
+        base, new = network.inputs(0), network.inputs(1)
+        full, empty = torch.ones(network.resolution), torch.zeros(network.resolution)
+        self.assert_all_near(self.recorded, dense_outputs(network, 0), "recorded")
+        self.assert_all_near(self.edit(new, full), dense_outputs(network, 1), "with a full mask")
+        for output, recorded in zip(self.edit(new, empty), self.recorded, strict=True):
+            assert_identical(output, recorded, "with an empty mask")
+        for recipe in recipes:
+            mask = self.mask(recipe)
+            outputs = self.edit(new, mask)
+            assert all(inside is not None for inside in self.reference.inside(mask))
+            self.assert_outside_untouched(outputs, mask)
+            self.assert_all_near(outputs, self.expected(new, mask), f"against the reference, {recipe}")
+            self.assert_all_near(self.edit(base, mask), self.recorded, f"with unchanged inputs, {recipe}")
+        assert self.runtime.stats.calls["dense"] == 0
+
 
 def compiled(module: nn.Module, runtime: fisedit.Runtime, **options: Any) -> nn.Module:
     """A network compiled for a runtime."""

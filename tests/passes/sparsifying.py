@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import fx
 
@@ -10,6 +11,7 @@ from fisedit_compile.passes.family import Family
 from fisedit_compile.passes.ir import to_map, update
 from fisedit_compile.passes.layouts import Spatial
 from fisedit_compile.passes.report import Report
+from fisedit_compile.runtime.spec import Stencil
 
 from graphs import GraphBuilder, calls, outputs, spell, text
 
@@ -62,3 +64,15 @@ def refused(run: Pass, family: Family, builder: GraphBuilder, result: fx.Node) -
 def updates(module: fx.GraphModule) -> list[object]:
     """What a saved edit would store: ``(what, by what)``."""
     return [spell(node)[1:] for node in calls(module) if node.target is update]
+
+
+def taps(stencil: Stencil, fill: float = 0.0) -> tuple[Any, ...]:
+    """How ``spell`` writes what a stencil reads of an input ``x``."""
+    return (
+        "fisedit.gather_taps",
+        ("to_rows", "x"),
+        ("recorded", "x", "rows"),
+        ("plan", "halo", stencil),
+        ("plan", "table", stencil),
+        fill,
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from sparsifying import refused, sparsify, updates
+from sparsifying import refused, sparsify, taps, updates
 from torch import Tensor
 
 from fisedit_compile.config import Options
@@ -17,17 +17,6 @@ from graphs import GraphBuilder, aten, layout, outputs, spell
 
 FINE, COARSE = Domain(10, 14), Domain(5, 7)
 UNEVEN = "positions are mixed with channels or split unevenly"
-
-
-def taps(stencil: Stencil):
-    return (
-        "fisedit.gather_taps",
-        ("to_rows", "x"),
-        ("recorded", "x", "rows"),
-        ("plan", "halo", stencil),
-        ("plan", "table", stencil),
-        0.0,
-    )
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from sparsifying import refused, sparsify, updates
+from sparsifying import refused, sparsify, taps, updates
 from torch.nn import functional
 
 from fisedit_compile.passes.resample import FAMILY, resample
@@ -21,17 +21,6 @@ NEAREST, BILINEAR = aten.upsample_nearest2d.vec, aten.upsample_bilinear2d.vec
 
 def run(builder: GraphBuilder, *results):
     return sparsify(resample, FAMILY, builder, *results)
-
-
-def taps(stencil: Stencil, fill: float = 0.0):
-    return (
-        "fisedit.gather_taps",
-        ("to_rows", "x"),
-        ("recorded", "x", "rows"),
-        ("plan", "halo", stencil),
-        ("plan", "table", stencil),
-        fill,
-    )
 
 
 def window(target: Domain, kernel, stride, padding=(0, 0), dilation=(1, 1)) -> Stencil:
