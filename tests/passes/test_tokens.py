@@ -9,7 +9,6 @@ from fisedit_compile.errors import OptionError
 from fisedit_compile.passes.propagate_domains import find_spatial_inputs
 from fisedit_compile.passes.report import Report
 from fisedit_compile.passes.tokens import declare_tokens
-from fisedit_compile.runtime.spec import Domain
 
 from graphs import BATCH_SIZE, CHANNELS, DOMAIN, GraphBuilder, layout
 
@@ -82,7 +81,3 @@ def test_condition_2() -> None:
     message = r"x came with 33 tokens, but option tokens gives it 3x7 \(21 tokens\), 5x4 \(20 tokens\)"
     with pytest.raises(OptionError, match=message):
         declare_tokens(built.graph, built.infos, OPTION)
-
-
-def test_a_resolution_is_that_of_the_mask() -> None:
-    assert Domain(5, 4) == DOMAIN, "the option's pairs are (height, width)"
