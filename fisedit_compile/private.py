@@ -37,6 +37,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fisedit_compile.errors import CallMismatchError, FisEditError
 from fisedit_compile.forms import DynamicNumber, StaticTensor
+from fisedit_compile.replacements import Functionalisable
 
 #: What tracing raises for a graph whose sizes or control flow depend on data, or with operators without fake kernels.
 UNTRACEABLE = (
@@ -136,7 +137,7 @@ def trace_functional(
         def run(*arguments: Any) -> Any:
             with functional_mode:
                 wrapped = [FunctionalTensor.to_functional(a) if isinstance(a, Tensor) else a for a in arguments]
-                outputs = fx.Interpreter(graph_module).run(*wrapped)
+                outputs = Functionalisable(graph_module).run(*wrapped)
                 outputs = pytree.tree_map_only(FunctionalTensor, FunctionalTensor.from_functional, outputs)
                 mutated.extend(
                     position

@@ -205,7 +205,8 @@ def _functional(gm: fx.GraphModule, inputs: GraphInputs, values: list[Any], numb
             for position in traced.specialised:
                 values[position] = int(numbers.pop(position))
             traced = private.trace_functional(gm, values)
-    except private.UNTRACEABLE as error:
+    except RuntimeError as error:
+        # Those of private.UNTRACEABLE are such errors, and so is that of a write into a view that cannot be functional.
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         if inputs.wrapped:
             names = ", ".join(inputs.infos[position].name for position in sorted(inputs.wrapped))

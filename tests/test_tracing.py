@@ -173,7 +173,16 @@ def idle_autocast(self: Function, x: Tensor) -> Tensor:
         return x @ x.transpose(-1, -2)
 
 
-@pytest.mark.parametrize("function", [local_changes, without_gradient, idle_autocast])
+def diagonal_of_a_part(self: Function, x: Tensor) -> Tensor:
+    height, width = x.shape[-2:]
+    mask = torch.zeros((height, width))
+    part = mask[1:, 1:]
+    part[:, :] = float("-inf")
+    filled = part.fill_diagonal_(0)
+    return x + mask.clamp(min=-9) + filled.clamp(min=-9).sum()
+
+
+@pytest.mark.parametrize("function", [local_changes, without_gradient, idle_autocast, diagonal_of_a_part])
 def test_side_effects_inside_the_graph_become_functional(function: Callable[..., Tensor]) -> None:
     backend = Comparing()
     torch.compile(Function(function), backend=backend)(picture())
@@ -221,6 +230,12 @@ def custom_change(self: Function, x: Tensor) -> Tensor:
     return y
 
 
+def writes_into_windows(self: Function, x: Tensor) -> Tensor:
+    y = x + 1
+    y[:1].as_strided((2, 2), (3, 1)).select(0, 1).fill_(0)
+    return y
+
+
 def strided(size: tuple[int, ...], stride: tuple[int, ...], offset: int = 0) -> Callable[..., Any]:
     return lambda self, x: (x * 2).as_strided(size, stride, offset)
 
@@ -236,6 +251,7 @@ REFUSED: list[tuple[Callable[..., Any], str]] = [
     (busy_autocast, "switches autocast"),
     (checkpointed, "higher-order operator tag_activation_checkpoint"),
     (custom_change, "higher-order operator auto_functionalized"),
+    (writes_into_windows, "RuntimeError: .* a mutation on a view chain"),
     (lambda self, x: torch.vmap(torch.sin)(x), "a function transform of torch.func, such as vmap"),
     (strided((2, 2), (1, 1), 3), "as_strided.default looks at other values than those of its input"),
     (strided((2, 2), (1, 10**6)), "as_strided.default looks at other values than those of its input"),

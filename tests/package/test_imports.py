@@ -15,7 +15,7 @@ LAYERS = (
     ("ops",),
     ("kernels",),
     ("passes",),
-    ("forms", "private", "description", "tracing", "lowering", "prologues"),
+    ("forms", "replacements", "private", "description", "tracing", "lowering", "prologues"),
     ("replay",),
     ("executable", "compiled_graph", "backend", "kernel_report", "explain"),
     ("models", "scenes", "pipelines", ""),
