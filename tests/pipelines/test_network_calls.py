@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Tensor
 
 from fisedit_compile.errors import PipelineError
 from fisedit_compile.pipelines.latents import LatentCells
 from fisedit_compile.pipelines.network_calls import NetworkCalls
-from fisedit_compile.pipelines.steps import StepFollower, Trajectory
+from fisedit_compile.pipelines.steps import StepFollower, Trajectory, followed_scheduler
 from fisedit_compile.pipelines.timing import StageClock
 
 
@@ -98,3 +99,22 @@ def test_pictures_that_are_resized_in_the_end_are_refused(pipe: Any) -> None:
     follow(pipe, (48, 40))
     with pytest.raises(PipelineError, match="makes a picture of 48x40 pixels and resizes it to the 50x40 that"):
         follow(pipe, (50, 40))
+
+
+@pytest.mark.parametrize("as_tuple", [True, False])
+def test_pipelines_without_callbacks_go_on_with_the_followers_latents(as_tuple: bool) -> None:
+    class Doubling:
+        def step(self, output: Tensor, timestep: int, latents: Tensor) -> Any:
+            return (2 * latents, output) if as_tuple else DDIMSchedulerOutput(2 * latents)
+
+    class Adding(StepFollower):
+        def __call__(self, pipe: Any, call: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            return {"latents": tensors["latents"] + 10 * call + timestep}
+
+    follower = Adding(None, [], StageClock(torch.device("cpu")), Trajectory())
+    pipe, latents = SimpleNamespace(scheduler=Doubling()), torch.ones(1)
+    with followed_scheduler(pipe, follower):
+        for timestep in (3, 5):
+            result = pipe.scheduler.step(torch.zeros(1), timestep, latents)
+            latents = result[0] if as_tuple else result.prev_sample
+    assert float(latents) == 2 * (2 + 3) + 10 + 5 and "step" not in vars(pipe.scheduler)
