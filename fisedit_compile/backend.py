@@ -26,6 +26,7 @@ from fisedit_compile.errors import OptionError
 from fisedit_compile.executable import Executable, GraphIdentity
 from fisedit_compile.forms import StaticTensor
 from fisedit_compile.passes import InputInfo, Program, build_program, disabled_passes
+from fisedit_compile.passes.labels import declare_content
 from fisedit_compile.replay import capturer_for
 from fisedit_compile.runtime import Runtime, default_runtime
 from fisedit_compile.tracing import TracedGraph, trace
@@ -128,7 +129,8 @@ def _surroundings(example_inputs: Sequence[Any], options: Options) -> str:
     """What a program depends on besides its graph."""
     return (
         f"norm={options.norm} packing={options.packing} {options.pack_all} convolution={options.convolution} "
-        f"disabled={sorted(options.disabled_passes)} tokens={options.tokens} autocast={_autocast(example_inputs)}"
+        f"disabled={sorted(options.disabled_passes)} tokens={options.tokens} "
+        f"content={options.content} autocast={_autocast(example_inputs)}"
     )
 
 
@@ -140,8 +142,9 @@ def _build(
         with private.compiling():
             traced = trace(gm, inputs)
     except UntraceableGraph as error:
-        return _stays_dense(gm, inputs.infos, runtime, label, f"{surroundings} {inputs.values}", error)
-    opaque, infos = traced.opaque, traced.input_infos
+        infos = declare_content(inputs.infos, options.content)
+        return _stays_dense(gm, infos, runtime, label, f"{surroundings} {inputs.values}", error)
+    opaque, infos = traced.opaque, declare_content(traced.input_infos, options.content)
     # Hashed before the passes, which work on this very graph.
     if opaque is None:
         digest = structural_hash(traced.gm, infos, surroundings)
@@ -193,7 +196,7 @@ def fisedit(
         example_inputs: its flat inputs.
         mode: one of ``config.MODES``.
         options: ``runtime`` (a ``Runtime``; None: ``default_runtime()``), ``norm``, ``lowering``, ``packing``,
-            ``convolution``, ``cuda_graphs``, ``tokens``, ``disable_passes``.
+            ``convolution``, ``cuda_graphs``, ``tokens``, ``content``, ``disable_passes``.
 
     Returns:
         What Dynamo calls in place of the graph.
@@ -208,7 +211,7 @@ def fisedit(
         raise OptionError(f"option runtime must be a fisedit_compile.Runtime, got a {type(runtime).__name__}")
     parsed = replace(parsed, disabled_passes=disabled_passes(parsed))
     surroundings = _surroundings(example_inputs, parsed)
-    infos = describe_inputs(gm, example_inputs)
+    infos = declare_content(describe_inputs(gm, example_inputs), parsed.content)
     label = _label(infos, example_inputs)
     if reason := break_reason(gm):
         logger.warning(

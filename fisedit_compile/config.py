@@ -22,7 +22,17 @@ MODES = {
     "max-autotune-no-cudagraphs": "inductor",
 }
 CONVOLUTIONS = ("auto", "rows", "tiles", "dense")
-VALID_OPTIONS = ("runtime", "norm", "lowering", "packing", "convolution", "cuda_graphs", "tokens", "disable_passes")
+VALID_OPTIONS = (
+    "runtime",
+    "norm",
+    "lowering",
+    "packing",
+    "convolution",
+    "cuda_graphs",
+    "tokens",
+    "content",
+    "disable_passes",
+)
 Resolutions = tuple[tuple[int, int], ...]
 
 
@@ -78,6 +88,7 @@ class Options:
         cuda_graphs: on CUDA, capture the launches of sparse calls and replay them for later calls of the same form.
         disabled_passes: names of optional passes to leave out. Their operators stay dense, results stay right.
         tokens: names of inputs ``[B, H * W, C]`` that are pictures row by row, and the resolutions (H, W) of each.
+        content: names of inputs of rank 0 or 1 that an edit may change, as it may change the prompt.
     """
 
     norm: str = "exact"
@@ -88,6 +99,7 @@ class Options:
     cuda_graphs: bool = True
     disabled_passes: frozenset[str] = frozenset()
     tokens: tuple[tuple[str, Resolutions], ...] = ()
+    content: tuple[str, ...] = ()
 
 
 def _parse_tokens(given: Any) -> tuple[tuple[str, Resolutions], ...]:
@@ -109,6 +121,13 @@ def _parse_tokens(given: Any) -> tuple[tuple[str, Resolutions], ...]:
             raise OptionError(f"{expected}; of {pairs} for {name!r}, several have as many tokens")
         parsed.append((name, tuple(pairs)))
     return tuple(sorted(parsed))
+
+
+def _parse_content(given: Any) -> tuple[str, ...]:
+    """Option content: ``["guidance"]``."""
+    if not isinstance(given, (list, tuple)) or not all(isinstance(name, str) for name in given):
+        raise OptionError(f"option content must be a list of names of inputs, got {given!r}")
+    return tuple(sorted(given))
 
 
 def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> tuple[Any, Options]:
@@ -154,4 +173,5 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> tuple[
         cuda_graphs,
         frozenset(disabled),
         _parse_tokens(given.get("tokens", {})),
+        _parse_content(given.get("content", ())),
     )

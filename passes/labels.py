@@ -11,11 +11,15 @@ An input is a label when
    chooses;
 3. the graph computes sines or cosines of another small input: that one is the time. Without it a looked-up number may
    itself be the time, since some networks embed their timesteps by a table; it then stays what an edit must keep.
+
+Numbers that are content as well, such as the guidance scale that a distilled network takes as an input, look like times
+in everything that is done with them. The option ``content`` names them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -115,3 +119,9 @@ def find_labels(graph: fx.Graph, infos: Sequence[InputInfo]) -> frozenset[int]:
     if not any(wave and not wave & (users | labels) for wave in waves):
         return frozenset()
     return frozenset(scalars[node] for node in labels)
+
+
+def declare_content(infos: Iterable[InputInfo], names: Sequence[str]) -> tuple[InputInfo, ...]:
+    """The inputs' descriptions; small inputs of these names are content, not compared with the recording. A name that
+    no input has is left out of account: a network may have it or not."""
+    return tuple(replace(info, kind="user") if info.kind == "scalar" and info.name in names else info for info in infos)

@@ -10,7 +10,8 @@ from torch import fx
 
 from fisedit_compile import backend
 from fisedit_compile.config import parse_options
-from fisedit_compile.errors import OptionError
+from fisedit_compile.errors import OptionError, ScalarMismatchError
+from fisedit_compile.runtime import Runtime
 
 
 def picture() -> torch.Tensor:
@@ -27,6 +28,7 @@ def picture() -> torch.Tensor:
         ({"options": {"packing": "lots"}}, "option packing must be a positive number of bytes"),
         ({"options": {"packing": -1}}, "option packing must be a positive number of bytes"),
         ({"options": {"cuda_graphs": 1}}, "option cuda_graphs must be True or False, got 1"),
+        ({"options": {"content": "guidance"}}, "option content must be a list of names of inputs, got 'guidance'"),
         ({"options": {"convolution": "fast"}}, "must be one of auto, rows, tiles, dense, got 'fast'"),
         ({"mode": "fastest"}, "unknown mode 'fastest'; valid modes are default"),
     ],
@@ -63,3 +65,27 @@ def test_launches_are_captured_unless_switched_off(
     compiled = backend.fisedit(fx.symbolic_trace(lambda x: (x + 1,)), [picture()], **settings)
     assert compiled.executable.program is not None
     assert asked == ([[torch.device("cpu")]] if captured else [])
+
+
+def test_numbers_that_are_content_may_change() -> None:
+    class Scaled(torch.nn.Module):
+        def forward(self, x: torch.Tensor, time: torch.Tensor, guidance: torch.Tensor) -> torch.Tensor:
+            return x * torch.sin(time) * guidance.view(-1, 1, 1, 1)
+
+    x, time, first, second = picture(), torch.tensor(0.5), torch.tensor([2.0]), torch.tensor([3.0])
+    mask = torch.zeros(13, 9)
+    mask[4:9, 2:5] = 1
+    for content in ([], ["guidance"]):
+        runtime = Runtime()
+        network = torch.compile(Scaled(), backend="fisedit", options={"runtime": runtime, "content": content})
+        with runtime.record("base"):
+            base = network(x, time, first)
+        with pytest.raises(ScalarMismatchError), runtime.edit("base", mask=mask):
+            network(x, time + 1, first)
+        if not content:
+            with pytest.raises(ScalarMismatchError), runtime.edit("base", mask=mask):
+                network(x, time, second)
+            continue
+        with runtime.edit("base", mask=mask):
+            edited = network(x, time, second)
+        assert torch.equal(edited, torch.where(mask > 0, Scaled()(x, time, second), base))

@@ -27,6 +27,7 @@ def generate(
     """Generate a picture with a diffusers pipeline (nothing is recorded or compiled)."""
     arguments = options.call_arguments(model, steps, guidance, negative_prompt, size)
     pipe = options.load_model(model, scheduler, device, precision)
+    options.check_arguments(pipe, arguments)
     import torch
 
     pipe.set_progress_bar_config(desc="generating")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -187,6 +188,17 @@ def call_arguments(
     if pixels is not None:
         arguments["height"], arguments["width"] = pixels
     return arguments
+
+
+def check_arguments(pipe: Any, arguments: Mapping[str, Any]) -> None:
+    """Refuse what a pipeline cannot be told, such as a negative prompt where it has none.
+
+    Raises:
+        PipelineError: naming the arguments.
+    """
+    unknown = sorted(set(arguments) - set(inspect.signature(type(pipe).__call__).parameters))
+    if unknown:
+        raise PipelineError(f"{type(pipe).__name__} has no argument {', '.join(unknown)}; leave it out")
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,27 +12,16 @@ import torch
 from PIL import Image
 
 from fisedit_compile.errors import PipelineError
+from fisedit_compile.pipelines.guidance import Guidance, guidance_of
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 CHANGEABLE = frozenset(
     {
-        "prompt",
-        "prompt_2",
-        "prompt_3",
-        "negative_prompt",
-        "negative_prompt_2",
-        "negative_prompt_3",
-        "prompt_embeds",
-        "prompt_embeds_mask",
-        "prompt_attention_mask",
-        "negative_prompt_embeds",
-        "negative_prompt_embeds_mask",
-        "negative_prompt_attention_mask",
-        "pooled_prompt_embeds",
-        "negative_pooled_prompt_embeds",
         "ip_adapter_image",
         "ip_adapter_image_embeds",
+        "negative_ip_adapter_image",
+        "negative_ip_adapter_image_embeds",
         "guidance_scale",
         "guidance_rescale",
         "true_cfg_scale",
@@ -44,9 +34,11 @@ CHANGEABLE = frozenset(
         "output_type",
     }
 )
-"""Arguments an edit may change. All others decide noise, steps or size, which the edit shares with the recorded run."""
+"""Arguments an edit may change, besides prompts. All others decide noise, steps or size, which the edit shares with the
+recorded run."""
 
-_EMBEDDINGS = ("prompt_embeds", "pooled_prompt_embeds", "prompt_embeds_mask", "prompt_attention_mask")
+_PROMPT = re.compile(r"(?P<side>negative_)?(?:(?P<words>prompt(?:_\d)?)|(?:pooled_)?prompt_\w*[a-z]\w*)$")
+"""Names of prompts. ``words`` are texts (``negative_prompt_2``), the others embeddings and their masks."""
 
 
 class CallArguments:
@@ -56,10 +48,11 @@ class CallArguments:
         pipe: a diffusers pipeline.
 
     Raises:
-        PipelineError: the pipeline has no ``callback_on_step_end``.
+        PipelineError: the pipeline has neither ``callback_on_step_end`` nor its predecessor ``callback``.
     """
 
     def __init__(self, pipe: Any) -> None:
+        self._pipe = pipe
         self._name = type(pipe).__name__
         parameters = inspect.signature(type(pipe).__call__).parameters
         self._defaults = {
@@ -67,7 +60,7 @@ class CallArguments:
             for name, parameter in parameters.items()
             if name != "self" and parameter.kind is not inspect.Parameter.VAR_KEYWORD
         }
-        if "callback_on_step_end" not in self._defaults:
+        if not self.accepts("callback_on_step_end") and not self.accepts("callback"):
             raise PipelineError(
                 f"{self._name} has no callback_on_step_end, through which an edit session follows the steps; use a "
                 "text-to-image, image-to-image or inpainting pipeline with it, such as StableDiffusionPipeline"
@@ -103,10 +96,9 @@ class CallArguments:
         if output_type not in OUTPUT_TYPES:
             raise PipelineError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
 
-    def guided(self, given: Mapping[str, Any]) -> bool:
-        """Whether the run has classifier-free guidance, which doubles the batch of its network calls."""
-        scale = self.value(given, "guidance_scale")
-        return scale is not None and scale > 1
+    def guidance(self, given: Mapping[str, Any]) -> Guidance:
+        """The guidance of a call: it doubles the batch of the network calls, or their number."""
+        return guidance_of(self._pipe, lambda name: self.value(given, name), self.accepts)
 
     def merge(self, recorded: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of an edit: those of the recorded run with the changed ones.
@@ -121,21 +113,19 @@ class CallArguments:
                     "generator cannot be given to an edit: it starts from the noise of the recorded run; "
                     "call generate with another generator for other noise"
                 )
-            if name not in CHANGEABLE and not same_value(self.value(recorded, name), value):
+            if not _changeable(name) and not same_value(self.value(recorded, name), value):
                 raise PipelineError(
                     f"{name} was {_short(self.value(recorded, name))} when the picture was generated and cannot be "
                     f"{_short(value)} in an edit; leave it out, or call generate with the new value first"
                 )
-        merged = {**recorded, **changes}
-        if merged.get("prompt") is not None:
-            for name in _EMBEDDINGS:
-                if name not in changes:
-                    merged.pop(name, None)
-        if self.guided(recorded) != self.guided(merged):
+        merged = _exchange_prompts(recorded, changes)
+        before, after = self.guidance(recorded), self.guidance(merged)
+        if before.on != after.on:
+            states = {True: "on", False: "off"}
             raise PipelineError(
-                f"guidance_scale was {self.value(recorded, 'guidance_scale')} and cannot become "
-                f"{self.value(merged, 'guidance_scale')}: guidance is on above 1 only, and crossing 1 changes the "
-                "batch of every network call; stay on the same side of 1, or call generate with the new value first"
+                f"guidance was {states[before.on]} when the picture was generated ({before.why}) and would be "
+                f"{states[after.on]} in the edit ({after.why}), which changes the network calls of every step; stay on "
+                "the same side, or call generate with the new values first"
             )
         counts = [_prompt_count(given) for given in (recorded, merged)]
         if counts[0] != counts[1]:
@@ -151,6 +141,14 @@ class CallArguments:
             )
         return merged
 
+    def made_size(self, given: Mapping[str, Any]) -> tuple[int, int] | None:
+        """Height and width that the latents must have in pixels, of a call whose pipeline may make another size and
+        resize the picture in the end; None: it does not."""
+        height, width = (self.value(given, name) for name in ("height", "width"))
+        if not self.value(given, "use_resolution_binning") or height is None or width is None:
+            return None
+        return int(height), int(width)
+
     def user_callback(self, given: Mapping[str, Any]) -> tuple[Callable[..., Any] | None, list[str]]:
         """The user's ``callback_on_step_end`` and the names of the tensors it is to be given."""
         callback = given.get("callback_on_step_end")
@@ -160,12 +158,35 @@ class CallArguments:
         return callback, list(names if names is not None else ["latents"])
 
 
+def _changeable(name: str) -> bool:
+    return name in CHANGEABLE or _PROMPT.match(name) is not None
+
+
+def _exchange_prompts(recorded: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The recorded arguments with the changed ones. New texts replace recorded embeddings, and new embeddings recorded
+    texts, of prompts and of negative prompts: pipelines refuse both together."""
+    merged = {**recorded, **changes}
+    matches = {name: match for name in merged if (match := _PROMPT.match(name)) is not None}
+    for side in (None, "negative_"):
+        names = [name for name, match in matches.items() if match["side"] == side]
+        texts = {name for name in names if matches[name]["words"] is not None}
+        given = {name for name in names if changes.get(name) is not None}
+        embedded = any("embeds" in name for name in given)
+        for name in set(names) - changes.keys():
+            if given & texts and name not in texts:
+                del merged[name]
+            elif embedded and not given & texts and name in texts:
+                # Not left out: the default of some pipelines is an empty text, which counts as given.
+                merged[name] = None
+    return merged
+
+
 def _prompt_count(given: Mapping[str, Any]) -> int:
-    """How many prompts a call has, also when they are given as embeddings."""
+    """How many prompts a call has, also when they are given as embeddings: a tensor, or a list of them."""
     prompt, embeddings = given.get("prompt"), given.get("prompt_embeds")
     if isinstance(prompt, (list, tuple)):
         return len(prompt)
-    return 1 if prompt is not None or embeddings is None else int(embeddings.shape[0])
+    return 1 if prompt is not None or embeddings is None else len(embeddings)
 
 
 def same_value(left: Any, right: Any) -> bool:

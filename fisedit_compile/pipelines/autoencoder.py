@@ -88,8 +88,10 @@ class AutoencoderCall:
 
         @wraps(original)
         def decode(latents: Tensor, *positional: Any, **named: Any) -> Any:
-            # Autoencoders of videos take five dimensions also for a single picture.
-            if self.job.outcome is not None or latents.dim() != 4:
+            if self.job.outcome is not None:
+                return original(latents, *positional, **named)
+            if latents.dim() != 4:
+                self.job.outcome = Decoding("dense", "autoencoders of videos, also of single pictures, run densely")
                 return original(latents, *positional, **named)
             # Graphs are made for strides: those of the latents must not depend on what the scheduler did.
             latents = latents.contiguous()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import wraps
@@ -12,14 +13,17 @@ import torch
 from fisedit_compile.errors import PipelineError
 from fisedit_compile.pipelines.attributes import replaced_attribute
 from fisedit_compile.pipelines.autoencoder import AutoencoderCall
+from fisedit_compile.pipelines.guidance import NETWORKS
+from fisedit_compile.pipelines.network_calls import NetworkCalls
+from fisedit_compile.pipelines.steps import StepFollower, followed_scheduler
 from fisedit_compile.pipelines.timing import StageClock
 from fisedit_compile.runtime import Domain
 
-NETWORKS = ("unet", "transformer")
-"""What pipelines call the network that is called at every step."""
-
 TOKENS_ARGUMENT = "hidden_states"
 """What the networks of pipelines that pack latents call their tokens."""
+
+CONTENT_ARGUMENTS = ("guidance",)
+"""What distilled networks call the guidance scale that they take as an input; an edit may change it."""
 
 
 class PipelineBinding:
@@ -46,8 +50,9 @@ class PipelineBinding:
         self._name = found[0]
         self._options = dict(options)
         self._compiled: Any = None
-        self._tokens: Domain | None = None
+        self._tokens: tuple[Domain, ...] = ()
         self._clock: StageClock | None = None
+        self._calls: NetworkCalls | None = None
 
     @property
     def module(self) -> torch.nn.Module:
@@ -61,32 +66,34 @@ class PipelineBinding:
         return next(self.module.parameters()).device
 
     @contextmanager
-    def installed(self, clock: StageClock, autoencoder: AutoencoderCall, tokens: Domain | None) -> Iterator[None]:
+    def installed(self, clock: StageClock, autoencoder: AutoencoderCall, follower: StepFollower) -> Iterator[None]:
         """Put the compiled network, a timed text encoding and the session's autoencoder into the pipeline, and take
         them out again.
 
         Args:
             clock: counts the seconds by stage.
             autoencoder: of this call.
-            tokens: resolution of the tokens that the network takes; None: it takes maps.
+            follower: of the steps. Pipelines with ``callback_on_step_end`` get it by that argument; otherwise it
+                follows the scheduler.
 
         Raises:
             PipelineError: the network is offloaded to the host between calls.
         """
         pipe, original = self._pipe, getattr(self._pipe, self._name)
+        tokens = follower.trajectory.tokens
         if getattr(self.module, "_hf_hook", None) is not None:
             raise PipelineError(
                 "the pipeline's network is offloaded (its hooks would be tied to the compiled module, and stay so); "
                 "call pipe.remove_all_hooks() and pipe.to(device), or save memory by the session's storage and budget"
             )
         if self._compiled is None or self._compiled._orig_mod is not self.module or self._tokens != tokens:
-            options: dict[str, Any] = dict(self._options)
-            if tokens is not None:
-                options["tokens"] = {TOKENS_ARGUMENT: (tokens.height, tokens.width)}
+            options: dict[str, Any] = {**self._options, "content": list(CONTENT_ARGUMENTS)}
+            if tokens:
+                options["tokens"] = {TOKENS_ARGUMENT: [(domain.height, domain.width) for domain in tokens]}
             self._compiled = torch.compile(self.module, backend="fisedit", options=options)
             self._tokens = tokens
             # A hook of the compiled module itself runs outside of the graph, and not in the user's module.
-            self._compiled.register_forward_pre_hook(self._before_call)
+            self._compiled.register_forward_pre_hook(self._before_call, with_kwargs=True)
             clock.lap("setup")
         with ExitStack() as restore:
             if callable(getattr(pipe, "encode_prompt", None)):
@@ -95,14 +102,19 @@ class PipelineBinding:
                 # The user called compile() on the network; its calls would never come to the session's compiled one.
                 restore.enter_context(replaced_attribute(self.module, "_compiled_call_impl", None))
             restore.enter_context(autoencoder.installed(pipe.vae))
-            self._clock = clock
+            if "callback_on_step_end" not in inspect.signature(type(pipe).__call__).parameters:
+                restore.enter_context(followed_scheduler(pipe, follower))
+            self._clock, self._calls = clock, follower.trajectory.calls
             restore.callback(setattr, pipe, self._name, original)
             setattr(pipe, self._name, self._compiled)
             yield
+            follower.check_obeyed(pipe)
 
-    def _before_call(self, module: torch.nn.Module, inputs: Any) -> None:
+    def _before_call(self, module: torch.nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+        if self._calls is not None:
+            self._calls.add(self.module, positional, named)
         if self._clock is not None:
-            self._clock.begin_loop()
+            self._clock.begin_call()
 
 
 def _timed(function: Callable[..., Any], clock: StageClock) -> Callable[..., Any]:

@@ -5,6 +5,7 @@ A session keeps its masks at the autoencoder's resolution, whatever the network 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +21,11 @@ PACKED_SIDE = 2
 """Latent cells of a token in each direction, in all pipelines of diffusers that pack them."""
 
 
-def packed_resolution(pipe: Any, height: int | None, width: int | None) -> Domain | None:
-    """The resolution of the tokens that a pipeline packs its latents to; None for a pipeline that does not.
+def packed_resolutions(pipe: Any, height: int | None, width: int | None) -> tuple[Domain, ...]:
+    """The resolutions that the tokens may have to which a pipeline packs its latents; none for one that does not.
+
+    It has one of them: what it calls the autoencoder's scale is that of a latent cell for most pipelines (Flux), and
+    that of a token for others (Bria). The number of tokens tells.
 
     Args:
         pipe: a diffusers pipeline.
@@ -31,15 +35,16 @@ def packed_resolution(pipe: Any, height: int | None, width: int | None) -> Domai
         PipelineError: the pipeline packs latents, and does not say how many pixels a latent cell has.
     """
     if not callable(getattr(pipe, "_pack_latents", None)):
-        return None
+        return ()
     scale, default = getattr(pipe, "vae_scale_factor", None), getattr(pipe, "default_sample_size", None)
     if scale is None or (default is None and None in (height, width)):
         raise PipelineError(
             f"{type(pipe).__name__} packs its latents to tokens and has no vae_scale_factor and default_sample_size to "
             "tell their rows and columns; give height and width, or use the runtime with the option tokens"
         )
-    sizes = (int(default * scale if size is None else size) // (scale * PACKED_SIDE) for size in (height, width))
-    return Domain(*sizes)
+    pixels = [int(default * scale if size is None else size) for size in (height, width)]
+    domains = (Domain(*(size // side for size in pixels)) for side in (scale * PACKED_SIDE, scale))
+    return tuple(domain for domain in domains if domain.size)
 
 
 @dataclass(frozen=True)
@@ -55,25 +60,44 @@ class LatentCells:
     tokens: Domain | None = None
 
     @classmethod
-    def of(cls, latents: Tensor, tokens: Domain | None) -> LatentCells:
+    def of(cls, latents: Tensor, tokens: Sequence[Domain]) -> LatentCells:
         """The cells of latents as the pipeline hands them to its callbacks.
 
         Args:
             latents: ``[B, C, height, width]`` or ``[B, tokens, C]``.
-            tokens: as :func:`packed_resolution` tells.
+            tokens: as :func:`packed_resolutions` tells.
 
         Raises:
             PipelineError: they have another form.
         """
         if latents.dim() == 4:
             return cls(Domain(*latents.shape[-2:]))
-        if latents.dim() == 3 and tokens is not None and latents.shape[1] == tokens.size:
-            return cls(Domain(PACKED_SIDE * tokens.height, PACKED_SIDE * tokens.width), tokens)
-        expected = "[B, C, height, width]" if tokens is None else f"[B, {tokens.size}, C] for {tokens} tokens"
+        for domain in tokens:
+            if latents.dim() == 3 and latents.shape[1] == domain.size:
+                return cls(Domain(PACKED_SIDE * domain.height, PACKED_SIDE * domain.width), domain)
+        forms = [f"[B, {domain.size}, C] for {domain} tokens" for domain in tokens] or ["[B, C, height, width]"]
         raise PipelineError(
-            f"the pipeline's latents have shape {tuple(latents.shape)}, and an edit session needs {expected}; it is "
-            "for pipelines that make single pictures"
+            f"the pipeline's latents have shape {tuple(latents.shape)}, and an edit session needs {' or '.join(forms)}"
+            "; it is for pipelines that make single pictures"
         )
+
+    def check_size(self, pipe: Any, height: int, width: int) -> None:
+        """Refuse a pipeline that makes a picture of another size and resizes it in the end.
+
+        Args:
+            pipe: it has these latents.
+            height, width: of the picture that it returns, in pixels.
+
+        Raises:
+            PipelineError: the latents do not belong to a picture of this size.
+        """
+        made = tuple(pipe.vae_scale_factor * side for side in (self.domain.height, self.domain.width))
+        if made != (height, width):
+            raise PipelineError(
+                f"{type(pipe).__name__} makes a picture of {made[0]}x{made[1]} pixels and resizes it to the {height}x"
+                f"{width} that were asked for, to which masks of its latents do not belong; give "
+                f"use_resolution_binning=False, or height={made[0]} and width={made[1]}"
+            )
 
     def maps(self, latents: Tensor) -> Tensor:
         """Latents as ``[B, C, height, width]``; a position is a token where they are packed."""

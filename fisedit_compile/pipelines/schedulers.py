@@ -1,8 +1,8 @@
 """The schedulers an edit session knows by name, and how many network calls each of their steps takes.
 
-A pipeline calls ``callback_on_step_end`` once for each network call.  A scheduler step may take several calls: two
-with Heun's method, four in the Runge-Kutta warm-up of PNDM.  Masks are found after a number of *steps*, recorded runs
-are lined up by *calls*, so the two are counted apart.
+A pipeline calls ``callback_on_step_end`` once for each network call, or pair of them where guidance is a second call.
+A scheduler step may take several: two with Heun's method, four in the Runge-Kutta warm-up of PNDM.  Masks are found
+after a number of *steps*, recorded runs are lined up by *calls*, so the two are counted apart.
 """
 
 from __future__ import annotations
@@ -42,6 +42,9 @@ SCHEDULERS: tuple[KnownScheduler, ...] = (
     KnownScheduler("heun", "HeunDiscreteScheduler", {}, "two calls a step, one in the last"),
 )
 
+PREDICTIONS = ("epsilon", "sample", "v_prediction")
+"""What a network may predict for these schedulers; others are for flow matching."""
+
 SCHEDULER_NAMES: tuple[str, ...] = tuple(known.name for known in SCHEDULERS)
 
 
@@ -49,12 +52,18 @@ def make_scheduler(name: str, current: Any) -> Any:
     """Build the scheduler ``name`` with the noise schedule of the scheduler ``current``.
 
     Raises:
-        PipelineError: the name is none of :data:`SCHEDULER_NAMES`.
+        PipelineError: the name is none of :data:`SCHEDULER_NAMES`, or the scheduler is of another kind (flow matching).
     """
     import diffusers
 
     for known in SCHEDULERS:
         if known.name == name:
+            predicted = current.config.get("prediction_type", "a flow")
+            if predicted not in PREDICTIONS:
+                raise PipelineError(
+                    f"the pipeline's network predicts {predicted} for its {type(current).__name__}, and {name} expects "
+                    f"one of {', '.join(PREDICTIONS)}; keep the pipeline's own scheduler"
+                )
             return getattr(diffusers, known.class_name).from_config(current.config, **known.options)
     raise PipelineError(f"unknown scheduler {name!r}; choose one of {', '.join(SCHEDULER_NAMES)}")
 

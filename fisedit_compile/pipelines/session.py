@@ -17,7 +17,7 @@ from fisedit_compile.pipelines.arguments import CallArguments, keep_value
 from fisedit_compile.pipelines.autoencoder import AutoencoderCall, EncodeMemory
 from fisedit_compile.pipelines.binding import PipelineBinding
 from fisedit_compile.pipelines.decoding import DecodeJob, DecodeRecord, SparseDecoder
-from fisedit_compile.pipelines.latents import packed_resolution
+from fisedit_compile.pipelines.latents import packed_resolutions
 from fisedit_compile.pipelines.masking import AutomaticMask, grow_mask, paste_outside, to_pixels
 from fisedit_compile.pipelines.noise import Generators, NoiseSource, new_generator
 from fisedit_compile.pipelines.picture import Picture
@@ -140,8 +140,9 @@ class EditSession:
         noise = NoiseSource.of(generator)
         clock = StageClock(self._binding.device)
         size = (self._arguments.value(given, name) for name in ("height", "width"))
-        tokens = packed_resolution(self.pipe, *size)
-        follower = StepFollower(*self._arguments.user_callback(given), clock, tokens)
+        trajectory = Trajectory(packed_resolutions(self.pipe, *size))
+        made_size = self._arguments.made_size(given)
+        follower = StepFollower(*self._arguments.user_callback(given), clock, trajectory, made_size)
         with ExitStack() as undo:
             name = self._new_name("generation")
             undo.callback(self._drop, name)
@@ -294,15 +295,14 @@ class EditSession:
     ) -> tuple[Tensor | None, tuple[bool, ...] | None]:
         """Call the pipeline; the pixels ``[B, 3, height, width]`` (None: latents wanted), and what was flagged."""
         wants_latents = self._arguments.value(given, "output_type") == "latent"
-        arguments = {
-            **given,
+        ours = {
             "output_type": "latent" if wants_latents else "pt",
             "callback_on_step_end": follower,
             "callback_on_step_end_tensor_inputs": follower.tensor_names,
+            "generator": generator,
         }
-        if self._arguments.accepts("generator"):
-            arguments["generator"] = generator
-        with self._binding.installed(clock, autoencoder, follower.tokens):
+        arguments = {**given, **{name: value for name, value in ours.items() if self._arguments.accepts(name)}}
+        with self._binding.installed(clock, autoencoder, follower):
             output = self.pipe(**arguments)
         flagged = getattr(output, "nsfw_content_detected", None)
         pixels = None if wants_latents else output.images
@@ -365,7 +365,7 @@ class EditSession:
         recorded = autoencoder.job.made.base if autoencoder.job.made is not None else None
         return Report(
             seconds=seconds,
-            scheduler_steps=steps_for_calls(self.pipe.scheduler, sum(calls)),
+            scheduler_steps=steps_for_calls(self.pipe.scheduler, clock.turns()),
             dense_calls=calls[0],
             sparse_calls=calls[1],
             dense_seconds=dense_seconds,

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import wraps
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from fisedit_compile.errors import PipelineError
 from fisedit_compile.pipelines.arguments import same_value
+from fisedit_compile.pipelines.attributes import replaced_attribute
 from fisedit_compile.pipelines.latents import LatentCells
 from fisedit_compile.pipelines.masking import AutomaticMask, MaskFinder
+from fisedit_compile.pipelines.network_calls import NetworkCalls
 from fisedit_compile.pipelines.schedulers import calls_for_steps, steps_for_calls
 from fisedit_compile.pipelines.timing import StageClock
 from fisedit_compile.runtime import Domain
@@ -26,17 +30,24 @@ class MaskReceiver(Protocol):
 
 @dataclass
 class Trajectory:
-    """The latents after each network call of a run, and the scheduler's timesteps.
+    """What a run leaves for edits of it: the latents after each turn of the pipeline's loop, and how it got there.
 
     Attributes:
+        tokens: resolutions that the tokens may have which the latents are packed to; empty: they are maps.
+        calls: of the network.
         latents: of one shape each, on the pipeline's device.
-        cells: where their cells lie.
         timesteps: the scheduler's, on the host.
     """
 
+    tokens: tuple[Domain, ...] = ()
+    calls: NetworkCalls = field(default_factory=NetworkCalls)
     latents: list[Tensor] = field(default_factory=list)
-    cells: LatentCells = LatentCells(Domain(1, 1))
     timesteps: Tensor | None = None
+
+    @property
+    def cells(self) -> LatentCells:
+        """Where the cells of the latents lie; known after the first turn."""
+        return LatentCells.of(self.latents[0], self.tokens)
 
 
 class StepFollower:
@@ -46,14 +57,21 @@ class StepFollower:
         callback: the user's callback, or None.
         names: tensors the user's callback is to be given.
         clock: counts the seconds of every call.
-        tokens: resolution of the tokens that the pipeline packs its latents to; None: it does not.
+        trajectory: empty; it is filled.
+        size: height and width that the picture must have in pixels; None: whatever the pipeline makes.
     """
 
     def __init__(
-        self, callback: Callable[..., Any] | None, names: Sequence[str], clock: StageClock, tokens: Domain | None
+        self,
+        callback: Callable[..., Any] | None,
+        names: Sequence[str],
+        clock: StageClock,
+        trajectory: Trajectory,
+        size: tuple[int, int] | None = None,
     ) -> None:
-        self.tokens = tokens
-        self.trajectory = Trajectory()
+        self.trajectory = trajectory
+        self._size = size
+        self._returned: dict[str, Any] = {}
         self._callback = callback
         self._names = tuple(names)
         self._clock = clock
@@ -69,18 +87,36 @@ class StepFollower:
         Raises:
             PipelineError: the user's callback returns no dictionary or interrupts the run.
         """
-        self._clock.call(self.stage, last=call + 1 == pipe.num_timesteps)
+        self._clock.turn(self.stage, last=call + 1 == _turns(pipe))
+        self.trajectory.calls.end_turn()
+        self.check_obeyed(pipe)
         outputs: dict[str, Any] = {}
         if self._callback is not None:
             given = {name: tensors[name] for name in self._names}
             outputs = _check_outputs(pipe, call, self._callback(pipe, call, timestep, given))
         if call == 0:
             self.trajectory.timesteps = pipe.scheduler.timesteps.cpu()
-            self.trajectory.cells = LatentCells.of(tensors["latents"], self.tokens)
+            # Latents of no known form are refused before anything is made of them.
+            cells = LatentCells.of(tensors["latents"], self.trajectory.tokens)
+            if self._size is not None:
+                cells.check_size(pipe, *self._size)
         latents = self.after_call(pipe, call, outputs.get("latents", tensors["latents"]))
         outputs["latents"] = latents
         self.trajectory.latents.append(latents.detach().clone())
+        self._returned = outputs
         return outputs
+
+    def check_obeyed(self, pipe: Any) -> None:
+        """Check that the pipeline took the latents of the turn before; also called behind the last turn.
+
+        Raises:
+            PipelineError: it left them.
+        """
+        if "latents" in self._returned:
+            raise PipelineError(
+                f"{type(pipe).__name__} ignores the latents that callback_on_step_end returns, and an edit session "
+                "needs a pipeline that goes on with them; use the runtime with it instead (record and edit)"
+            )
 
     @property
     def stage(self) -> str:
@@ -92,13 +128,42 @@ class StepFollower:
         return latents
 
 
+def _turns(pipe: Any) -> int:
+    """How many turns the loop of a pipeline has; those without callbacks do not tell, and take all timesteps."""
+    told = getattr(pipe, "num_timesteps", None)
+    return len(pipe.scheduler.timesteps) if told is None else int(told)
+
+
+@contextmanager
+def followed_scheduler(pipe: Any, follower: StepFollower) -> Iterator[None]:
+    """Call a follower behind every step of the scheduler, for pipelines that have no ``callback_on_step_end``; they go
+    on with the latents that it returns."""
+    original = pipe.scheduler.step
+    turns = 0
+
+    @wraps(original)
+    def step(*positional: Any, **named: Any) -> Any:
+        nonlocal turns
+        result = original(*positional, **named)
+        timestep = positional[1] if len(positional) > 1 else named.get("timestep")
+        latents = follower(pipe, turns, timestep, {"latents": result[0]}).pop("latents")
+        turns += 1
+        if isinstance(result, tuple):
+            return (latents, *result[1:])
+        result.prev_sample = latents
+        return result
+
+    with replaced_attribute(pipe.scheduler, "step", step):
+        yield
+
+
 def _check_outputs(pipe: Any, call: int, outputs: Any) -> dict[str, Any]:
     """A copy of what the user's callback returned."""
     if not isinstance(outputs, dict):
         raise PipelineError(f"callback_on_step_end must return a dictionary of tensors, got {type(outputs).__name__}")
     if getattr(pipe, "interrupt", False):
         raise PipelineError(
-            f"callback_on_step_end interrupted the run after call {call + 1} of {pipe.num_timesteps}; an "
+            f"callback_on_step_end interrupted the run after call {call + 1} of {_turns(pipe)}; an "
             "incomplete run can be neither a base nor an edit of one, so nothing was kept"
         )
     return dict(outputs)
@@ -123,10 +188,11 @@ class EditFollower(StepFollower):
         mask: Tensor | None,
         settings: AutomaticMask,
     ) -> None:
-        super().__init__(callback, names, clock, recorded.cells.tokens)
+        super().__init__(callback, names, clock, Trajectory(recorded.tokens, NetworkCalls(recorded.calls)))
         self.mask = mask
         self.run: MaskReceiver | None = None
         self._recorded = recorded
+        self._cells = recorded.cells
         self._sparse = mask is not None and not bool(mask.all())
         self._finder = MaskFinder(settings) if mask is None else None
         self._calls_by_step: list[int] = []
@@ -153,14 +219,14 @@ class EditFollower(StepFollower):
             self._find(self._finder, pipe, call, latents)
         if self.mask is None:
             return latents
-        return self._recorded.cells.keep(latents, self._recorded.latents[call], self.mask)
+        return self._cells.keep(latents, self._recorded.latents[call], self.mask)
 
     def _check_run(self, pipe: Any, latents: Tensor) -> None:
         recorded = self._recorded
         total = len(recorded.latents)
-        if pipe.num_timesteps != total:
+        if _turns(pipe) != total:
             raise PipelineError(
-                f"the recorded run made {total} network calls, this one makes {pipe.num_timesteps}; "
+                f"the loop of the recorded run had {total} turns, that of this one has {_turns(pipe)}; "
                 "keep the steps and the scheduler of the recorded run, or call generate first"
             )
         if recorded.latents[0].shape != latents.shape:
@@ -181,10 +247,10 @@ class EditFollower(StepFollower):
             steps = finder.settings.scaled_steps(steps_for_calls(pipe.scheduler, total))
             self._calls_by_step = [calls_for_steps(pipe.scheduler, step + 1, total) for step in range(steps)]
         if call + 1 in self._calls_by_step:
-            finder.add(*map(self._recorded.cells.maps, (latents, self._recorded.latents[call])))
+            finder.add(*map(self._cells.maps, (latents, self._recorded.latents[call])))
         if call + 1 == self._calls_by_step[-1]:
             self._clock.lap("dense")
-            self.mask = self._recorded.cells.expand(finder.mask())
+            self.mask = self._cells.expand(finder.mask())
             self._finder = None
             if call + 1 < total and not bool(self.mask.all()):
                 if self.run is None:

@@ -15,8 +15,8 @@ STAGES = ("text", "prepare", "setup", "dense", "mask", "sparse", "decode")
 class StageClock:
     """Splits the time of a pipeline call into stages.
 
-    A lap goes from the end of the previous lap to now.  The first network call of a phase also traces, compiles or
-    plans; :meth:`seconds` moves what it took beyond the average of the phase's other calls to the stage ``setup``.
+    A lap goes from the end of the previous lap to now.  The first turn of the loop in a phase also traces, compiles or
+    plans; :meth:`seconds` moves what it took beyond the average of the phase's others to the stage ``setup``.
 
     Args:
         device: the pipeline's device; on CUDA the clock waits for the device where it must, never at every call.
@@ -25,7 +25,9 @@ class StageClock:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stages = dict.fromkeys(STAGES, 0.0)
+        self._turns = {"dense": 0, "sparse": 0}
         self._calls = {"dense": 0, "sparse": 0}
+        self._begun = 0
         self._first = {"dense": 0.0, "sparse": 0.0}
         self._known_setup = dict.fromkeys(STAGES, 0.0)
         self._started = self._now(synchronise=True)
@@ -43,23 +45,26 @@ class StageClock:
         self._stages[stage] += now - self._last
         self._last = now
 
-    def begin_loop(self) -> None:
+    def begin_call(self) -> None:
         """Called before every network call; the first one ends the preparation."""
+        self._begun += 1
         if not self._looping:
             self._looping = True
             self.lap("prepare")
 
-    def call(self, stage: str, last: bool) -> None:
-        """A network call and its scheduler step are done.
+    def turn(self, stage: str, last: bool) -> None:
+        """A turn of the pipeline's loop is done: a network call, or two with guidance, and a scheduler step.
 
         Args:
             stage: ``dense`` or ``sparse``.
             last: whether another stage follows, so that the device must have finished this one.
         """
-        first = self._calls[stage] == 0
+        first = self._turns[stage] == 0
         before = self._stages[stage]
         self.lap(stage, synchronise=first or last)
-        self._calls[stage] += 1
+        self._turns[stage] += 1
+        self._calls[stage] += self._begun
+        self._begun = 0
         if first:
             self._first[stage] = self._stages[stage] - before
 
@@ -80,12 +85,16 @@ class StageClock:
         """Number of network calls counted in ``dense`` or ``sparse``."""
         return self._calls[stage]
 
+    def turns(self) -> int:
+        """Number of turns of the pipeline's loop."""
+        return sum(self._turns.values())
+
     def seconds(self) -> dict[str, float]:
         """Seconds by stage, with the set-up split off, and ``total``."""
         stages = dict(self._stages)
-        for stage, calls in self._calls.items():
-            if calls > 1:
-                others = (stages[stage] - self._first[stage]) / (calls - 1)
+        for stage, turns in self._turns.items():
+            if turns > 1:
+                others = (stages[stage] - self._first[stage]) / (turns - 1)
                 extra = max(0.0, self._first[stage] - others)
                 stages[stage] -= extra
                 stages["setup"] += extra

@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from transformer_pipelines import with_text_encoders
 
 from fisedit_compile.cli.main import main
-from fisedit_compile.cli.options import SchedulerName, parse_size
+from fisedit_compile.cli.options import SchedulerName, check_arguments, parse_size
+from fisedit_compile.errors import PipelineError
 from fisedit_compile.pipelines.schedulers import SCHEDULER_NAMES
 
 from tiny_pipelines import HEIGHT, WIDTH, tiny_pipeline
@@ -118,6 +120,30 @@ def test_edit(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     report = json.loads((output / "report.json").read_text())
     assert report["edit"]["sparse_calls"] == 3 and report["base"]["dense_calls"] == 3
     assert "sparse steps" in capsys.readouterr().out
+
+
+def test_a_folder_with_a_transformer(tmp_path: Path) -> None:
+    with_text_encoders().save_pretrained(tmp_path / "pipeline", safe_serialization=True)
+    given = ["--model", str(tmp_path / "pipeline"), "--device", "cpu", "--steps", "2", "--size", "56x40"]
+    picture, output = tmp_path / "picture.png", tmp_path / "edit"
+    assert run("generate", "--prompt", "a red ball", *given, "--output", str(picture)) == 0
+    Image.linear_gradient("L").point(lambda level: 255 * (level > 180)).resize((40, 56)).save(tmp_path / "mask.png")
+    words = ["edit", "--base-prompt", "a red ball", "--prompt", "a blue box", "--mask", str(tmp_path / "mask.png")]
+    assert run(*words, *given, "--decoder", "dense", "--output", str(output)) == 0
+    paths = picture, output / "base.png", output / "edited.png"
+    made, base, edited = (np.asarray(Image.open(path)) for path in paths)
+    assert np.abs(made.astype(int) - base).max() <= 1 and np.array_equal(base[:28], edited[:28])
+    assert not np.array_equal(base, edited)
+    assert json.loads((output / "report.json").read_text())["edit"]["sparse_calls"] == 2
+
+
+def test_what_the_pipeline_does_not_take() -> None:
+    with pytest.raises(PipelineError, match="Silent has no argument guidance_scale, steps; leave it out"):
+        check_arguments(Silent(), {"prompt": "a", "steps": 2, "guidance_scale": 1.0})
+
+
+class Silent:
+    def __call__(self, prompt: str) -> None: ...
 
 
 def test_explain_reads_a_folders_configuration(folder: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    HunyuanDiTPipeline,
+    SanaPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    ZImagePipeline,
+)
 from PIL import Image
 
 from fisedit_compile.errors import PipelineError
@@ -17,7 +24,9 @@ from fisedit_compile.pipelines.noise import NoiseSource, new_generator
 
 @pytest.fixture
 def arguments() -> CallArguments:
-    return CallArguments(object.__new__(StableDiffusionPipeline))
+    pipe = object.__new__(StableDiffusionPipeline)
+    vars(pipe)["unet"] = SimpleNamespace(config=SimpleNamespace(time_cond_proj_dim=None))
+    return CallArguments(pipe)
 
 
 def test_defaults_are_the_pipelines(arguments: CallArguments) -> None:
@@ -54,7 +63,7 @@ def test_arguments_a_session_cannot_honour(arguments: CallArguments, given: dict
         ({"num_inference_steps": 20}, "num_inference_steps was 50 .* cannot be 20"),
         ({"height": 64}, "height was None"),
         ({"generator": torch.Generator()}, "generator cannot be given"),
-        ({"guidance_scale": 1.0}, "crossing 1 changes the batch"),
+        ({"guidance_scale": 1.0}, r"guidance was on .*guidance_scale 7.5.* and would be off"),
         ({"output_type": "latent"}, "output_type cannot change"),
         ({"num_images_per_prompt": 2}, "num_images_per_prompt was 1"),
         ({"latents": torch.zeros(1, 4, 8, 8)}, "latents was None .* Tensor of shape"),
@@ -77,6 +86,30 @@ def test_a_new_prompt_replaces_recorded_embeddings(arguments: CallArguments) -> 
     assert arguments.merge(recorded, {"prompt": "b"}).keys() == {"prompt", "negative_prompt_embeds"}
 
 
+def test_new_embeddings_replace_recorded_prompts() -> None:
+    pipe = object.__new__(HunyuanDiTPipeline)
+    recorded = {"prompt": "a", "negative_prompt": "b", "prompt_attention_mask": None}
+    new = {"prompt_embeds": torch.zeros(1, 2), "prompt_embeds_2": torch.zeros(1, 2), "prompt_attention_mask_2": None}
+    merged = CallArguments(pipe).merge(recorded, new)
+    assert merged == {"prompt": None, "negative_prompt": "b", "prompt_attention_mask": None, **new}
+    again = CallArguments(pipe).merge(merged, {"negative_prompt_embeds": torch.ones(1, 2)})
+    assert again["negative_prompt"] is None and again["prompt_embeds"] is new["prompt_embeds"]
+    assert CallArguments(pipe).merge(merged, {"prompt": "c"}) == {"prompt": "c", "negative_prompt": "b"}
+
+
+def test_prompts_given_as_lists_of_embeddings_are_counted() -> None:
+    arguments = CallArguments(object.__new__(ZImagePipeline))
+    recorded = {"prompt_embeds": [torch.zeros(3, 2)]}
+    with pytest.raises(PipelineError, match="from 1 prompts and the edit has 2"):
+        arguments.merge(recorded, {"prompt_embeds": [torch.zeros(3, 2)] * 2})
+
+
+def test_pictures_may_be_resized_in_the_end() -> None:
+    sana = CallArguments(object.__new__(SanaPipeline))
+    assert sana.made_size({"width": 96}) == (1024, 96)
+    assert sana.made_size({"use_resolution_binning": False}) is None
+
+
 @pytest.mark.parametrize("changes", [{"prompt": ["a", "b"]}, {"prompt": None, "prompt_embeds": torch.zeros(3, 2, 2)}])
 def test_the_number_of_prompts_must_stay(arguments: CallArguments, changes: dict[str, Any]) -> None:
     with pytest.raises(PipelineError, match=r"from 1 prompts and the edit has [23]"):
@@ -85,7 +118,7 @@ def test_the_number_of_prompts_must_stay(arguments: CallArguments, changes: dict
 
 
 def test_no_guidance_on_both_sides_is_fine(arguments: CallArguments) -> None:
-    assert not arguments.guided({"guidance_scale": 1.0})
+    assert not arguments.guidance({"guidance_scale": 1.0}).on
     assert arguments.merge({"guidance_scale": 1.0}, {"guidance_scale": 0.0})["guidance_scale"] == 0.0
 
 

@@ -83,6 +83,11 @@ def test_an_unknown_name_lists_the_known_ones(current: Any) -> None:
         make_scheduler("nope", current)
 
 
+def test_networks_that_predict_flows_keep_their_schedulers() -> None:
+    with pytest.raises(PipelineError, match=r"predicts a flow for its FlowMatchEulerDiscreteScheduler, and ddim"):
+        make_scheduler("ddim", diffusers.FlowMatchEulerDiscreteScheduler())
+
+
 def test_differences_are_told(current: Any) -> None:
     recorded = describe_scheduler(current)
     assert (

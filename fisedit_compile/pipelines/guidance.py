@@ -1,0 +1,71 @@
+"""Whether a pipeline call has classifier-free guidance: a doubled batch, or a second network call in every step.
+
+Both must be in an edit as they were in the recorded run, so a session has to know before anything is computed. Not
+every number that is called a guidance scale decides it: distilled networks (Flux) take it as an input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+NETWORKS = ("unet", "transformer")
+"""What pipelines call the network that is called at every step."""
+
+_DECIDES = "do_classifier_free_guidance"
+_NEGATIVE = ("negative_prompt_embeds", "negative_pooled_prompt_embeds")
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Guidance of one call.
+
+    Attributes:
+        on: whether the network computes a second prediction.
+        why: the arguments that decide it, in words.
+    """
+
+    on: bool
+    why: str
+
+
+class _DuringCall:
+    """A pipeline as its properties see it during a call, when its arguments are attributes with an underscore."""
+
+    def __init__(self, pipe: Any, value: Callable[[str], Any], accepts: Callable[[str], bool]) -> None:
+        self._outside, self._argument, self._accepts = pipe, value, accepts
+
+    def __getattr__(self, name: str) -> Any:
+        part = getattr(type(self._outside), name, None)
+        if isinstance(part, property) and part.fget is not None:
+            return part.fget(self)
+        if name.startswith("_") and self._accepts(name[1:]):
+            return self._argument(name[1:])
+        return getattr(self._outside, name)
+
+
+def guidance_of(pipe: Any, value: Callable[[str], Any], accepts: Callable[[str], bool]) -> Guidance:
+    """What guidance a call of a pipeline has.
+
+    Args:
+        pipe: a diffusers pipeline.
+        value: gives the value of an argument, its default included.
+        accepts: whether the pipeline has an argument.
+    """
+    if accepts("true_cfg_scale"):
+        scale = value("true_cfg_scale")
+        embeddings = [value(name) for name in _NEGATIVE if accepts(name)]
+        negative = value("negative_prompt") is not None or (
+            bool(embeddings) and all(given is not None for given in embeddings)
+        )
+        why = f"true_cfg_scale {scale} and {'a' if negative else 'no'} negative prompt"
+        return Guidance(scale is not None and scale > 1 and negative, why)
+    scale = value("guidance_scale")
+    if isinstance(getattr(type(pipe), _DECIDES, None), property):
+        on = scale is not None and bool(getattr(_DuringCall(pipe, value, accepts), _DECIDES))
+    else:
+        network = next((getattr(pipe, name) for name in NETWORKS if getattr(pipe, name, None) is not None), None)
+        embedded = hasattr(getattr(network, "config", None), "guidance_embeds")
+        on = scale is not None and scale > 1 and not embedded
+    return Guidance(on, f"guidance_scale {scale}")

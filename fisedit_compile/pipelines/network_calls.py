@@ -1,0 +1,105 @@
+"""What the network of a run was called with, so that an edit whose calls would differ is refused in the user's words.
+
+A recorded run and an edit are lined up call by call. The runtime finds out as well when they do not fit, but knows
+graphs only; and where the prompt of an edit happens to be as long as the recorded negative prompt, it could take the
+one for the other.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisedit_compile.errors import PipelineError
+
+Forms = dict[str, tuple[int, ...]]
+"""The shapes of the tensors of a network call, by the names of its arguments."""
+
+
+class NetworkCalls:
+    """The network calls of a run, in order.
+
+    Args:
+        recorded: those of the picture that is edited; None for a generation.
+    """
+
+    def __init__(self, recorded: NetworkCalls | None = None) -> None:
+        self._recorded = recorded
+        self._forms: list[Forms] = []
+        self._ends: list[int] = []
+
+    def add(self, module: torch.nn.Module, positional: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        """The network is about to be called.
+
+        Raises:
+            PipelineError: the recorded run called it with other shapes, or less often.
+        """
+        arguments = inspect.signature(module.forward).bind_partial(*positional, **named).arguments
+        forms = dict(_forms(arguments))
+        number = len(self._forms)
+        self._forms.append(forms)
+        if self._recorded is None:
+            return
+        if number >= len(self._recorded._forms):
+            raise self._other_count(len(self._recorded._forms), number + 1, "the whole run")
+        before = self._recorded._forms[number]
+        for name in {**forms, **before}:
+            if forms.get(name) != before.get(name):
+                raise _difference(name, before.get(name), forms.get(name))
+
+    def end_turn(self) -> None:
+        """A turn of the pipeline's loop is done.
+
+        Raises:
+            PipelineError: the recorded run made another number of calls until here.
+        """
+        turn = len(self._ends)
+        self._ends.append(len(self._forms))
+        if self._recorded is not None and turn < len(self._recorded._ends):
+            expected = self._recorded._ends[turn]
+            if expected != len(self._forms):
+                raise self._other_count(expected, len(self._forms), f"the first {turn + 1} turns of the loop")
+
+    @staticmethod
+    def _other_count(expected: int, came: int, where: str) -> PipelineError:
+        return PipelineError(
+            f"the recorded run made {expected} network calls in {where}, this one made {came}: guidance is on in one "
+            "of them only; keep guidance and negative prompts as they were, or call generate with the new ones first"
+        )
+
+
+def _forms(arguments: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The tensors among arguments, also those in lists and dictionaries, in order."""
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            yield name, tuple(value.shape)
+        elif isinstance(value, Mapping):
+            yield from _forms({f"{name}[{key!r}]": part for key, part in value.items()})
+        elif isinstance(value, (list, tuple)):
+            yield from _forms({f"{name}[{number}]": part for number, part in enumerate(value)})
+
+
+def _difference(name: str, before: tuple[int, ...] | None, now: tuple[int, ...] | None) -> PipelineError:
+    """The error for an argument of another shape: what differs most likely, and what to do."""
+    was, came = ("not given" if shape is None else f"of shape {shape}" for shape in (before, now))
+    if before is None or now is None or len(before) != len(now):
+        cause = "guidance, the number of prompts or what describes a prompt (its mask) is not the same. Keep these"
+    else:
+        axis = next(axis for axis, (left, right) in enumerate(zip(before, now, strict=True)) if left != right)
+        if axis == 0 and len(now) > 2:
+            cause = "guidance or the number of prompts is not the same. Keep both"
+        elif len(now) > 3:
+            cause = "the size is not the same. Keep it"
+        else:
+            cause = (
+                f"a prompt has {now[axis]} tokens now and had {before[axis]}. Take one of as many tokens, or generate "
+                "from embeddings that are padded to one length (with their masks, where the pipeline takes masks)"
+            )
+    return PipelineError(
+        f"the network's argument {name} was {was} when the picture was generated and is {came} in this edit, because "
+        f"{cause}; or call generate with the new arguments first"
+    )
