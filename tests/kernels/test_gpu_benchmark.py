@@ -14,6 +14,10 @@ import torch
 from fisedit_compile.bench.conv_shapes import ConvShape
 from fisedit_compile.bench.edit import Result, Settings
 
+from kernel_cases import DEVICE
+
+pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="goes through the program on a processor, with kernels")
+
 
 @pytest.fixture
 def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
