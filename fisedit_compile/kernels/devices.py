@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 _interpreting = False
+#: One capture at a time in the whole process.
+capturing = threading.Lock()
 
 
 @functools.cache
@@ -55,3 +58,11 @@ def on_device(tensor: Tensor) -> AbstractContextManager:
     if tensor.device.type == "cuda" and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
     return nullcontext()
+
+
+def captured(tensor: Tensor) -> bool:
+    """Whether what is launched for this tensor now becomes part of a CUDA graph and computes nothing yet."""
+    if tensor.device.type != "cuda":
+        return False
+    with on_device(tensor):
+        return torch.cuda.is_current_stream_capturing()
