@@ -98,19 +98,19 @@ def test_sanitizing_ends_the_program_where_something_is_found(
     monkeypatch.setattr(benchmark.subprocess, "run", run)
     folder = Path(__file__).parents[2]
     if failing is None:
-        benchmark.sanitize(folder, {})
+        benchmark.sanitize()
         assert [command[2] for command in commands] == ["memcheck", "racecheck"]
         assert all((folder / part).is_file() for command in commands for part in command if part.endswith(".py"))
     else:
         with pytest.raises(SystemExit, match=f"--tool {failing} found an error"):
-            benchmark.sanitize(folder, {})
+            benchmark.sanitize()
 
 
 def test_without_a_sanitizer_it_says_so(
     benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(benchmark.shutil, "which", lambda name: None)
-    benchmark.sanitize(Path(), {})
+    benchmark.sanitize()
     assert "not installed" in capsys.readouterr().out
 
 
