@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fisedit_compile import private
 from fisedit_compile.kernels.conv import reads_cache
-from fisedit_compile.kernels.devices import capturing
+from fisedit_compile.kernels.devices import one_capture
 from fisedit_compile.lowering import Lowered
 from fisedit_compile.ops.choices import taken
 from fisedit_compile.picking import picker
@@ -92,7 +92,7 @@ class CudaCapturer:
 
     def capture(self, run: Callable[[], Sequence[Any]]) -> Captured:
         """See ``Capturer``."""
-        with capturing, torch.cuda.device(self.device):
+        with one_capture(), torch.cuda.device(self.device):
             captured = False
             try:
                 if self._keeper is None:

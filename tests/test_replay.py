@@ -313,7 +313,8 @@ def test_a_capture_that_failed_is_followed_by_one_that_succeeds(monkeypatch: pyt
     with pytest.raises(RuntimeError, match="this cannot be captured"):
         capturer.capture(fails)
     assert log == ["begin 0", "end 0", "begin 0", "stream", "tell 0", "begin 1", "end 1"]
-    assert capturer.capture(lambda: ["result"]).outputs == ["result"]
+    # Garbage that is collected during a capture may end it.
+    assert gc.isenabled() and capturer.capture(lambda: [gc.isenabled()]).outputs == [False] and gc.isenabled()
     assert log[7:] == ["begin 1", "end 1"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import importlib.util
 import os
 import threading
@@ -13,8 +14,7 @@ import torch
 from torch import Tensor
 
 _interpreting = False
-#: One capture at a time in the whole process.
-capturing = threading.Lock()
+_capture = threading.Lock()
 
 
 @functools.cache
@@ -58,6 +58,20 @@ def on_device(tensor: Tensor) -> AbstractContextManager:
     if tensor.device.type == "cuda" and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
     return nullcontext()
+
+
+@contextmanager
+def one_capture() -> Iterator[None]:
+    """One capture at a time in the whole process, and no garbage is collected meanwhile: a dead CUDA graph or Triton
+    kernel among it would end the capture, because what frees them is not allowed then."""
+    with _capture:
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if collects:
+                gc.enable()
 
 
 def captured(tensor: Tensor) -> bool:

@@ -28,7 +28,7 @@ from fisedit_compile.kernels.blocks import (
     estimate_dense,
 )
 from fisedit_compile.kernels.chips import Chip
-from fisedit_compile.kernels.devices import capturing
+from fisedit_compile.kernels.devices import one_capture
 from fisedit_compile.kernels.sources import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -165,7 +165,7 @@ def gpu_seconds(runs: Sequence[Callable[[], Any]]) -> float:
     for run in [*runs] * WARM_UP:
         run()
     graph, count = torch.cuda.CUDAGraph(), max(1, CALLS // len(runs)) * len(runs)
-    with capturing, torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with one_capture(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for number in range(count):
             runs[number % len(runs)]()
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(REPEATS)]
