@@ -165,7 +165,8 @@ def gpu_seconds(runs: Sequence[Callable[[], Any]]) -> float:
     for run in [*runs] * WARM_UP:
         run()
     graph, count = torch.cuda.CUDAGraph(), max(1, CALLS // len(runs)) * len(runs)
-    with one_capture(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    # PyTorch's own stream for captures is one of the GPU that was current when it was first needed.
+    with one_capture(), torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
         for number in range(count):
             runs[number % len(runs)]()
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(REPEATS)]
