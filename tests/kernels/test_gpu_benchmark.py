@@ -106,6 +106,25 @@ def test_sanitizing_ends_the_program_where_something_is_found(
             benchmark.sanitize()
 
 
+@pytest.mark.parametrize("part", ["kernels", "semantics"])
+@pytest.mark.parametrize("failing", [False, True])
+def test_tests_run_on_the_gpu_and_end_the_program_where_one_fails(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, part: str, failing: bool
+) -> None:
+    def run(command: list[str], env: dict[str, str], **options: object) -> subprocess.CompletedProcess:
+        assert (env["FISEDIT_TEST_DEVICE"], env["TRITON_INTERPRET"]) == ("cuda", "0")
+        paths = [given.removeprefix("--deselect=") for given in command if "tests/" in given]
+        assert paths and all((benchmark.FOLDER / path).exists() for path in paths)
+        return subprocess.CompletedProcess(command, int(failing))
+
+    monkeypatch.setattr(benchmark.subprocess, "run", run)
+    if failing:
+        with pytest.raises(SystemExit, match=f"{part}: tests fail"):
+            benchmark.check(part)
+    else:
+        benchmark.check(part)
+
+
 def test_without_a_sanitizer_it_says_so(
     benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
