@@ -1,11 +1,12 @@
 """Check and measure on a machine with an NVIDIA GPU: operators, tests, convolutions alone, networks, whole edits.
 
-python benchmarks/gpu.py                       # everything; about an hour, most of it compiling dense networks
-python benchmarks/gpu.py check convolutions    # parts of it
+python benchmarks/gpu.py                       # everything; hours, most of it compiling
+python benchmarks/gpu.py kernels edits --models sd15    # parts of it, for one network
 python benchmarks/gpu.py convolutions --dry-run    # the same code on a CPU with tiny sizes; its times mean nothing
 
-Numbers come after correctness: a part that finds a wrong result ends the program. FISEDIT_AUTOTUNE=1 measures block
-sizes while it runs; a second run then uses them.
+Numbers come after correctness: a part that finds a wrong result ends the program. Every result is printed as soon as it
+is known, so a program that is stopped has not run in vain. FISEDIT_AUTOTUNE=1 measures block sizes while it runs; a
+second run then uses them.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from fisedit_compile.kernels import conv, naive
 from fisedit_compile.kernels.blocks import candidates
 from fisedit_compile.kernels.chips import chip_of
 from fisedit_compile.kernels.pointwise import add_bias
-from fisedit_compile.kernels.tuning import best_choice
+from fisedit_compile.kernels.tuning import best_choice, gpu_seconds
 from fisedit_compile.models import build_unet, example_inputs
 from fisedit_compile.ops import conv_rows as conv_rows_aten
 from fisedit_compile.ops import pack_conv_weight
@@ -42,9 +43,20 @@ from fisedit_compile.runtime.plans import build_plan
 from fisedit_compile.runtime.spec import Domain, PlanInput, Stencil
 from fisedit_compile.runtime.tiers import TIERS
 
-PARTS = ("check", "convolutions", "networks", "edits")
+PARTS = ("kernels", "semantics", "sanitizer", "convolutions", "networks", "edits")
+#: What the first two of them test, on the GPU.
+TESTS = {
+    "kernels": (
+        *("tests/kernels", "--deselect=tests/kernels/test_compilation.py"),
+        *("tests/test_replay.py", "tests/runtime/test_tiers.py"),
+    ),
+    "semantics": tuple(f"tests/semantics/test_{name}.py" for name in ("replay", "tiers", "properties")),
+}
+#: Most processes that test beside each other, and failures after which they stop and show them.
+WORKERS, FAILURES = 8, 10
 DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.6)
 SHAPES = ("square", "ragged")
+FOLDER = Path(__file__).resolve().parents[1]
 #: Different inputs that a measurement goes through, so that none finds its own in the caches.
 ROTATED = 4
 
@@ -57,6 +69,10 @@ class Run:
     dtype: torch.dtype
     repeats: int
     densities: Sequence[float] = DENSITIES
+
+    def kernel_seconds(self, calls: Sequence[Callable[[], object]]) -> float:
+        """Median seconds of a call on the GPU alone, without what asking for it costs the host."""
+        return gpu_seconds(calls) if self.device.type == "cuda" else self.seconds(calls)
 
     def seconds(self, calls: Sequence[Callable[[], object]]) -> float:
         """Median seconds of a call, taken in turn after two rounds to warm up."""
@@ -86,21 +102,21 @@ def line(*cells: object) -> None:
     print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
-def check() -> None:
-    """Operators against the plain reference and networks against the masked one, on the GPU."""
-    folder = Path(__file__).resolve().parents[1]
-    environment = os.environ | {"FISEDIT_TEST_DEVICE": "cuda", "TRITON_INTERPRET": "0"}
-    for tests in (
-        ["tests/kernels", "--deselect=tests/kernels/test_compilation.py"],
-        ["tests/semantics/test_properties.py", "tests/semantics/test_replay.py"],
-    ):
-        command = [sys.executable, "-m", "pytest", "-q", *tests]
-        if subprocess.run(command, cwd=folder, env=environment, check=False).returncode:
-            sys.exit(f"{' '.join(tests)} fails on the GPU; its times mean nothing")
-    sanitize(folder, environment)
+def _environment() -> dict[str, str]:
+    return os.environ | {"FISEDIT_TEST_DEVICE": "cuda", "TRITON_INTERPRET": "0"}
 
 
-def sanitize(folder: Path, environment: dict[str, str]) -> None:
+def check(part: str) -> None:
+    """Operators against the plain reference, or networks against the masked one, on the GPU."""
+    workers = str(min(WORKERS, os.cpu_count() or 1))
+    command = [sys.executable, "-m", "pytest", "-v", f"--maxfail={FAILURES}", "--durations=10"]
+    # Neighbours share compiled networks and mostly stay with one process.
+    command += ["-n", workers, "--dist", "worksteal", *TESTS[part]]
+    if subprocess.run(command, cwd=FOLDER, env=_environment(), check=False).returncode:
+        sys.exit(f"{part}: tests fail on the GPU; its times mean nothing")
+
+
+def sanitize() -> None:
     """Kernels once more under NVIDIA's compute-sanitizer, where it is installed: accesses outside of tensors, and races
     inside of programs."""
     tool = shutil.which("compute-sanitizer")
@@ -108,12 +124,12 @@ def sanitize(folder: Path, environment: dict[str, str]) -> None:
         print("compute-sanitizer is not installed: neither memory accesses nor races were checked", flush=True)
         return
     # Each tensor gets memory of its own, else one could read into the next without being noticed.
-    environment = environment | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    environment = _environment() | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     tests = [f"tests/kernels/test_{name}_kernel{'' if name == 'conv' else 's'}.py" for name in ("conv", "norm", "row")]
     for check in ("memcheck", "racecheck"):
         command = [tool, "--tool", check, "--error-exitcode", "1", "--target-processes", "all"]
-        command += [sys.executable, "-m", "pytest", "-q", "-n", "0", *tests]
-        if subprocess.run(command, cwd=folder, env=environment, check=False).returncode:
+        command += [sys.executable, "-m", "pytest", "-v", "-n", "0", *tests]
+        if subprocess.run(command, cwd=FOLDER, env=environment, check=False).returncode:
             sys.exit(f"compute-sanitizer --tool {check} found an error; times mean nothing")
 
 
@@ -153,7 +169,7 @@ def convolutions(run: Run, shapes: Sequence[ConvShape]) -> None:
         ]
         last = weight.contiguous(memory_format=torch.channels_last)
         stride = side // int(shape.target**0.5)
-        dense = run.seconds([partial(torch.conv2d, map, last, bias, stride, 1) for map in maps])
+        dense = run.kernel_seconds([partial(torch.conv2d, map, last, bias, stride, 1) for map in maps])
         for mask_shape in SHAPES:
             for density in run.densities:
                 halo, table, domain = _plan(shape, mask_shape, density, run.device)
@@ -164,11 +180,13 @@ def convolutions(run: Run, shapes: Sequence[ConvShape]) -> None:
                     rows = torch.randn(2, count, shape.inputs, device=run.device, dtype=run.dtype)
                     calls.append((rows, recorded, halo, table, packed, bias, 1))
                 _agree(conv.conv_rows(*calls[0]), calls[0])
-                gathered = run.seconds([partial(conv_rows_aten, *call) for call in calls])
-                kernel = run.seconds([partial(conv.conv_rows, *call) for call in calls])
+                gathered = run.kernel_seconds([partial(conv_rows_aten, *call) for call in calls])
+                kernel = run.kernel_seconds([partial(conv.conv_rows, *call) for call in calls])
                 factors = [torch.randn(2 * table.shape[1], packed.shape[1], device=run.device, dtype=run.dtype)]
                 factors += [torch.randn_like(factors[0]) for _ in range(ROTATED - 1)]
-                product = run.seconds([partial(torch.nn.functional.linear, factor, packed, bias) for factor in factors])
+                product = run.kernel_seconds(
+                    [partial(torch.nn.functional.linear, factor, packed, bias) for factor in factors]
+                )
                 problem = conv.problem_of(*calls[0][:2], table, packed, 1)
                 choice = best_choice(problem, chip)
                 sharing = _sharing(run, problem, choice.blocks, calls)
@@ -190,7 +208,7 @@ def _sharing(run: Run, problem: conv.ConvProblem, blocks: conv.ConvBlocks, calls
         reads = conv.reads_cache.get(halo, table, rows.shape[1])
         call = conv.ConvCall(rows, recorded, reads, weight, groups, epilogue=add_bias(conv.NOTHING), operands=(bias,))
         shared.append(partial(conv.run_conv, call, blocks))
-    return run.seconds(shared)
+    return run.kernel_seconds(shared)
 
 
 def _agree(result: Tensor, call: tuple) -> None:
@@ -221,14 +239,15 @@ def _calls(network: Callable[..., object], calls: Sequence) -> list[Callable[[],
 
 
 def _dense(run: Run, name: str, model: nn.Module, calls: Sequence, modes: Sequence[str | None]) -> float:
-    """Fastest seconds of the dense variants, each of which is printed."""
-    times = {"eager, channels last": run.seconds(_calls(model, calls))}
+    """Fastest seconds of the dense variants, each of which is printed, with its speed beside the fastest so far."""
+    best = float("inf")
+    variants: dict[str, Callable[[], Callable[..., object]]] = {"eager, channels last": lambda: model}
     for mode in modes:
+        variants[f"torch.compile, {mode or 'default'}"] = partial(torch.compile, model, mode=mode)
+    for variant, make in variants.items():
         torch.compiler.reset()
-        compiled = torch.compile(model, mode=mode)
-        times[f"torch.compile, {mode or 'default'}"] = run.seconds(_calls(compiled, calls))
-    best = min(times.values())
-    for variant, seconds in times.items():
+        seconds = run.seconds(_calls(make(), calls))
+        best = min(best, seconds)
         line(name, variant, "", "", f"{seconds * 1e3:.2f}", f"{best / seconds:.2f}x")
     return best
 
@@ -273,6 +292,7 @@ def _edit_seconds(run: Run, runtime: fisedit.Runtime, compiled: Callable, calls:
     """Median seconds of a call; an edit goes through all recorded calls, entering it is not counted."""
     times = []
     for _ in range(run.repeats + 1):
+        pairs = []
         with runtime.edit("base", mask=mask):
             for args, kwargs in calls:
                 if run.device.type == "cuda":
@@ -280,12 +300,15 @@ def _edit_seconds(run: Run, runtime: fisedit.Runtime, compiled: Callable, calls:
                     start.record()
                     compiled(*args, **kwargs)
                     end.record()
-                    torch.cuda.synchronize(run.device)
-                    times.append(start.elapsed_time(end) / 1e3)
+                    # Not waited for: as in a pipeline, and as for the dense calls, the host runs ahead.
+                    pairs.append((start, end))
                 else:
                     started = time.perf_counter()
                     compiled(*args, **kwargs)
                     times.append(time.perf_counter() - started)
+        if pairs:
+            torch.cuda.synchronize(run.device)
+        times += [start.elapsed_time(end) / 1e3 for start, end in pairs]
     return statistics.median(times[len(calls) :])
 
 
@@ -312,6 +335,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--densities", nargs="+", type=float, default=list(DENSITIES))
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument(
+        "--dense-modes",
+        nargs="*",
+        default=["default", "max-autotune"],
+        help="of torch.compile, to compare networks with",
+    )
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU")
     chosen = parser.parse_args(arguments)
     if unknown := set(chosen.parts) - set(PARTS):
@@ -324,8 +353,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit("there is no GPU; --dry-run shows that the code runs")
     print({**describe_machine(run.device), "chip": str(chip_of(run.device))}, flush=True)
     parts = chosen.parts or PARTS
-    if "check" in parts and not chosen.dry_run:
-        check()
+    for part in TESTS:
+        if part in parts and not chosen.dry_run:
+            check(part)
+    if "sanitizer" in parts and not chosen.dry_run:
+        sanitize()
     if "convolutions" in parts:
         shapes = (
             [ConvShape(4, 8, 9, 64, 64)]
@@ -334,7 +366,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         convolutions(run, list(shapes))
     if "networks" in parts:
-        networks(run, ["scenes"] if chosen.dry_run else chosen.models, [] if chosen.dry_run else [None, "max-autotune"])
+        modes = [] if chosen.dry_run else [None if mode == "default" else mode for mode in chosen.dense_modes]
+        networks(run, ["scenes"] if chosen.dry_run else chosen.models, modes)
     if "edits" in parts and not chosen.dry_run:
         edits(run, chosen.models)
 

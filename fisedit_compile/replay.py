@@ -16,7 +16,7 @@ import threading
 import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from operator import attrgetter
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from fisedit_compile import private
 from fisedit_compile.kernels.conv import reads_cache
+from fisedit_compile.kernels.devices import one_capture
 from fisedit_compile.lowering import Lowered
 from fisedit_compile.ops.choices import taken
 from fisedit_compile.picking import picker
@@ -70,8 +71,6 @@ class Capturer(Protocol):
 
 
 _ADDRESS, _DEVICE = Tensor.data_ptr, attrgetter("device")
-#: One capture at a time in the whole process.
-_capturing = threading.Lock()
 
 
 class CudaCapturer:
@@ -88,24 +87,35 @@ class CudaCapturer:
 
     def available(self) -> bool:
         """See ``Capturer``."""
-        return not torch.cuda.is_current_stream_capturing()
+        with torch.cuda.device(self.device):
+            return not torch.cuda.is_current_stream_capturing()
 
     def capture(self, run: Callable[[], Sequence[Any]]) -> Captured:
         """See ``Capturer``."""
-        with _capturing:
-            if self._keeper is None:
-                self._stream, self._pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
-                self._keeper = self._capture(lambda: [torch.zeros(1, device=self.device)])
-            return self._capture(run)
+        with one_capture(), torch.cuda.device(self.device):
+            captured = False
+            try:
+                if self._keeper is None:
+                    self._open_pool()
+                result = self._capture(run)
+                captured = True
+            finally:
+                if not captured:
+                    # PyTorch before 2.12 takes the generator of random numbers for captured, and refuses to draw any,
+                    # until a capture succeeds.
+                    with suppress(RuntimeError):
+                        self._open_pool()
+            return result
+
+    def _open_pool(self) -> None:
+        self._stream, self._pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
+        self._keeper = self._capture(lambda: [torch.zeros(1, device=self.device)])
 
     def _capture(self, run: Callable[[], Sequence[Any]]) -> Captured:
-        graph, stream, captured = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device), False
+        graph, stream, captured = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), False
         try:
             # Other threads may allocate meanwhile.
-            with (
-                torch.cuda.device(self.device),
-                torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"),
-            ):
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
                 outputs = run()
             captured = True
         finally:

@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, settings
 # Test modules import the shared helpers beside this file by their bare names, whatever the import mode.
 sys.path.insert(0, str(Path(__file__).parent))
 # Triton decides at its import whether kernels are interpreted, and some test imports it before those of the kernels do.
-if os.environ.get("FISEDIT_TEST_DEVICE", "cpu") == "cpu":
+ON_CPU = os.environ.get("FISEDIT_TEST_DEVICE", "cpu") == "cpu"
+if ON_CPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 settings.register_profile(
@@ -43,6 +44,13 @@ def few_threads() -> None:
     """Small tensors gain nothing from threads, and threads of several workers stand in each other's way."""
     several = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1
     torch.set_num_threads(1 if several else min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def exact_products() -> None:
+    """On a GPU PyTorch convolves float32 with the ten bits of TF32, and the reference on the processor does not."""
+    if not ON_CPU:
+        torch.backends.cudnn.allow_tf32 = False
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -5,15 +5,27 @@ from __future__ import annotations
 import gc
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from tape import TapeCapturer
 from torch import Tensor
 
-from fisedit_compile.replay import KEPT, Captured, ReplayedGraph, Roles, capturer_for, difference, is_dense
+from fisedit_compile import private
+from fisedit_compile.replay import (
+    KEPT,
+    Captured,
+    CudaCapturer,
+    ReplayedGraph,
+    Roles,
+    capturer_for,
+    difference,
+    is_dense,
+)
 
 from tolerances import assert_identical
 
@@ -274,6 +286,53 @@ def test_captures_are_usable_in_and_outside_of_inference_mode() -> None:
         with torch.inference_mode(seed % 2 == 1):
             setting.check(seed, table)
     assert setting.capturer.replays == 5
+
+
+def fails() -> Sequence[Any]:
+    raise RuntimeError("this cannot be captured")
+
+
+def test_a_capture_that_failed_is_followed_by_one_that_succeeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only that makes older releases of PyTorch draw random numbers again."""
+    log: list[str] = []
+
+    @contextmanager
+    def graph(graph: object, pool: int, *given: object, **keywords: object) -> Iterator[None]:
+        log.append(f"begin {pool}")
+        yield
+        log.append(f"end {pool}")
+
+    pools = iter(range(9))
+    names = ("CUDAGraph", "Stream", "current_stream")
+    fakes = {name: mock.MagicMock() for name in names} | {"device": lambda device: nullcontext(), "graph": graph}
+    fakes |= {"graph_pool_handle": lambda: next(pools), "set_stream": lambda stream: log.append("stream")}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(private, "end_failed_capture", lambda device, pool: log.append(f"tell {pool}"))
+    capturer = CudaCapturer(torch.device("meta"))
+    with pytest.raises(RuntimeError, match="this cannot be captured"):
+        capturer.capture(fails)
+    assert log == ["begin 0", "end 0", "begin 0", "stream", "tell 0", "begin 1", "end 1"]
+    # Garbage that is collected during a capture may end it.
+    assert gc.isenabled() and capturer.capture(lambda: [gc.isenabled()]).outputs == [False] and gc.isenabled()
+    assert log[7:] == ["begin 1", "end 1"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_goes_on_after_a_capture_that_failed() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    capturer, values, stream = CudaCapturer(device), torch.ones(8, device=device), torch.cuda.current_stream()
+    for _ in range(2):
+        with pytest.raises(RuntimeError):
+            capturer.capture(lambda: [values * values.sum().item()])
+        assert torch.cuda.current_stream() == stream and capturer.available()
+        # Both refuse while they believe that a capture goes on.
+        assert torch.rand(4, device=device).isfinite().all()
+        torch.cuda.empty_cache()
+        captured = capturer.capture(lambda: [values * 2.0])
+        values.fill_(3.0)
+        captured.replay()
+        assert captured.outputs[0].tolist() == [6.0] * 8
 
 
 def test_processors_capture_nothing() -> None:

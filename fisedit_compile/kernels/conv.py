@@ -18,6 +18,7 @@ from torch import Tensor
 from fisedit_compile.kernels.blocks import ConvBlocks, ConvProblem
 from fisedit_compile.kernels.chips import chip_of
 from fisedit_compile.kernels.conv_template import conv_source
+from fisedit_compile.kernels.devices import captured, on_device
 from fisedit_compile.kernels.launches import Launch
 from fisedit_compile.kernels.pointwise import Chain, add_bias, operand_arguments
 from fisedit_compile.kernels.sources import load_source
@@ -91,6 +92,9 @@ class ReadsCache:
         if entry is not None and entry[0]() is table and entry[1]() is halo and entry[2] == state:
             return entry[3]
         reads = resolve_reads(halo, table, source_count)
+        if entries is self._shared and captured(table):
+            # Somebody else captures: there is nothing in this memory before their replay.
+            return reads
 
         def forget(reference: weakref.ref[Tensor]) -> None:
             # Another table may have the same id by now.
@@ -266,7 +270,10 @@ def run_conv(call: ConvCall, blocks: ConvBlocks | None = None) -> Tensor:
     if output.numel() == 0:
         return output
     if blocks is None:
-        blocks = best_choice(call.problem(), chip_of(call.rows.device), functools.partial(_timed, call)).blocks
+        # What is captured cannot be measured.
+        work = None if captured(call.rows) else functools.partial(_timed, call)
+        with on_device(call.rows):
+            blocks = best_choice(call.problem(), chip_of(call.rows.device), work).blocks
         taken.note(f"convolution: kernel {blocks}")
     workspace = None
     if blocks.splits > 1:
@@ -302,6 +309,7 @@ def supports_conv(
         and weight.dtype == rows.dtype
         and weight.is_contiguous()
         and weight.numel() < 2**31
+        and (bias is None or bias.is_contiguous())
         and table.is_contiguous()
         and _channels_inside(rows, recorded)
         and (groups == 1 or weight.shape[0] // groups >= 8)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import gc
 import importlib.util
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 _interpreting = False
+_capture = threading.Lock()
 
 
 @functools.cache
@@ -55,3 +58,25 @@ def on_device(tensor: Tensor) -> AbstractContextManager:
     if tensor.device.type == "cuda" and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
     return nullcontext()
+
+
+@contextmanager
+def one_capture() -> Iterator[None]:
+    """One capture at a time in the whole process, and no garbage is collected meanwhile: a dead CUDA graph or Triton
+    kernel among it would end the capture, because what frees them is not allowed then."""
+    with _capture:
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if collects:
+                gc.enable()
+
+
+def captured(tensor: Tensor) -> bool:
+    """Whether what is launched for this tensor now becomes part of a CUDA graph and computes nothing yet."""
+    if tensor.device.type != "cuda":
+        return False
+    with on_device(tensor):
+        return torch.cuda.is_current_stream_capturing()

@@ -7,6 +7,8 @@ implementation, which runs on every device, is what remains. Nothing here import
 from __future__ import annotations
 
 import functools
+import logging
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +18,8 @@ from torch import Tensor
 
 from fisedit_compile.kernels import attention, conv, devices, norm, rows
 from fisedit_compile.ops import IMPLEMENTATIONS
+
+logger = logging.getLogger(__name__)
 
 fisedit = torch.ops.fisedit
 
@@ -49,6 +53,35 @@ def register(overload: Any, provider: Provider) -> None:
     PROVIDERS.setdefault(overload, []).append(provider)
 
 
+_working: dict[torch.device, bool] = {}
+
+
+def kernels_work(tensor: Tensor) -> bool:
+    """Whether kernels can be made, and compute what they should, on a tensor's GPU: tried once with a small one.
+
+    An installed Triton may still have no C compiler, no headers of Python, or a driver or GPU that it does not know.
+    """
+    device = tensor.device
+    if device not in _working and not devices.captured(tensor):
+        _working[device] = _try(device)
+    # Nothing can be tried while somebody captures.
+    return _working.get(device, False)
+
+
+def _try(device: torch.device) -> bool:
+    from triton.errors import TritonError
+
+    source, index = torch.arange(32.0, device=device).view(1, 8, 4), torch.tensor([[5, 2]], device=device)
+    try:
+        right = torch.equal(rows.gather_rows(source, index), source[:, index[0]])
+        reason = "they compute something else"
+    except (TritonError, RuntimeError, OSError, subprocess.SubprocessError) as error:
+        right, reason = False, f"{type(error).__name__}: {error}"
+    if not right:
+        logger.warning("no kernels are used on %s, but operators of PyTorch: %s", device, reason)
+    return right
+
+
 def _on_triton(supports: Callable[..., bool]) -> Callable[..., bool]:
     """The check for kernels: all tensors on one device that runs them."""
 
@@ -58,6 +91,8 @@ def _on_triton(supports: Callable[..., bool]) -> Callable[..., bool]:
         if not devices.runs_on(first):
             return False
         device = first.device
+        if device.type == "cuda" and not kernels_work(first):
+            return False
         return all(part.device == device for part in arguments if isinstance(part, Tensor)) and supports(*arguments)
 
     return check

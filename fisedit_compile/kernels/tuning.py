@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,14 +28,15 @@ from fisedit_compile.kernels.blocks import (
     estimate_dense,
 )
 from fisedit_compile.kernels.chips import Chip
+from fisedit_compile.kernels.devices import one_capture
 from fisedit_compile.kernels.sources import write_atomically
 
 logger = logging.getLogger(__name__)
 
 #: Candidates that are measured, the most promising ones by the model.
 MEASURED = 16
-#: Launches before and while timing.
-WARM_UP, REPEATS = 3, 20
+#: Calls before timing, in a row while timing, and how often these are timed.
+WARM_UP, CALLS, REPEATS = 3, 20, 5
 
 
 def problem_key(problem: ConvProblem, chip: Chip) -> str:
@@ -131,7 +132,7 @@ def _find(problem: ConvProblem, chip: Chip, work: Callable[[ConvBlocks], Callabl
     table, key = block_table(), problem_key(problem, chip)
     known = table.get(key)
     if known is None and work is not None and _measures():
-        known = tune(problem, chip, lambda blocks: gpu_seconds(work(blocks)))
+        known = tune(problem, chip, lambda blocks: gpu_seconds([work(blocks)]))
         table.put(key, *known)
     if known is not None and known[0] in candidates(problem, chip):
         return ConvChoice(known[0], known[1], estimate_dense(problem, chip), "measured")
@@ -155,17 +156,27 @@ def tune(problem: ConvProblem, chip: Chip, seconds: Callable[[ConvBlocks], float
     return best, measured[best]
 
 
-def gpu_seconds(run: Callable[[], Any]) -> float:
-    """Median time of a call on the current GPU in seconds; caches are as the call before leaves them."""
-    for _ in range(WARM_UP):
+def gpu_seconds(runs: Sequence[Callable[[], Any]]) -> float:
+    """Median seconds of a call on the current GPU; the calls take turns, and caches are as the call before leaves them.
+
+    They are captured and replayed: a host that asks for small kernels one by one is slower than they are, and its time
+    would be what is measured.
+    """
+    for run in [*runs] * WARM_UP:
         run()
+    graph, count = torch.cuda.CUDAGraph(), max(1, CALLS // len(runs)) * len(runs)
+    # PyTorch's own stream for captures is one of the GPU that was current when it was first needed.
+    with one_capture(), torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
+        for number in range(count):
+            runs[number % len(runs)]()
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(REPEATS)]
+    graph.replay()
     for start, end in events:
         start.record()
-        run()
+        graph.replay()
         end.record()
     torch.cuda.synchronize()
-    return median(start.elapsed_time(end) / 1e3 for start, end in events)
+    return median(start.elapsed_time(end) / 1e3 / count for start, end in events)
 
 
 def median(values: Iterable[float]) -> float:

@@ -189,3 +189,20 @@ def test_reads_are_resolved_once_for_a_table_and_again_when_it_changes() -> None
     del table, reads
     assert len(cache) == 0
     assert resolve_reads(torch.zeros(1, 0, dtype=torch.int64), torch.tensor([[[0, 1]]]), 1).tolist() == [[[0, -1]]]
+
+
+def test_reads_that_somebody_captures_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a replay there is nothing in their memory; a capture of its own keeps them until it ends."""
+    cache, halo, table = conv.ReadsCache(), torch.tensor([[5, 8]]), torch.tensor([[[0, 2, 3]]])
+    monkeypatch.setattr(conv, "captured", lambda tensor: True)
+    assert cache.get(halo, table, 2) is not cache.get(halo, table, 2) and len(cache) == 0
+    with cache.fresh():
+        assert cache.get(halo, table, 2) is cache.get(halo, table, 2)
+    monkeypatch.undo()
+    assert cache.get(halo, table, 2) is cache.get(halo, table, 2)
+
+
+def test_biases_with_gaps_are_left_to_aten() -> None:
+    *others, bias, groups = conv_tensors()
+    wide = torch.stack((bias, bias), 1)[:, 0]
+    assert conv.supports_conv(*others, bias, groups) and not conv.supports_conv(*others, wide, groups)

@@ -14,6 +14,10 @@ import torch
 from fisedit_compile.bench.conv_shapes import ConvShape
 from fisedit_compile.bench.edit import Result, Settings
 
+from kernel_cases import DEVICE
+
+pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="goes through the program on a processor, with kernels")
+
 
 @pytest.fixture
 def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
@@ -94,19 +98,38 @@ def test_sanitizing_ends_the_program_where_something_is_found(
     monkeypatch.setattr(benchmark.subprocess, "run", run)
     folder = Path(__file__).parents[2]
     if failing is None:
-        benchmark.sanitize(folder, {})
+        benchmark.sanitize()
         assert [command[2] for command in commands] == ["memcheck", "racecheck"]
         assert all((folder / part).is_file() for command in commands for part in command if part.endswith(".py"))
     else:
         with pytest.raises(SystemExit, match=f"--tool {failing} found an error"):
-            benchmark.sanitize(folder, {})
+            benchmark.sanitize()
+
+
+@pytest.mark.parametrize("part", ["kernels", "semantics"])
+@pytest.mark.parametrize("failing", [False, True])
+def test_tests_run_on_the_gpu_and_end_the_program_where_one_fails(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, part: str, failing: bool
+) -> None:
+    def run(command: list[str], env: dict[str, str], **options: object) -> subprocess.CompletedProcess:
+        assert (env["FISEDIT_TEST_DEVICE"], env["TRITON_INTERPRET"]) == ("cuda", "0")
+        paths = [given.removeprefix("--deselect=") for given in command if "tests/" in given]
+        assert paths and all((benchmark.FOLDER / path).exists() for path in paths)
+        return subprocess.CompletedProcess(command, int(failing))
+
+    monkeypatch.setattr(benchmark.subprocess, "run", run)
+    if failing:
+        with pytest.raises(SystemExit, match=f"{part}: tests fail"):
+            benchmark.check(part)
+    else:
+        benchmark.check(part)
 
 
 def test_without_a_sanitizer_it_says_so(
     benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(benchmark.shutil, "which", lambda name: None)
-    benchmark.sanitize(Path(), {})
+    benchmark.sanitize()
     assert "not installed" in capsys.readouterr().out
 
 

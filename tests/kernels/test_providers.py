@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -88,6 +89,39 @@ def test_nothing_imports_triton_early() -> None:
 def test_without_triton_aten_computes(monkeypatch: pytest.MonkeyPatch, kernels_run: None) -> None:
     monkeypatch.setattr(devices, "triton_installed", lambda: False)
     assert implementation(CONV) is IMPLEMENTATIONS[CONV]
+
+
+def no_compiler(*arguments: object) -> torch.Tensor:
+    raise RuntimeError("Failed to find C compiler")
+
+
+def something_else(map: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    return map[:, : index.shape[1]]
+
+
+@pytest.mark.parametrize(
+    ("gather", "reason"),
+    [
+        (None, None),
+        (no_compiler, "RuntimeError: Failed to find C compiler"),
+        (something_else, "they compute something else"),
+    ],
+)
+def test_kernels_are_used_where_a_small_one_works(
+    gather: object, reason: str | None, kernels_run: None, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.setattr(providers, "_working", {})
+    tensor = normal(1)
+    if gather is not None:
+        monkeypatch.setattr(providers.rows, "gather_rows", gather)
+    assert [providers.kernels_work(tensor) for _ in range(2)] == [reason is None] * 2
+    assert [record.message.partition(": ")[2] for record in caplog.records] == ([] if reason is None else [reason])
+
+
+def test_nothing_is_tried_while_somebody_captures(kernels_run: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(providers, "_working", {})
+    monkeypatch.setattr(devices, "captured", lambda tensor: True)
+    assert not providers.kernels_work(normal(1)) and not providers._working
 
 
 @on_cpu

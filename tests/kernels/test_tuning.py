@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from fisedit_compile.kernels import tuning
 from fisedit_compile.kernels.blocks import ConvBlocks, ConvProblem, candidates, choose
@@ -66,8 +68,8 @@ def test_the_fastest_of_the_promising_wins() -> None:
         asked.append(blocks)
         return 1.0 if blocks.rows == 32 else 2.0
 
-    best, time = tune(PROBLEM, CHIP, seconds)
-    assert (best.rows, time) == (32, 1.0)
+    best, taken = tune(PROBLEM, CHIP, seconds)
+    assert (best.rows, taken) == (32, 1.0)
     assert len(asked) == tuning.MEASURED and asked[0] == choose(PROBLEM, CHIP).blocks
 
 
@@ -80,7 +82,7 @@ def test_nothing_is_measured_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> N
 
     assert best_choice(PROBLEM, CHIP, work).source == "model"
     monkeypatch.setattr(tuning.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(tuning, "gpu_seconds", lambda run: float(run.rows))
+    monkeypatch.setattr(tuning, "gpu_seconds", lambda runs: float(runs[0].rows))
     tuning.forget_choices()
     measured = best_choice(PROBLEM, CHIP, lambda blocks: blocks)
     assert measured.source == "measured" and measured.blocks.rows == 16
@@ -90,8 +92,21 @@ def test_who_asks_without_means_to_measure_does_not_decide_for_good(monkeypatch:
     monkeypatch.setenv("FISEDIT_AUTOTUNE", "1")
     monkeypatch.setattr(tuning.torch.cuda, "is_available", lambda: True)
     runs = []
-    monkeypatch.setattr(tuning, "gpu_seconds", lambda run: runs.append(run) or float(run.rows))
+    monkeypatch.setattr(tuning, "gpu_seconds", lambda given: runs.extend(given) or float(given[0].rows))
     assert best_choice(PROBLEM, CHIP).source == "model"
     assert best_choice(PROBLEM, CHIP, lambda blocks: blocks).source == "measured"
     measured = len(runs)
     assert best_choice(PROBLEM, CHIP, lambda blocks: blocks) == best_choice(PROBLEM, CHIP) and len(runs) == measured > 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_time_of_the_host_is_not_measured() -> None:
+    values = torch.zeros(1 << 10, device="cuda")
+
+    def slowly() -> None:
+        time.sleep(1e-3)
+        values.add_(1.0)
+
+    assert 0.0 < tuning.gpu_seconds([slowly]) < 5e-4
+    # Capturing computes nothing.
+    assert float(values[0]) == tuning.WARM_UP + (tuning.REPEATS + 1) * tuning.CALLS
