@@ -97,7 +97,8 @@ class PipelineBinding:
             clock.lap("setup")
         with ExitStack() as restore:
             if callable(getattr(pipe, "encode_prompt", None)):
-                restore.enter_context(replaced_attribute(pipe, "encode_prompt", _timed(pipe.encode_prompt, clock)))
+                encode = follower.trajectory.prompts.padding(pipe.encode_prompt)
+                restore.enter_context(replaced_attribute(pipe, "encode_prompt", _timed(encode, clock)))
             if getattr(self.module, "_compiled_call_impl", None) is not None:
                 # The user called compile() on the network; its calls would never come to the session's compiled one.
                 restore.enter_context(replaced_attribute(self.module, "_compiled_call_impl", None))

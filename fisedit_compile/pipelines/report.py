@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from torch import Tensor
 
 _TITLES = {
     "text": "text encoding",
@@ -133,3 +136,19 @@ class Report:
         width = max(len(title) for title, _ in rows)
         lines = [f"{title:<{width}}  {value}" for title, value in rows]
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+def finest_first(density: Mapping[str, float]) -> dict[str, float]:
+    """Densities by resolution (``"64x48"``), the resolution of most positions first."""
+    return dict(sorted(density.items(), key=lambda item: -math.prod(map(int, item[0].split("x")))))
+
+
+def notes_on(mask: Tensor, sparse_calls: int) -> tuple[str, ...]:
+    """What a reader of the report should know about an unusual mask."""
+    if not bool(mask.any()):
+        return ("the mask is empty: nothing was found to change, so the picture is the one that was edited",)
+    if bool(mask.all()):
+        return ("the mask covers the whole picture, so all steps ran densely",)
+    if not sparse_calls:
+        return ("the mask was known only after the last step, so no step ran sparsely",)
+    return ()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -21,7 +20,8 @@ from fisedit_compile.pipelines.latents import packed_resolutions
 from fisedit_compile.pipelines.masking import AutomaticMask, grow_mask, paste_outside, to_pixels
 from fisedit_compile.pipelines.noise import Generators, NoiseSource, new_generator
 from fisedit_compile.pipelines.picture import Picture
-from fisedit_compile.pipelines.report import Report, SeamError
+from fisedit_compile.pipelines.prompts import PromptLengths, check_prompt_tokens
+from fisedit_compile.pipelines.report import Report, SeamError, finest_first, notes_on
 from fisedit_compile.pipelines.schedulers import describe_scheduler, scheduler_difference, steps_for_calls
 from fisedit_compile.pipelines.steps import EditFollower, StepFollower, Trajectory
 from fisedit_compile.pipelines.timing import StageClock
@@ -69,10 +69,13 @@ class EditSession:
             the mask; ``"dense"``; ``"auto"``: whatever is cheapest. Decodes are recorded while the budget has room for
             them, and dropped when the network's recordings need it; what cannot be done falls back to ``dense``.
         decoder_halo: by how many latent cells around the mask more is decoded, in every direction.
+        prompt_tokens: room for tokens of prompts, in pipelines that do not pad these themselves (Qwen-Image); None: 32
+            to 95 more than the generation's prompts have.
 
     Raises:
         PipelineError: the pipeline has no network, autoencoder, scheduler or ``callback_on_step_end``.
-        OptionError: a storage, budget, tier, norm, lowering or decoder that does not exist, or a negative halo.
+        OptionError: a storage, budget, tier, norm, lowering or decoder that does not exist, a negative halo, or prompt
+            tokens for a pipeline that pads its prompts.
     """
 
     def __init__(
@@ -87,6 +90,7 @@ class EditSession:
         automatic_mask: AutomaticMask | None = None,
         decoder: str = "auto",
         decoder_halo: int = 1,
+        prompt_tokens: int | None = None,
     ) -> None:
         self.pipe = pipe
         self.runtime = Runtime(storage=storage, budget=budget, tier=tier)
@@ -97,6 +101,8 @@ class EditSession:
         self._decoder = SparseDecoder(self.runtime.expendable(), options, decoder, decoder_halo)
         self._binding = PipelineBinding(pipe, options)
         self._arguments = CallArguments(pipe)
+        check_prompt_tokens(pipe, prompt_tokens)
+        self._prompt_tokens = prompt_tokens
         self._entries: list[_Entry] = []
         self._named = 0
 
@@ -140,7 +146,8 @@ class EditSession:
         noise = NoiseSource.of(generator)
         clock = StageClock(self._binding.device)
         size = (self._arguments.value(given, name) for name in ("height", "width"))
-        trajectory = Trajectory(packed_resolutions(self.pipe, *size))
+        prompts = PromptLengths(self._prompt_tokens)
+        trajectory = Trajectory(packed_resolutions(self.pipe, *size), prompts=prompts)
         made_size = self._arguments.made_size(given)
         follower = StepFollower(*self._arguments.user_callback(given), clock, trajectory, made_size)
         with ExitStack() as undo:
@@ -323,7 +330,7 @@ class EditSession:
         mask = follower.mask
         if mask is None:
             raise PipelineError("the edit ended before its mask was found; did a callback interrupt it?")
-        pixel_mask, seam, notes = None, None, _notes(mask, clock)
+        pixel_mask, seam, notes = None, None, notes_on(mask, clock.calls("sparse"))
         base = entry.picture.pixels
         if pixels is not None and base is not None:
             pixel_mask = to_pixels(mask, *pixels.shape[-2:])
@@ -337,7 +344,7 @@ class EditSession:
                 # Without a halo nothing was decoded outside the mask, so there is nothing to compare.
                 seam = SeamError(*errors) if halo or decoded is None or decoded.mask is None else None
         clock.lap("decode")
-        density = _finest_first(self.runtime.stats.density) if clock.calls("sparse") else {}
+        density = finest_first(self.runtime.stats.density) if clock.calls("sparse") else {}
         return Picture(
             name=name,
             prompt=given.get("prompt"),
@@ -379,19 +386,3 @@ class EditSession:
             seam=seam,
             notes=notes,
         )
-
-
-def _finest_first(density: Mapping[str, float]) -> dict[str, float]:
-    """Densities by resolution (``"64x48"``), the resolution of most positions first."""
-    return dict(sorted(density.items(), key=lambda item: -math.prod(map(int, item[0].split("x")))))
-
-
-def _notes(mask: Tensor, clock: StageClock) -> tuple[str, ...]:
-    """What a reader of the report should know about an unusual mask."""
-    if not bool(mask.any()):
-        return ("the mask is empty: nothing was found to change, so the picture is the one that was edited",)
-    if bool(mask.all()):
-        return ("the mask covers the whole picture, so all steps ran densely",)
-    if not clock.calls("sparse"):
-        return ("the mask was known only after the last step, so no step ran sparsely",)
-    return ()

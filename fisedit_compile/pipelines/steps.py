@@ -16,6 +16,7 @@ from fisedit_compile.pipelines.attributes import replaced_attribute
 from fisedit_compile.pipelines.latents import LatentCells
 from fisedit_compile.pipelines.masking import AutomaticMask, MaskFinder
 from fisedit_compile.pipelines.network_calls import NetworkCalls
+from fisedit_compile.pipelines.prompts import PromptLengths
 from fisedit_compile.pipelines.schedulers import calls_for_steps, steps_for_calls
 from fisedit_compile.pipelines.timing import StageClock
 from fisedit_compile.runtime import Domain
@@ -35,12 +36,14 @@ class Trajectory:
     Attributes:
         tokens: resolutions that the tokens may have which the latents are packed to; empty: they are maps.
         calls: of the network.
+        prompts: how long they are.
         latents: of one shape each, on the pipeline's device.
         timesteps: the scheduler's, on the host.
     """
 
     tokens: tuple[Domain, ...] = ()
     calls: NetworkCalls = field(default_factory=NetworkCalls)
+    prompts: PromptLengths = field(default_factory=PromptLengths)
     latents: list[Tensor] = field(default_factory=list)
     timesteps: Tensor | None = None
 
@@ -188,7 +191,8 @@ class EditFollower(StepFollower):
         mask: Tensor | None,
         settings: AutomaticMask,
     ) -> None:
-        super().__init__(callback, names, clock, Trajectory(recorded.tokens, NetworkCalls(recorded.calls)))
+        own = Trajectory(recorded.tokens, NetworkCalls(recorded.calls), PromptLengths(recorded=recorded.prompts))
+        super().__init__(callback, names, clock, own)
         self.mask = mask
         self.run: MaskReceiver | None = None
         self._recorded = recorded

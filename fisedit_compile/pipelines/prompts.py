@@ -1,0 +1,100 @@
+"""Room for prompts of other lengths, in pipelines that do not pad them.
+
+The network calls of a recorded run and an edit must have the same shapes. Most pipelines pad all prompts to one length;
+where they do not (Qwen-Image), a session does, with masks that leave the padding out of all attention.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fisedit_compile.errors import OptionError, PipelineError
+
+ROUNDED, SPARE = 64, 32
+"""Padded prompts have a multiple of so many tokens, and at least so many more than the recorded one."""
+
+
+def _limit(encode: Callable[..., Any] | None) -> int | None:
+    """The most tokens that a pipeline's ``encode_prompt`` makes; None: its prompts have one length, or no masks."""
+    parameters = {} if encode is None else inspect.signature(encode).parameters
+    if "prompt_embeds_mask" not in parameters or "max_sequence_length" not in parameters:
+        return None
+    return int(parameters["max_sequence_length"].default)
+
+
+def check_prompt_tokens(pipe: Any, tokens: int | None) -> None:
+    """Check the option ``prompt_tokens`` of a session.
+
+    Raises:
+        OptionError: it is no positive number, or the pipeline's prompts cannot be padded.
+    """
+    if tokens is None:
+        return
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+        raise OptionError(f"prompt_tokens must be a positive number of tokens or None, got {tokens!r}")
+    if _limit(getattr(pipe, "encode_prompt", None)) is None:
+        raise OptionError(
+            f"prompt_tokens is for pipelines whose prompts have different lengths and masks, such as "
+            f"QwenImagePipeline; {type(pipe).__name__} needs none, leave it out"
+        )
+
+
+class PromptLengths:
+    """How many tokens the prompts of a run are padded to, by the order in which they are encoded.
+
+    Args:
+        room: as many for each; None: some more than the prompt has, where the pipeline itself leaves out masks that
+            would hide nothing. (Others may not look at masks at all.)
+        recorded: those of the picture that is edited, which has to have room; None for a generation.
+    """
+
+    def __init__(self, room: int | None = None, recorded: PromptLengths | None = None) -> None:
+        self._room, self._recorded = room, recorded
+        self._lengths: list[int | None] = []
+
+    def padding(self, encode: Callable[..., Any]) -> Callable[..., Any]:
+        """A pipeline's ``encode_prompt``, of which the results are padded where that is possible."""
+        limit = _limit(encode)
+        if limit is None:
+            return encode
+
+        @wraps(encode)
+        def padded(*positional: Any, **named: Any) -> Any:
+            embeddings, mask = encode(*positional, **named)
+            most = inspect.signature(encode).bind(*positional, **named).arguments.get("max_sequence_length", limit)
+            length = self._next(embeddings.shape[1], mask, int(most))
+            return (embeddings, mask) if length is None else _pad(embeddings, mask, length)
+
+        return padded
+
+    def _next(self, tokens: int, mask: Tensor | None, most: int) -> int | None:
+        number = len(self._lengths)
+        if self._recorded is not None and number < len(self._recorded._lengths):
+            length = self._recorded._lengths[number]
+        elif self._room is not None:
+            length = self._room
+        else:
+            length = None if mask is not None else min(most, -(-(tokens + SPARE) // ROUNDED) * ROUNDED)
+        self._lengths.append(length)
+        if length is not None and tokens > length:
+            given = "when the picture was generated" if self._recorded is not None else "by prompt_tokens"
+            raise PipelineError(
+                f"a prompt has {tokens} tokens, and {given} there was room for {length}; take a shorter prompt, or "
+                f"generate with EditSession(pipe, prompt_tokens={-(-tokens // ROUNDED) * ROUNDED})"
+            )
+        return length
+
+
+def _pad(embeddings: Tensor, mask: Tensor | None, length: int) -> tuple[Tensor, Tensor]:
+    """Embeddings ``[B, length, C]`` and their mask ``[B, length]``, of those and the mask of fewer tokens."""
+    if mask is None:
+        mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
+    missing = length - embeddings.shape[1]
+    return functional.pad(embeddings, (0, 0, 0, missing)), functional.pad(mask, (0, missing))

@@ -1,0 +1,77 @@
+"""Prompts of different lengths in one session: what is padded, to how many tokens, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformer_pipelines import transformer_pipeline
+
+from fisedit_compile.errors import OptionError, PipelineError
+from fisedit_compile.pipelines import EditSession
+from fisedit_compile.pipelines.prompts import PromptLengths
+
+from tiny_pipelines import tiny_pipeline
+
+Encoded = tuple[Tensor, Tensor | None]
+
+
+def encode(
+    tokens: int, masked: bool = False, *, prompt_embeds_mask: Any = None, max_sequence_length: int = 96
+) -> Encoded:
+    """As the pipelines' method: embeddings of ones, and a mask where it hides something."""
+    mask = torch.ones(2, tokens, dtype=torch.long)
+    mask[1, -1] = 0
+    return torch.ones(2, tokens, 5), mask if masked else None
+
+
+@pytest.mark.parametrize(("tokens", "most", "length"), [(1, 96, 64), (32, 96, 64), (33, 96, 96), (33, 512, 128)])
+def test_room_is_left_for_longer_prompts(tokens: int, most: int, length: int) -> None:
+    embeddings, mask = PromptLengths().padding(encode)(tokens, max_sequence_length=most)
+    assert embeddings.shape == (2, length, 5) and mask.shape == (2, length)
+    counted = torch.arange(length) < tokens
+    assert torch.equal(mask.bool(), counted.expand(2, -1))
+    assert torch.equal(embeddings[..., 0].bool(), counted.expand(2, -1)), "padding is zero"
+
+
+def test_edits_have_the_lengths_of_their_generation() -> None:
+    generation = PromptLengths()
+    encoded = generation.padding(encode)
+    assert encoded(9)[0].shape[1] == 64 and encoded(40)[0].shape[1] == 96
+    edit = PromptLengths(recorded=generation)
+    encoded = edit.padding(encode)
+    assert encoded(64)[1].all(), "a mask is given where the recorded run had one"
+    assert encoded(2)[0].shape[1] == 96
+    again = PromptLengths(recorded=edit).padding(encode)
+    with pytest.raises(PipelineError, match=r"has 65 tokens, .* was generated .* 64; .* prompt_tokens=128"):
+        again(65)
+
+
+def test_masks_that_a_pipeline_makes_itself_are_padded_when_asked_for() -> None:
+    embeddings, mask = PromptLengths().padding(encode)(9, masked=True)
+    assert embeddings.shape[1] == mask.shape[1] == 9
+    embeddings, mask = PromptLengths(20).padding(encode)(9, masked=True)
+    assert embeddings.shape[1] == 20
+    assert mask.sum(1).tolist() == [9, 8]
+    with pytest.raises(PipelineError, match="has 21 tokens, and by prompt_tokens there was room for 20"):
+        PromptLengths(20).padding(encode)(21)
+
+
+def test_other_pipelines_are_left_alone() -> None:
+    def fixed(prompt: str) -> Encoded:
+        return encode(7)
+
+    assert PromptLengths().padding(fixed) is fixed
+
+
+@pytest.mark.parametrize("tokens", [0, -3, 2.5, True])
+def test_no_number_of_tokens(tokens: Any) -> None:
+    with pytest.raises(OptionError, match=f"prompt_tokens must be a positive number of tokens or None, got {tokens}"):
+        EditSession(transformer_pipeline("qwen-image"), prompt_tokens=tokens)
+
+
+def test_pipelines_that_pad_their_prompts_need_no_option() -> None:
+    with pytest.raises(OptionError, match="StableDiffusionPipeline needs none, leave it out"):
+        EditSession(tiny_pipeline(), prompt_tokens=99)
