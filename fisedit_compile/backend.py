@@ -28,7 +28,7 @@ from fisedit_compile.forms import StaticTensor
 from fisedit_compile.passes import InputInfo, Program, build_program, disabled_passes
 from fisedit_compile.passes.labels import declare_content
 from fisedit_compile.replay import capturer_for
-from fisedit_compile.runtime import Runtime, default_runtime
+from fisedit_compile.runtime import PhaseSource, Runtime, default_runtime
 from fisedit_compile.tracing import TracedGraph, trace
 
 logger = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ def _surroundings(example_inputs: Sequence[Any], options: Options) -> str:
 
 
 def _build(
-    gm: fx.GraphModule, inputs: GraphInputs, runtime: Runtime, label: str, surroundings: str, options: Options
+    gm: fx.GraphModule, inputs: GraphInputs, runtime: PhaseSource, label: str, surroundings: str, options: Options
 ) -> Executable:
     """Trace a graph and make its program."""
     try:
@@ -172,7 +172,7 @@ def _given(traced: TracedGraph) -> list[str]:
 def _stays_dense(
     gm: fx.GraphModule,
     infos: tuple[InputInfo, ...],
-    runtime: Runtime,
+    runtime: PhaseSource,
     label: str,
     surroundings: str,
     error: UntraceableGraph,
@@ -207,7 +207,7 @@ def fisedit(
     runtime, parsed = parse_options(mode, options)
     if runtime is None:
         runtime = default_runtime()
-    if not isinstance(runtime, Runtime):
+    if not isinstance(runtime, PhaseSource):
         raise OptionError(f"option runtime must be a fisedit_compile.Runtime, got a {type(runtime).__name__}")
     parsed = replace(parsed, disabled_passes=disabled_passes(parsed))
     surroundings = _surroundings(example_inputs, parsed)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from fisedit_compile.executable import Dense, Executable
-from fisedit_compile.runtime import Runtime
+from fisedit_compile.runtime import PhaseSource
 
 
 class CompiledGraph:
@@ -19,7 +19,7 @@ class CompiledGraph:
     network that is only run, or a graph that only a warm-up reaches, never pays for them.
     """
 
-    def __init__(self, dense: Dense, runtime: Runtime, build: Callable[[], Executable]) -> None:
+    def __init__(self, dense: Dense, runtime: PhaseSource, build: Callable[[], Executable]) -> None:
         """Args:
         dense: the graph as Dynamo made it.
         runtime: says whether a call is recorded or edited.

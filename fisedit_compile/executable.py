@@ -19,7 +19,7 @@ from fisedit_compile.passes.program import GraphInput, InputInfo, Program
 from fisedit_compile.picking import picker
 from fisedit_compile.prologues import InvariantMemo, prologues
 from fisedit_compile.replay import Capturer, ReplayedGraph, Roles
-from fisedit_compile.runtime import EditPhase, PlanSpec, ProgramKey, RecordedCall, RecordPhase, Runtime, Site
+from fisedit_compile.runtime import EditPhase, PhaseSource, PlanSpec, ProgramKey, RecordedCall, RecordPhase, Site
 from fisedit_compile.runtime.plans import IndexPlan
 from fisedit_compile.runtime.spec import PlanInput
 
@@ -141,7 +141,7 @@ class Executable:
         self,
         dense: Dense,
         program: Program | None,
-        runtime: Runtime,
+        runtime: PhaseSource,
         identity: GraphIdentity,
         lowering: str = "plain",
         capturer: Capturer | None = None,

@@ -53,6 +53,8 @@ SET_GRAD_ENABLED = torch._C._set_grad_enabled
 #: Whether it depends on the value alone, inside ``strict_recompiles``, which graph Dynamo runs for a Python int: the
 #: graph it made dynamic leaves the first value to the graph that it specialised on it.
 INTEGERS_CHOOSE_GRAPHS = hasattr(torch._dynamo.config, "automatic_dynamic_exclusion_guard")
+#: Fewest graphs of one function that may be made inside record and edit.
+GRAPHS = 64
 
 __all__ = [
     "ENTER_AUTOCAST",
@@ -228,7 +230,8 @@ def is_size(value: torch.SymInt, symbols: set[Any]) -> bool:
 
 @contextmanager
 def strict_recompiles() -> Iterator[None]:
-    """Inside, Dynamo raises when it reaches its limit of graphs for one function.
+    """Inside, Dynamo raises when it reaches its limit of graphs for one function, which is at least ``GRAPHS``: each
+    size of a picture needs one.
 
     Otherwise it would silently run that function eagerly: calls would be missing from a recording, and an edit would
     compute a picture that ignores the mask. An error of this package raised while a graph is compiled leaves as itself.
@@ -236,7 +239,8 @@ def strict_recompiles() -> Iterator[None]:
     Raises:
         CallMismatchError: the limit was reached.
     """
-    settings: dict[str, Any] = {"fail_on_recompile_limit_hit": True, "suppress_errors": False}
+    limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
+    settings: dict[str, Any] = {"recompile_limit": limit, "fail_on_recompile_limit_hit": True, "suppress_errors": False}
     if INTEGERS_CHOOSE_GRAPHS:
         # Otherwise which of two graphs runs depends on which ran last, and edits do not line up with recordings.
         settings["automatic_dynamic_exclusion_guard"] = True
@@ -244,12 +248,10 @@ def strict_recompiles() -> Iterator[None]:
         try:
             yield
         except FailOnRecompileLimitHit as error:
-            limit = torch._dynamo.config.recompile_limit
             raise CallMismatchError(
                 f"the compiler reached its limit of {limit} graphs for one function, so this call would not have been "
-                f"recorded or edited. Expected at most {limit} combinations of input sizes and Python arguments; call "
-                "torch._dynamo.reset(), or raise torch._dynamo.config.recompile_limit, and pass changing numbers as "
-                "tensors"
+                f"recorded or edited. Expected at most {limit} combinations of sizes and Python arguments; call torch."
+                "_dynamo.reset(), or raise torch._dynamo.config.recompile_limit, and pass changing numbers as tensors"
             ) from error
         except BackendCompilerFailed as error:
             if isinstance(error.inner_exception, FisEditError):

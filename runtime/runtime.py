@@ -15,6 +15,7 @@ from fisedit_compile.errors import FisEditError, OptionError, UnknownBaseError
 from fisedit_compile.runtime.base import Base, check_storage, stored_bytes
 from fisedit_compile.runtime.masks import MaskLike
 from fisedit_compile.runtime.phases import EditPhase, RecordPhase
+from fisedit_compile.runtime.relay import PhaseSource
 from fisedit_compile.runtime.spec import Site
 from fisedit_compile.runtime.stats import Stats, format_bytes
 from fisedit_compile.runtime.store import BaseWriter, Store
@@ -87,7 +88,7 @@ class EditRun:
         self._phase.set_mask(mask)
 
 
-class Runtime:
+class Runtime(PhaseSource):
     """Holds recorded runs and the mask, for the networks compiled with it.
 
     ``record``, ``edit`` and what happens inside belong to the thread that entered them: other threads run densely, or
@@ -243,10 +244,6 @@ class Runtime:
         with self._entered(phase, f"edit({name!r})"), self._writing(phase.writer):
             yield EditRun(phase)
             phase.finish()
-
-    def __deepcopy__(self, memo: dict[int, object]) -> Runtime:
-        """Itself: the copy of a compiled network uses the runtime that it was compiled with."""
-        return self
 
     def __repr__(self) -> str:
         bases = ", ".join(f"{name!r} ({base.call_count} calls)" for name, base in list(self._store.bases.items()))

@@ -14,6 +14,7 @@ from torch import Tensor
 from fisedit_compile.runtime import (
     Domain,
     EditPhase,
+    PhaseSource,
     PlanInput,
     PlanSpec,
     ProgramKey,
@@ -35,7 +36,7 @@ class FakeNetwork:
         last: what the last edit call was given.
     """
 
-    def __init__(self, runtime: Runtime, name: str = "network", batch: int = 2) -> None:
+    def __init__(self, runtime: PhaseSource, name: str = "network", batch: int = 2) -> None:
         self.runtime = runtime
         self.weight = torch.nn.Parameter(torch.arange(1.0, CHANNELS + 1))
         self.name = name

@@ -17,7 +17,7 @@ from fisedit_compile.pipelines.guidance import NETWORKS
 from fisedit_compile.pipelines.network_calls import NetworkCalls
 from fisedit_compile.pipelines.steps import StepFollower, followed_scheduler
 from fisedit_compile.pipelines.timing import StageClock
-from fisedit_compile.runtime import Domain
+from fisedit_compile.runtime import Domain, Relay, Runtime
 
 TOKENS_ARGUMENT = "hidden_states"
 """What the networks of pipelines that pack latents call their tokens."""
@@ -26,18 +26,23 @@ CONTENT_ARGUMENTS = ("guidance",)
 """What distilled networks call the guidance scale that they take as an input; an edit may change it."""
 
 
+NETWORK_RELAY = Relay()
+"""What networks are compiled with, so that the sessions of a pipeline share its graphs."""
+
+
 class PipelineBinding:
     """Compiles a pipeline's U-Net or transformer beside the pipeline, which stays as the user made it between calls.
 
     Args:
         pipe: a diffusers pipeline.
-        options: of the backend; ``runtime`` among them.
+        runtime: of the session.
+        options: of the backend, without ``runtime``.
 
     Raises:
         PipelineError: the pipeline has neither U-Net nor transformer, no scheduler or no autoencoder.
     """
 
-    def __init__(self, pipe: Any, options: Mapping[str, Any]) -> None:
+    def __init__(self, pipe: Any, runtime: Runtime, options: Mapping[str, Any]) -> None:
         found = [name for name in NETWORKS if getattr(pipe, name, None) is not None]
         missing = [part for part in ("scheduler", "vae") if getattr(pipe, part, None) is None]
         if missing or not found:
@@ -48,6 +53,7 @@ class PipelineBinding:
             )
         self._pipe = pipe
         self._name = found[0]
+        self._runtime = runtime
         self._options = dict(options)
         self._compiled: Any = None
         self._tokens: tuple[Domain, ...] = ()
@@ -87,7 +93,7 @@ class PipelineBinding:
                 "call pipe.remove_all_hooks() and pipe.to(device), or save memory by the session's storage and budget"
             )
         if self._compiled is None or self._compiled._orig_mod is not self.module or self._tokens != tokens:
-            options: dict[str, Any] = {**self._options, "content": list(CONTENT_ARGUMENTS)}
+            options = {**self._options, "runtime": NETWORK_RELAY, "content": list(CONTENT_ARGUMENTS)}
             if tokens:
                 options["tokens"] = {TOKENS_ARGUMENT: [(domain.height, domain.width) for domain in tokens]}
             self._compiled = torch.compile(self.module, backend="fisedit", options=options)
@@ -96,6 +102,7 @@ class PipelineBinding:
             self._compiled.register_forward_pre_hook(self._before_call, with_kwargs=True)
             clock.lap("setup")
         with ExitStack() as restore:
+            restore.enter_context(NETWORK_RELAY.using(self._runtime))
             if callable(getattr(pipe, "encode_prompt", None)):
                 encode = follower.trajectory.prompts.padding(pipe.encode_prompt)
                 restore.enter_context(replaced_attribute(pipe, "encode_prompt", _timed(encode, clock)))

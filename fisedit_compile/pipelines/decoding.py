@@ -27,10 +27,13 @@ from fisedit_compile.pipelines.region import (
     collect_statistics,
     unsupported,
 )
-from fisedit_compile.runtime import Runtime
+from fisedit_compile.runtime import Relay, Runtime
 from fisedit_compile.runtime.fingerprint import Weights
 
 DECODERS = ("auto", "sparse", "region", "dense")
+
+DECODER_RELAY = Relay()
+"""What decoders are compiled with, so that the sessions of a pipeline share their graphs."""
 
 SPARSE_EFFICIENCY = 0.6
 """Share of the arithmetic that a sparse decode saves which becomes speed; the rest is reading and writing rows."""
@@ -115,7 +118,7 @@ class SparseDecoder:
 
     Args:
         runtime: where decodes are recorded; see ``Runtime.expendable``.
-        options: of the backend; ``runtime`` among them.
+        options: of the backend, without ``runtime``.
         choice: one of :data:`DECODERS`; ``auto`` takes the cheapest.
         halo: cells by which the mask is grown.
 
@@ -131,7 +134,7 @@ class SparseDecoder:
         self.runtime = runtime
         self.halo = halo
         self._choice = choice
-        self._options = {**options, "runtime": runtime}
+        self._options = {**options, "runtime": DECODER_RELAY}
         self._compiled: Any = None
 
     def decode(self, vae: Any, job: DecodeJob, call: Callable[[], Any]) -> Any:
@@ -145,6 +148,10 @@ class SparseDecoder:
         Returns:
             What ``call`` returns.
         """
+        with DECODER_RELAY.using(self.runtime):
+            return self._decode(vae, job, call)
+
+    def _decode(self, vae: Any, job: DecodeJob, call: Callable[[], Any]) -> Any:
         decoder = getattr(vae.decoder, "_orig_mod", vae.decoder)
         obstacle = _obstacle(vae, decoder)
         if obstacle is not None or self._choice == "dense":

@@ -95,11 +95,11 @@ class EditSession:
         self.pipe = pipe
         self.runtime = Runtime(storage=storage, budget=budget, tier=tier)
         self.automatic_mask = automatic_mask or AutomaticMask()
-        options = {"runtime": self.runtime, "norm": norm, "lowering": lowering}
+        options = {"norm": norm, "lowering": lowering}
         # Wrong options are told now, not in the middle of the first network call.
         parse_options(None, options)
         self._decoder = SparseDecoder(self.runtime.expendable(), options, decoder, decoder_halo)
-        self._binding = PipelineBinding(pipe, options)
+        self._binding = PipelineBinding(pipe, self.runtime, options)
         self._arguments = CallArguments(pipe)
         check_prompt_tokens(pipe, prompt_tokens)
         self._prompt_tokens = prompt_tokens

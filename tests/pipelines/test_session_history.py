@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers.callbacks import PipelineCallback
 from PIL import Image
+from torch._dynamo.utils import counters
 
 from fisedit_compile.errors import MaskError, PipelineError, WeightsChangedError
 from fisedit_compile.pipelines import AutomaticMask, EditSession
@@ -78,6 +79,25 @@ def test_generating_again_starts_a_new_history(session: EditSession) -> None:
     second = generate(session)
     assert session.history == (second,) and session.runtime.bases == (second.name,)
     assert torch.equal(first.pixels, second.pixels)
+
+
+def test_sessions_of_a_pipeline_share_its_graphs(session: EditSession) -> None:
+    base = generate(session)
+    expected = session.edit(FIRST, mask=box(), keep=False)
+    graphs = counters["stats"]["unique_graphs"]
+    # More of them than Dynamo keeps graphs of a function by default.
+    others = [EditSession(session.pipe) for _ in range(9)]
+    for other in others:
+        generate(other, SECOND)
+    assert torch.equal(session.edit(FIRST, mask=box(), keep=False).pixels, expected.pixels), "others do not matter"
+    assert session.history == (base,) and session.runtime.stats.calls["record"] >= STEPS
+    for other in others[:2]:
+        edited = other.edit(FIRST, mask=box())
+        assert other.runtime.bases == (other.history[0].name, edited.name)
+        assert other.runtime.stats.calls == {"record": STEPS, "edit": STEPS, "dense": 0}
+        assert edited.report.decoder == "sparse"
+        assert not torch.equal(edited.pixels, expected.pixels), "it is edited from a picture of its own"
+    assert counters["stats"]["unique_graphs"] == graphs
 
 
 def test_an_edit_needs_a_picture(session: EditSession) -> None:
