@@ -29,6 +29,12 @@ def module_session() -> Iterator[EditSession]:
 
 
 @pytest.fixture
+def pipe(module_session: EditSession) -> Any:
+    """Of one module, for sessions with options of their own: they share its graphs."""
+    return module_session.pipe
+
+
+@pytest.fixture
 def session(module_session: EditSession) -> EditSession:
     module_session.reset()
     return module_session
@@ -83,9 +89,8 @@ def test_an_edit_decodes_the_mask_and_its_halo_only(session: EditSession) -> Non
     assert "recorded decode" in str(report) and report.to_dict()["decoder"] == "sparse"
 
 
-def test_with_a_halo_as_large_as_the_picture_it_is_the_dense_decode() -> None:
-    torch.compiler.reset()
-    session = EditSession(tiny_pipeline(), decoder="sparse", decoder_halo=12)
+def test_with_a_halo_as_large_as_the_picture_it_is_the_dense_decode(pipe: Any) -> None:
+    session = EditSession(pipe, decoder="sparse", decoder_halo=12)
     generate(session)
     edited = session.edit(FIRST, mask=corner())
     inside, _ = masks(edited)
@@ -157,17 +162,16 @@ def test_latents_are_not_decoded(session: EditSession) -> None:
     assert session._decoder.runtime.bases == ()
 
 
-def test_without_a_halo_there_is_no_seam_to_measure() -> None:
-    torch.compiler.reset()
-    session = EditSession(tiny_pipeline(), decoder_halo=0)
+def test_without_a_halo_there_is_no_seam_to_measure(pipe: Any) -> None:
+    session = EditSession(pipe, decoder_halo=0)
     base = generate(session)
     edited = session.edit(FIRST, mask=corner(), keep=False)
     assert edited.report.decoder == "sparse" and edited.report.seam is None
     check_outside(edited, base)
 
 
-def test_a_dense_decode_can_be_asked_for() -> None:
-    session = EditSession(tiny_pipeline(), decoder="dense")
+def test_a_dense_decode_can_be_asked_for(pipe: Any) -> None:
+    session = EditSession(pipe, decoder="dense")
     base = generate(session)
     edited = session.edit(FIRST, mask=corner())
     assert (edited.report.decoder, edited.report.decoder_reason) == ("dense", "asked for")
@@ -177,9 +181,9 @@ def test_a_dense_decode_can_be_asked_for() -> None:
     check_outside(edited, base)
 
 
-def test_a_region_equals_the_dense_decode_of_unchanged_latents() -> None:
+def test_a_region_equals_the_dense_decode_of_unchanged_latents(pipe: Any) -> None:
     """The statistics are then those of the recorded decode, and the margin covers what this small decoder looks at."""
-    session = EditSession(tiny_pipeline(), decoder="region", decoder_halo=0)
+    session = EditSession(pipe, decoder="region", decoder_halo=0)
     base = generate(session)
     edited = session.edit(BASE, mask=corner(), keep=False)
     assert edited.report.decoder == "region" and edited.report.decoder_bytes == 0
@@ -188,8 +192,8 @@ def test_a_region_equals_the_dense_decode_of_unchanged_latents() -> None:
     torch.testing.assert_close(edited.pixels[inside], base.pixels[inside], atol=2e-3, rtol=0)
 
 
-def test_regions_of_edits_of_edits() -> None:
-    session = EditSession(tiny_pipeline(), decoder="region")
+def test_regions_of_edits_of_edits(pipe: Any) -> None:
+    session = EditSession(pipe, decoder="region")
     base = generate(session)
     first = session.edit(FIRST, mask=corner())
     second = session.edit(SECOND, mask=corner().flip(0, 1))
@@ -202,10 +206,9 @@ def test_regions_of_edits_of_edits() -> None:
     assert not any("forward" in vars(module) for module in session.pipe.vae.modules())
 
 
-def test_a_decode_the_budget_has_no_room_for_is_a_region() -> None:
-    torch.compiler.reset()
-    needed = generate(EditSession(tiny_pipeline(), decoder="dense")).report.cache_bytes
-    session = EditSession(tiny_pipeline(), budget=needed)
+def test_a_decode_the_budget_has_no_room_for_is_a_region(pipe: Any) -> None:
+    needed = generate(EditSession(pipe, decoder="dense")).report.cache_bytes
+    session = EditSession(pipe, budget=needed)
     base = generate(session)
     assert base.report.decoder_bytes == 0 and base.report.cache_bytes == needed
     edited = session.edit(FIRST, mask=corner(), keep=False)
@@ -213,19 +216,16 @@ def test_a_decode_the_budget_has_no_room_for_is_a_region() -> None:
     check_outside(edited, base)
 
 
-def test_without_room_and_without_regions_it_is_dense() -> None:
-    torch.compiler.reset()
-    needed = generate(EditSession(tiny_pipeline(), decoder="dense")).report.cache_bytes
-    session = EditSession(tiny_pipeline(), budget=needed, decoder="sparse")
+def test_without_room_and_without_regions_it_is_dense(pipe: Any) -> None:
+    needed = generate(EditSession(pipe, decoder="dense")).report.cache_bytes
+    session = EditSession(pipe, budget=needed, decoder="sparse")
     base = generate(session)
     edited = session.edit(FIRST, mask=corner(), keep=False)
     assert edited.report.decoder == "dense" and "of the budget" in edited.report.decoder_reason
     check_outside(edited, base)
 
 
-def test_recorded_decodes_give_way_to_the_unet() -> None:
-    torch.compiler.reset()
-    pipe = tiny_pipeline()
+def test_recorded_decodes_give_way_to_the_unet(pipe: Any) -> None:
     trial = EditSession(pipe, decoder="dense")
     generate(trial)
     room = trial.edit(FIRST, mask=corner()).report.cache_bytes
@@ -238,9 +238,7 @@ def test_recorded_decodes_give_way_to_the_unet() -> None:
     check_outside(first, base)
 
 
-def test_a_kept_edit_without_room_for_its_decode_is_still_sparse() -> None:
-    torch.compiler.reset()
-    pipe = tiny_pipeline()
+def test_a_kept_edit_without_room_for_its_decode_is_still_sparse(pipe: Any) -> None:
     trial = EditSession(pipe)
     generate(trial)
     whole = trial.edit(FIRST, mask=corner()).report

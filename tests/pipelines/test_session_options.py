@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,6 +18,15 @@ from tiny_pipelines import HEIGHT, WIDTH, picture_arguments, tiny_pipeline
 
 BASE, FIRST = "a red ball on grass", "a blue ball on grass"
 STEPS = 3
+KEEPS_DYNAMO = True
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Iterator[Any]:
+    """Of tests that leave it as it is: their sessions share its graphs."""
+    torch.compiler.reset()
+    yield tiny_pipeline()
+    torch.compiler.reset()
 
 
 def generate(session: EditSession) -> Any:
@@ -30,8 +40,7 @@ def box() -> torch.Tensor:
     return mask
 
 
-def test_storage_and_norm_take_less_memory() -> None:
-    pipe = tiny_pipeline()
+def test_storage_and_norm_take_less_memory(pipe: Any) -> None:
     usual = generate(EditSession(pipe))
     session = EditSession(pipe, storage=torch.bfloat16, norm="cached")
     base = generate(session)
@@ -63,10 +72,9 @@ def test_a_network_that_cannot_be_traced_is_masked_as_a_whole(caplog: pytest.Log
     assert first.report.dense_calls == 0, "every call was masked"
 
 
-def test_recordings_on_the_host_give_the_same_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recordings_on_the_host_give_the_same_pictures(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Copies come as late as they may; decodes are recorded there as well."""
     monkeypatch.setattr(tiers, "lane_for", lambda device: LateLane())
-    pipe = tiny_pipeline()
     here, there = EditSession(pipe), EditSession(pipe, tier="host")
     for session in (here, there):
         generate(session)
@@ -77,15 +85,14 @@ def test_recordings_on_the_host_give_the_same_pictures(monkeypatch: pytest.Monke
         assert found.report.decoder == expected.report.decoder
 
 
-def test_a_budget_that_is_too_small() -> None:
-    session = EditSession(tiny_pipeline(), budget=100_000)
+def test_a_budget_that_is_too_small(pipe: Any) -> None:
+    session = EditSession(pipe, budget=100_000)
     with pytest.raises(BudgetError):
         generate(session)
     assert session.history == () and session.runtime.bases == ()
 
 
-def test_a_budget_for_one_picture_only() -> None:
-    pipe = tiny_pipeline()
+def test_a_budget_for_one_picture_only(pipe: Any) -> None:
     needed = generate(EditSession(pipe)).report.cache_bytes
     session = EditSession(pipe, budget=needed)
     base = generate(session)
