@@ -37,6 +37,7 @@ def test_more_sizes_than_dynamo_keeps_by_default() -> None:
 
 
 def test_a_call_beyond_the_limit_of_graphs_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo would run the network eagerly: that call would be missing from the recording."""
     monkeypatch.setattr(private, "GRAPHS", 2)
     runtime = fisedit.Runtime()
     compiled = torch.compile(Small(), backend="fisedit", options={"runtime": runtime})
