@@ -25,7 +25,6 @@ TOKENS_ARGUMENT = "hidden_states"
 CONTENT_ARGUMENTS = ("guidance",)
 """What distilled networks call the guidance scale that they take as an input; an edit may change it."""
 
-
 NETWORK_RELAY = Relay()
 """What networks are compiled with, so that the sessions of a pipeline share its graphs."""
 

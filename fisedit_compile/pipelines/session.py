@@ -70,7 +70,7 @@ class EditSession:
             them, and dropped when the network's recordings need it; what cannot be done falls back to ``dense``.
         decoder_halo: by how many latent cells around the mask more is decoded, in every direction.
         prompt_tokens: room for tokens of prompts, in pipelines that do not pad these themselves (Qwen-Image); None: 32
-            to 95 more than the generation's prompts have.
+            to 95 more than the generation's prompts have, within the pipeline's own limit.
 
     Raises:
         PipelineError: the pipeline has no network, autoencoder, scheduler or ``callback_on_step_end``.
