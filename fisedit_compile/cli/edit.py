@@ -29,6 +29,7 @@ def edit(
     guidance: options.Guidance = None,
     negative_prompt: options.NegativePrompt = None,
     size: options.Size = None,
+    argument: options.Argument = None,
     device: options.Device = None,
     precision: options.DataType = options.Precision.FLOAT32,
     norm: Annotated[
@@ -54,7 +55,7 @@ def edit(
 
     Writes base.png, mask.png (the mask over the base), edited.png and report.json.
     """
-    arguments = options.call_arguments(model, steps, guidance, negative_prompt, size)
+    arguments = options.call_arguments(model, steps, guidance, negative_prompt, size, argument)
     painted = None
     if mask is not None:
         painted = read_mask(mask)

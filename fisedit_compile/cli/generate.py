@@ -21,11 +21,12 @@ def generate(
     guidance: options.Guidance = None,
     negative_prompt: options.NegativePrompt = None,
     size: options.Size = None,
+    argument: options.Argument = None,
     device: options.Device = None,
     precision: options.DataType = options.Precision.FLOAT32,
 ) -> None:
     """Generate a picture with a diffusers pipeline (nothing is recorded or compiled)."""
-    arguments = options.call_arguments(model, steps, guidance, negative_prompt, size)
+    arguments = options.call_arguments(model, steps, guidance, negative_prompt, size, argument)
     pipe = options.load_model(model, scheduler, device, precision)
     options.check_arguments(pipe, arguments)
     import torch

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -23,6 +24,20 @@ EMBEDDED = "scenes"
 
 EMBEDDED_GUIDANCE = 3.0
 """Guidance scale of the model that comes with the package."""
+
+OWN_OPTIONS = {
+    "prompt": "--prompt",
+    "num_inference_steps": "--steps",
+    "guidance_scale": "--guidance",
+    "negative_prompt": "--negative-prompt",
+    "height": "--size",
+    "width": "--size",
+    "generator": "--seed",
+    "output_type": "the file's name: pictures are written",
+    "return_dict": "this command itself",
+    "callback_on_step_end": "this command itself",
+}
+"""Arguments of pipelines that the command line gives, and by which option."""
 
 
 class SchedulerName(StrEnum):
@@ -99,6 +114,13 @@ Guidance = Annotated[
     float | None, typer.Option(help="Guidance scale, on above 1; the pipeline's default when left out.", min=0.0)
 ]
 NegativePrompt = Annotated[str | None, typer.Option(help="What the picture should not show.")]
+Argument = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Any other argument of the pipeline, such as true_cfg_scale=4; may be given several times.",
+        metavar="NAME=VALUE",
+    ),
+]
 Size = Annotated[
     str | None, typer.Option(help="Height and width in pixels, such as 512x768; the model's own when left out.")
 ]
@@ -173,8 +195,35 @@ def load_model(model: str, scheduler: SchedulerName | None, device: str | None, 
     return pipe
 
 
+def parse_arguments(texts: Sequence[str]) -> dict[str, Any]:
+    """Arguments of a pipeline from texts such as ``true_cfg_scale=4``: values are JSON, or else words.
+
+    Raises:
+        typer.BadParameter: a text has another form, names nothing or what has an option of its own.
+    """
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = (part.strip() for part in text.partition("="))
+        if not equals or not name.isidentifier():
+            raise typer.BadParameter(f"expected NAME=VALUE, got {text!r}", param_hint="--argument")
+        if name in OWN_OPTIONS:
+            raise typer.BadParameter(f"{name} is given by {OWN_OPTIONS[name]}", param_hint="--argument")
+        if name in found:
+            raise typer.BadParameter(f"{name} is given twice", param_hint="--argument")
+        try:
+            found[name] = json.loads(value)
+        except json.JSONDecodeError:
+            found[name] = value
+    return found
+
+
 def call_arguments(
-    model: str, steps: int, guidance: float | None, negative_prompt: str | None, size: str | None
+    model: str,
+    steps: int,
+    guidance: float | None,
+    negative_prompt: str | None,
+    size: str | None,
+    others: Sequence[str] | None,
 ) -> dict[str, Any]:
     """Arguments of a pipeline call from those of the command line."""
     arguments: dict[str, Any] = {"num_inference_steps": steps}
@@ -187,7 +236,7 @@ def call_arguments(
     pixels = parse_size(size)
     if pixels is not None:
         arguments["height"], arguments["width"] = pixels
-    return arguments
+    return arguments | parse_arguments(others or ())
 
 
 def check_arguments(pipe: Any, arguments: Mapping[str, Any]) -> None:

@@ -10,18 +10,15 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import platform
-import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,14 +72,21 @@ class Measured:
     def together_with(self, times: Times) -> Measured:
         """The smaller times of this and of one more process."""
         seconds = {name: min(time, self.seconds.get(name, time)) for name, time in times.items()}
-        return Measured(seconds, self.processes + 1)
+        return Measured(self.seconds | seconds, self.processes + 1)
+
+
+NEVER = Measured({}, 0)
 
 
 class CostTable:
-    """Seconds by operator, case and way. May be used by several threads and processes."""
+    """Seconds by operator, case and way. May be used by several threads and processes.
+
+    Each measurement is a line of JSON, appended to the file as it is made: nothing that another process wrote is lost,
+    and a process that is killed loses none.
+    """
 
     def __init__(self, path: Path | None = None) -> None:
-        """``path``: of the file; None: ``costs.json`` in the cache folder."""
+        """``path``: of the file; None: ``costs.jsonl`` in the cache folder."""
         self._path = path
         self._lock = threading.Lock()
         self._known: dict[str, dict[str, Measured]] | None = None
@@ -91,7 +95,7 @@ class CostTable:
     @property
     def path(self) -> Path:
         """Where the table is kept."""
-        return self._path or cache_folder() / "costs.json"
+        return self._path or cache_folder() / "costs.jsonl"
 
     def times(self, operator: str, case: str) -> Times:
         """Seconds by way, as far as measured on this machine."""
@@ -125,10 +129,8 @@ class CostTable:
         with self._lock:
             found = self._machine_table().get(key)
             unsure = found is not None and found.processes < PROCESSES and key not in self._measured
-        if found is None or any(name not in found.seconds for name in ways):
-            found = self._remember(key, Measured(_measure(ways), 1))
-        elif unsure:
-            found = self._remember(key, found.together_with(_measure(ways)))
+        if found is None or unsure or any(name not in found.seconds for name in ways):
+            found = self._remember(key, _measure(ways))
         times = found.seconds
         usual = next(iter(ways))
         fastest = min(ways, key=times.__getitem__)
@@ -140,59 +142,57 @@ class CostTable:
         return self._known.setdefault(machine(), {})
 
     def _read(self) -> dict[str, dict[str, Measured]]:
-        """The file's content; a file that cannot be used is the same as none, as it can be measured again."""
+        """The file's content. What cannot be read is told and passed over, as it can be measured again."""
+        known: dict[str, dict[str, Measured]] = {}
         try:
-            return _parse(json.loads(self.path.read_text(encoding="utf-8")))
+            lines = [line for line in self.path.read_bytes().splitlines() if line]
         except FileNotFoundError:
-            return {}
-        except (OSError, ValueError) as error:
+            return known
+        except OSError as error:
             logger.warning("cannot read measured times from %s: %s; measuring again", self.path, error)
-            return {}
+            return known
+        broken = 0
+        for line in lines:
+            try:
+                name, key, times = _parse(line)
+            except ValueError:
+                broken += 1
+                continue
+            table = known.setdefault(name, {})
+            table[key] = table.get(key, NEVER).together_with(times)
+        if broken:
+            logger.warning("%d of %d lines of %s are no measured times; passed over", broken, len(lines), self.path)
+        return known
 
-    def _remember(self, key: str, found: Measured) -> Measured:
-        shown = ", ".join(f"{name} {1000 * seconds:.2f} ms" for name, seconds in found.seconds.items())
-        logger.info("%s: %s", key, shown)
+    def _remember(self, key: str, times: Times) -> Measured:
+        logger.info("%s: %s", key, ", ".join(f"{name} {1000 * seconds:.2f} ms" for name, seconds in times.items()))
         with self._lock:
             table = self._machine_table()
-            table[key] = found
+            found = table[key] = table.get(key, NEVER).together_with(times)
             self._measured.add(key)
-            # Another process may have written since: what it measured is kept.
-            merged = self._read()
-            own = {name: table[name] for name in self._measured if name in table}
-            merged[machine()] = merged.get(machine(), {}) | own
             try:
-                self._write(merged)
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                line = json.dumps({"machine": machine(), "case": key, "seconds": times}).encode()
+                # One write, as other processes may be writing; on a new line, as one of them may have been killed.
+                with self.path.open("ab", buffering=0) as file:
+                    file.write(b"\n" + line)
             except OSError as error:
                 logger.warning("cannot keep measured times in %s: %s", self.path, error)
         return found
 
-    def _write(self, content: Mapping[str, Mapping[str, Measured]]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        plain = {name: {key: asdict(found) for key, found in table.items()} for name, table in content.items()}
-        handle, name = tempfile.mkstemp(dir=self.path.parent, suffix=".json")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(plain, file, indent=1)
-        os.replace(name, self.path)
 
-
-def _parse(content: Any) -> dict[str, dict[str, Measured]]:
-    """The content of a file as tables.
+def _parse(line: bytes) -> tuple[str, str, Times]:
+    """Machine, operator and case, and times of one line.
 
     Raises:
         ValueError: it has another form.
     """
     try:
-        return {
-            str(name): {
-                str(key): Measured(
-                    {str(way): float(time) for way, time in found["seconds"].items()}, int(found["processes"])
-                )
-                for key, found in table.items()
-            }
-            for name, table in content.items()
-        }
+        content = json.loads(line)
+        times = {str(way): float(seconds) for way, seconds in content["seconds"].items()}
+        return str(content["machine"]), str(content["case"]), times
     except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"expected tables of measured times ({type(error).__name__}: {error})") from error
+        raise ValueError(f"expected a line of measured times ({type(error).__name__}: {error})") from error
 
 
 def _measure(ways: Mapping[str, Callable[[], Tensor]]) -> Times:

@@ -11,7 +11,7 @@ measured, once for each size on a machine.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -45,7 +45,8 @@ def _pack_matrix_shape(weight: Tensor, rows: int | None = None) -> Tensor:
     return weight.new_empty(weight.shape)
 
 
-@operator("(Tensor weight, int? rows=None) -> Tensor", _pack_matrix_shape)
+# The schema says that the result may be the weight itself.
+@operator("(Tensor(a) weight, int? rows=None) -> Tensor(a)", _pack_matrix_shape)
 def pack_matrix(weight: Tensor, rows: int | None = None) -> Tensor:
     """Bring the weight of a linear layer to the order that multiplies fastest.
 
@@ -55,20 +56,24 @@ def pack_matrix(weight: Tensor, rows: int | None = None) -> Tensor:
             machine, unless they were before; None: it is packed in any case.
 
     Returns:
-        A tensor of the same shape for :func:`linear_rows` only: an opaque one, or a plain contiguous copy where plain
-        products were measured to be faster.
+        A tensor of the same shape for :func:`linear_rows` only: an opaque one, or, where plain products were measured
+        to be faster, the weight's own memory if that is contiguous, else a contiguous copy.
     """
-    weight = weight.contiguous()
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, TYPICAL_ROWS)
+    weight = weight.detach().contiguous()
+
+    @cache
+    def packed() -> Tensor:
+        return torch.ops.mkldnn._reorder_linear_weight(weight, TYPICAL_ROWS)
+
     if rows is None:
-        return packed
+        return packed()
     example = torch.ones(rows, weight.shape[1], dtype=weight.dtype)
     ways = {
-        "packed": lambda: linear_rows(example, packed, None),
+        "packed": lambda: linear_rows(example, packed(), None),
         "plain": lambda: linear_rows(example, weight, None),
     }
     case = describe_product(rows, weight.shape[1], weight.shape[0], weight.dtype)
-    return packed if costs.fastest("product", case, ways) == "packed" else weight.clone()
+    return packed() if costs.fastest("product", case, ways) == "packed" else weight
 
 
 def _linear_rows_shape(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

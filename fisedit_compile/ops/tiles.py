@@ -58,10 +58,10 @@ def pack_tile_weights(weight: Tensor, rows: int | None = None) -> list[Tensor]:
         (transform @ part.reshape(-1, 9).t().double()).to(weight.dtype).unflatten(1, part.shape[:2])
         for part in weight.split(max(1, (1 << 20) // weight[0].numel()))
     ]
-    matrices = torch.cat(parts, 1).unbind(0)
+    matrices = [torch.cat(position) for position in zip(*parts, strict=True)]
     if packs(weight.device.type, weight.dtype):
         return [pack_matrix(matrix, rows) for matrix in matrices]
-    return [matrix.clone() for matrix in matrices]
+    return matrices
 
 
 def _conv_tiles_shape(

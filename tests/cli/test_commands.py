@@ -13,7 +13,7 @@ from PIL import Image
 from transformer_pipelines import with_text_encoders
 
 from fisedit_compile.cli.main import main
-from fisedit_compile.cli.options import SchedulerName, check_arguments, parse_size
+from fisedit_compile.cli.options import SchedulerName, check_arguments, parse_arguments, parse_size
 from fisedit_compile.errors import PipelineError
 from fisedit_compile.pipelines.schedulers import SCHEDULER_NAMES
 
@@ -67,6 +67,9 @@ def test_help_does_not_import_torch() -> None:
         (["generate", "--prompt", "a", "--steps", "0"], 2, "--steps"),
         (["generate", "--prompt", "a", "--size", "large"], 2, "--size"),
         (["generate", "--prompt", "a", "--scheduler", "ddpm"], 2, "--scheduler"),
+        (["generate", "--prompt", "a", "--argument", "eta"], 2, "expected NAME=VALUE, got 'eta'"),
+        (["generate", "--prompt", "a", "--argument", "width=16"], 2, "width is given by --size"),
+        (["generate", "--prompt", "a", "--argument", "eta=1", "--argument", "eta=0"], 2, "eta is given twice"),
         (["edit", "--base-prompt", "a", "--prompt", "b", "--mask", "/not/there.png"], 2, "--mask"),
         (["explain", "--model", "sd99"], 1, "sd15, sd21, sdxl, scenes"),
         (["explain", "--chip", "Z80"], 1, "unknown chip 'Z80'; expected one of T4"),
@@ -98,6 +101,27 @@ def test_generate(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert run(*words, "--output", str(path), "--scheduler", "heun") == 0
     assert Image.open(path).size == (WIDTH, HEIGHT)
     assert f"{WIDTH}x{HEIGHT} pixels" in capsys.readouterr().out
+
+
+def test_other_arguments_reach_the_pipeline(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--model", folder, "--device", "cpu", "--steps", "2", "--size", SIZE, "--scheduler", "ddim"]
+    rescaled = ["--argument", "guidance_rescale=0.9"]
+    for name, more in (("plain", []), ("rescaled", rescaled)):
+        assert run("generate", "--prompt", "a red ball", *words, *more, "--output", str(tmp_path / f"{name}.png")) == 0
+    folders = ["--prompt", "a blue box", "--output", str(tmp_path / "edit"), "--decoder", "dense"]
+    assert run("edit", "--base-prompt", "a red ball", *folders, *words, *rescaled) == 0
+    plain, given, base = (
+        np.asarray(Image.open(tmp_path / name)).astype(int) for name in ("plain.png", "rescaled.png", "edit/base.png")
+    )
+    assert np.abs(given - base).max() <= 1 < np.abs(given - plain).max()
+    assert run("generate", "--prompt", "a", *words, "--argument", "guidance_rescail=1") == 1
+    assert "has no argument guidance_rescail" in capsys.readouterr().err
+
+
+def test_values_of_other_arguments() -> None:
+    texts = ["a=1", "b = 0.5", "c=true", "d=[1, 2]", 'e="x=y"', "f=some words", "g=null", "h="]
+    expected = {"a": 1, "b": 0.5, "c": True, "d": [1, 2], "e": "x=y", "f": "some words", "g": None, "h": ""}
+    assert parse_arguments(texts) == expected
 
 
 def test_what_the_pipeline_refuses_is_one_line(folder: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,7 +36,7 @@ class Clock:
 
 
 def test_the_fastest_is_chosen_and_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, table = Clock(monkeypatch, usual=3.0, other=2.0, third=5.0), CostTable(tmp_path / "costs.json")
+    clock, table = Clock(monkeypatch, usual=3.0, other=2.0, third=5.0), CostTable(tmp_path / "costs.jsonl")
     assert clock.choose(table) == "other"
     assert clock.runs == {"usual": RUNS + 1, "other": RUNS + 2, "third": RUNS + 1}
     assert clock.choose(table) == "other" and clock.runs["usual"] == RUNS + 1
@@ -45,13 +45,13 @@ def test_the_fastest_is_chosen_and_measured_once(tmp_path: Path, monkeypatch: py
 
 
 def test_the_usual_way_wins_unless_another_is_clearly_faster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    table = CostTable(tmp_path / "costs.json")
+    table = CostTable(tmp_path / "costs.jsonl")
     assert Clock(monkeypatch, usual=1.0, other=0.97).choose(table, "close") == "usual"
     assert Clock(monkeypatch, usual=1.0, other=0.9).choose(table, "far") == "other"
 
 
 def test_a_few_processes_measure_and_the_smallest_times_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "folder" / "costs.json"
+    path = tmp_path / "folder" / "costs.jsonl"
     # Something else ran while the first process measured the usual way.
     assert Clock(monkeypatch, usual=3.0, other=2.0).choose(CostTable(path)) == "other"
     for _ in range(PROCESSES - 1):
@@ -64,23 +64,23 @@ def test_a_few_processes_measure_and_the_smallest_times_count(tmp_path: Path, mo
 
 
 def test_a_new_way_measures_all_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    table = CostTable(tmp_path / "costs.json")
+    table = CostTable(tmp_path / "costs.jsonl")
     Clock(monkeypatch, usual=3.0, other=2.0).choose(table)
     clock = Clock(monkeypatch, usual=3.0, other=2.0, third=1.0)
     assert clock.choose(table) == "third" and clock.runs["usual"] == RUNS + 1
 
 
 def test_machines_have_tables_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "costs.json"
+    path = tmp_path / "costs.jsonl"
     Clock(monkeypatch, usual=3.0, other=2.0).choose(CostTable(path))
     monkeypatch.setattr(choices, "machine", lambda: "another machine")
     clock = Clock(monkeypatch, usual=1.0, other=2.0)
     assert clock.choose(CostTable(path)) == "usual" and clock.runs["other"] == RUNS + 1
-    assert len(json.loads(path.read_text())) == 2
+    assert len({json.loads(line)["machine"] for line in path.read_text().split("\n")[1:]}) == 2
 
 
 def test_processes_keep_what_others_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "costs.json"
+    path = tmp_path / "costs.jsonl"
     first, second = CostTable(path), CostTable(path)
     assert first.entries() == second.entries() == {}
     Clock(monkeypatch, usual=3.0, other=2.0).choose(first, "one")
@@ -88,19 +88,37 @@ def test_processes_keep_what_others_measured(tmp_path: Path, monkeypatch: pytest
     assert set(CostTable(path).entries()) == {"operator one", "operator two"}
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"machine": 3}', '{"machine": {"case": {"way": 1.0}}}', "{"])
-def test_a_broken_file_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str) -> None:
-    path = tmp_path / "costs.json"
-    path.write_text(content)
-    assert Clock(monkeypatch, usual=3.0, other=2.0).choose(CostTable(path)) == "other"
-    assert CostTable(path).times("operator", "case") == pytest.approx({"usual": 3.0, "other": 2.0})
+BROKEN = ["", "[]", "3", '{"machine": "m"}', '{"machine": "m", "case": "c", "seconds": [1]}', '{"mach', "\x00\xff"]
+
+
+@pytest.mark.parametrize("content", BROKEN)
+def test_broken_lines_are_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, content: str
+) -> None:
+    path = tmp_path / "costs.jsonl"
+    Clock(monkeypatch, usual=3.0, other=2.0).choose(CostTable(path), "before")
+    with path.open("a", encoding="latin-1") as file:
+        file.write(f"\n{content}")
+    Clock(monkeypatch, usual=3.0, other=2.0).choose(CostTable(path), "after")
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger=choices.__name__):
+        entries = CostTable(path).entries()
+    assert list(entries) == ["operator before", "operator after"]
+    assert entries["operator after"] == pytest.approx({"usual": 3.0, "other": 2.0})
+    assert ("1 of 3 lines" in caplog.text) == bool(content)
+
+
+def test_a_file_that_cannot_be_read_is_told_and_no_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger=choices.__name__):
+        assert CostTable(tmp_path).entries() == {}
+    assert "cannot read measured times" in caplog.text
 
 
 def test_a_folder_that_cannot_be_written_is_told_and_no_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("in the way")
-    table = CostTable(tmp_path / "file" / "costs.json")
+    table = CostTable(tmp_path / "file" / "costs.jsonl")
     clock = Clock(monkeypatch, usual=3.0, other=2.0)
     with caplog.at_level(logging.WARNING, logger=choices.__name__):
         assert clock.choose(table) == "other"
@@ -109,7 +127,7 @@ def test_a_folder_that_cannot_be_written_is_told_and_no_error(
 
 
 def test_threads_agree(tmp_path: Path) -> None:
-    table, results = CostTable(tmp_path / "costs.json"), []
+    table, results = CostTable(tmp_path / "costs.jsonl"), []
 
     def work(number: int) -> None:
         ways = {"usual": lambda: torch.zeros(1), "other": lambda: torch.zeros(1)}
@@ -125,7 +143,7 @@ def test_threads_agree(tmp_path: Path) -> None:
 
 def test_where_tables_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FISEDIT_CACHE_DIR", str(tmp_path))
-    assert cache_folder() == tmp_path and CostTable().path == tmp_path / "costs.json"
+    assert cache_folder() == tmp_path and CostTable().path == tmp_path / "costs.jsonl"
     monkeypatch.delenv("FISEDIT_CACHE_DIR")
     assert cache_folder().name == "fisedit-compile"
 
@@ -137,7 +155,7 @@ def test_counts_in_words() -> None:
 
 def test_what_was_taken_is_counted_for_each_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     choices.taken.drain()
-    clock, table = Clock(monkeypatch, usual=3.0, other=2.0), CostTable(tmp_path / "costs.json")
+    clock, table = Clock(monkeypatch, usual=3.0, other=2.0), CostTable(tmp_path / "costs.jsonl")
     clock.choose(table)
     clock.choose(table)
     clock.choose(table, "another")

@@ -60,13 +60,36 @@ def test_what_was_measured_to_be_the_fastest_is_taken(monkeypatch: pytest.Monkey
             return fastest
 
     monkeypatch.setattr(packed_module, "costs", Table())
-    weight, rows = torch.randn(20, 5).t(), torch.randn(3, 20)
-    matrix = pack_matrix(weight, 40)
-    assert asked == [("product", "about 38 rows, 20->5 float32")]
-    assert matrix.is_mkldnn == (fastest == "packed") and matrix.shape == weight.shape
-    before = functional.linear(rows, weight)
-    weight.zero_()
-    assert_near(linear_rows(rows, matrix, None), before)
+    rows = torch.randn(3, 20)
+    for weight in (torch.randn(5, 20), torch.randn(20, 5).t()):
+        asked.clear()
+        matrix = pack_matrix(weight, 40)
+        assert asked == [("product", "about 38 rows, 20->5 float32")]
+        assert matrix.is_mkldnn == (fastest == "packed") and matrix.shape == weight.shape
+        assert_near(linear_rows(rows, matrix, None), functional.linear(rows, weight))
+        torch.library.opcheck(torch.ops.fisedit.pack_matrix.default, (weight, 40), test_utils="test_schema")
+
+
+class Known:
+    """A table in which everything was measured already."""
+
+    def __init__(self, way: str) -> None:
+        self.way = way
+
+    def fastest(self, operator: str, case: str, ways: dict[str, Callable[[], torch.Tensor]]) -> str:
+        return self.way
+
+
+def test_a_weight_that_stays_plain_is_neither_packed_nor_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_module, "costs", Known("plain"))
+    weight = torch.nn.Parameter(torch.randn(5, 20))
+    with monkeypatch.context() as patched:
+        patched.setattr(packed_module.torch.ops.mkldnn, "_reorder_linear_weight", None)
+        matrix = pack_matrix(weight, 40)
+        assert matrix.data_ptr() == weight.data_ptr() and not matrix.requires_grad
+        assert torch.equal(pack_matrix(weight.detach().t(), 40), weight.t())
+    monkeypatch.setattr(packed_module, "costs", Known("packed"))
+    assert pack_matrix(weight, 40).is_mkldnn
 
 
 def test_packing_copies() -> None:
