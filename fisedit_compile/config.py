@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ VALID_OPTIONS = (
     "content",
     "disable_passes",
 )
+CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 Resolutions = tuple[tuple[int, int], ...]
 
 
@@ -40,6 +42,27 @@ def cache_folder() -> Path:
     """Where measured times and generated code are kept: ``$FISEDIT_CACHE_DIR``, or the user's cache folder."""
     given = os.environ.get("FISEDIT_CACHE_DIR")
     return Path(given) if given else user_cache_path("fisedit-compile")
+
+
+@lru_cache(maxsize=1)
+def machine_memory() -> int | None:
+    """Bytes of memory that this process may use: the machine's, or less in a container; None where nobody tells."""
+    found = []
+    try:
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        found.append(int(CONTAINER_LIMIT.read_text(encoding="ascii")))
+    except (AttributeError, OSError, ValueError):
+        pass  # Another system, no container, or one without a limit ("max").
+    return min((size for size in found if size > 0), default=None)
+
+
+def packing_limit() -> int | None:
+    """Most bytes of packed weights unless the user says otherwise: a quarter of the memory; None: no limit.
+
+    The same for all graphs of a process, since the versions of one graph share their packed weights.
+    """
+    memory = machine_memory()
+    return None if memory is None else memory // 4
 
 
 _UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
@@ -154,7 +177,7 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> tuple[
     if isinstance(packing, bool):
         limit = None if packing else 0
     else:
-        limit = None if packing == "auto" else parse_bytes("option packing", packing)
+        limit = packing_limit() if packing == "auto" else parse_bytes("option packing", packing)
     convolution = given.get("convolution", "auto")
     if convolution not in CONVOLUTIONS:
         raise OptionError(f"option convolution must be one of {', '.join(CONVOLUTIONS)}, got {convolution!r}")

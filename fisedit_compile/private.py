@@ -5,6 +5,7 @@ Supported releases: 2.11 and newer. What the rest of the package needs from insi
 * tracing one graph module to functional ATen operators before dispatch (``trace_functional``);
 * reading where Dynamo got a graph input from (``input_source``, ``is_module_state``) and which Python numbers it
   left dynamic (``is_size``, ``hint_of``);
+* telling Dynamo that sizes are fixed (``keep_sizes``);
 * compiling a graph with inductor so that some sizes stay symbols (``compile_with_inductor``);
 * making Dynamo fail, instead of silently running eagerly, once it compiled too many graphs (``strict_recompiles``).
 """
@@ -57,37 +58,13 @@ INTEGERS_CHOOSE_GRAPHS = hasattr(torch._dynamo.config, "automatic_dynamic_exclus
 GRAPHS = 64
 
 __all__ = [
-    "ENTER_AUTOCAST",
-    "EXIT_AUTOCAST",
-    "INTEGERS_CHOOSE_GRAPHS",
-    "SET_GRAD_ENABLED",
-    "UNTRACEABLE",
-    "FakeTensor",
-    "FakeTensorMode",
-    "FunctionalTrace",
-    "HigherOrderOperator",
-    "OpOverload",
-    "OptimizedModule",
-    "compile_forward",
-    "compile_frozen",
-    "compile_settings",
-    "compile_with_inductor",
-    "compiling",
-    "dynamo_limits",
-    "end_failed_capture",
-    "hint_of",
-    "input_source",
-    "is_changed",
-    "is_module_state",
-    "is_numpy",
-    "is_size",
-    "is_symbolic",
-    "is_wrapped_number",
-    "rename_placeholder",
-    "size_symbols",
-    "strict_recompiles",
+    "ENTER_AUTOCAST", "EXIT_AUTOCAST", "INTEGERS_CHOOSE_GRAPHS", "SET_GRAD_ENABLED", "UNTRACEABLE", "FakeTensor",
+    "FakeTensorMode", "FunctionalTrace", "HigherOrderOperator", "OpOverload", "OptimizedModule", "compile_forward",
+    "compile_frozen", "compile_settings", "compile_with_inductor", "compiling", "dynamo_limits",
+    "end_failed_capture", "hint_of", "input_source", "is_changed", "is_module_state", "is_numpy", "is_size",
+    "is_symbolic", "is_wrapped_number", "keep_sizes", "rename_placeholder", "size_symbols", "strict_recompiles",
     "trace_functional",
-]
+]  # fmt: skip
 
 
 @dataclass
@@ -226,6 +203,19 @@ def size_symbols(placeholders: Sequence[fx.Node]) -> set[Any]:
 def is_size(value: torch.SymInt, symbols: set[Any]) -> bool:
     """Whether a dynamic number is a size of a tensor input, or computed from some."""
     return bool(free_symbols(value) & symbols)
+
+
+def keep_sizes(*values: Any) -> None:
+    """Have Dynamo take the sizes of all tensors in ``values``, nested ones too, as they are.
+
+    Otherwise it makes symbols of sizes that changed since a function was traced. Tracing takes twice as long with them,
+    and the graph is one for a single size all the same.
+    """
+    for value in pytree.tree_leaves(values):
+        if isinstance(value, Tensor):
+            torch._dynamo.mark_static(value)
+            if value._is_view() and value._base is not None:
+                torch._dynamo.mark_static(value._base)
 
 
 @contextmanager

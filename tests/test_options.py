@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import fx
 
-from fisedit_compile import backend
+from fisedit_compile import backend, config
 from fisedit_compile.config import parse_options
 from fisedit_compile.errors import OptionError, ScalarMismatchError
 from fisedit_compile.runtime import Runtime
@@ -40,12 +41,34 @@ def test_wrong_options(settings: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize(
     ("given", "limit", "every"),
-    [({}, None, False), ({"packing": "auto"}, None, False), ({"packing": True}, None, True)]
+    [({}, 77, False), ({"packing": "auto"}, 77, False), ({"packing": True}, None, True)]
     + [({"packing": False}, 0, False), ({"packing": "1KB"}, 1000, False)],
 )
-def test_what_is_packed(given: dict[str, Any], limit: int | None, every: bool) -> None:
+def test_what_is_packed(monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], limit: int | None, every: bool) -> None:
+    monkeypatch.setattr(config, "packing_limit", lambda: 77)
     _, options = parse_options(None, given)
     assert (options.packing, options.pack_all) == (limit, every)
+
+
+@pytest.mark.parametrize(
+    ("pages", "container", "limit"),
+    [(1000, None, 1_024_000), (1000, "max\n", 1_024_000), (1000, "4000\n", 1000), (1000, "8192000", 1_024_000)]
+    + [(-1, None, None), (None, None, None)],
+)
+def test_a_quarter_of_the_memory_may_be_packed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pages: int | None, container: str | None, limit: int | None
+) -> None:
+    def sysconf(name: str) -> int:
+        if pages is None:
+            raise ValueError("unrecognized configuration name")
+        return {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": pages}[name]
+
+    monkeypatch.setattr(config.os, "sysconf", sysconf)
+    monkeypatch.setattr(config, "CONTAINER_LIMIT", tmp_path / "memory.max")
+    if container is not None:
+        (tmp_path / "memory.max").write_text(container)
+    monkeypatch.setattr(config, "machine_memory", config.machine_memory.__wrapped__)
+    assert config.packing_limit() == limit
 
 
 @pytest.mark.parametrize(

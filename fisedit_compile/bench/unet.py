@@ -227,7 +227,8 @@ class Bench:
             "lowering": settings.lowering,
         }
         # A copy, so that a shared network is compiled for each benchmark.
-        self.compiled = torch.compile(copy.copy(self.model), backend="fisedit", options=options)
+        # With sizes as they are, also where another size was measured before.
+        self.compiled = torch.compile(copy.copy(self.model), backend="fisedit", options=options, dynamic=False)
         self.result = Result(settings, describe_machine(self.device))
         self.recorded: list[Tensor] = []
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fisedit_compile import private
 from fisedit_compile.errors import PipelineError
 from fisedit_compile.pipelines.attributes import replaced_attribute
 from fisedit_compile.pipelines.autoencoder import AutoencoderCall
@@ -118,6 +119,7 @@ class PipelineBinding:
             follower.check_obeyed(pipe)
 
     def _before_call(self, module: torch.nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+        private.keep_sizes(positional, named)
         if self._calls is not None:
             self._calls.add(self.module, positional, named)
         if self._clock is not None:

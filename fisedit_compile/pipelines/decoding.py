@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fisedit_compile import private
 from fisedit_compile.errors import BudgetError, CallMismatchError, OptionError, WeightsChangedError
 from fisedit_compile.pipelines.masking import grow_mask
 from fisedit_compile.pipelines.region import (
@@ -211,6 +212,7 @@ class SparseDecoder:
     def _compiled_decoder(self, decoder: nn.Module) -> Any:
         if self._compiled is None or self._compiled._orig_mod is not decoder:
             self._compiled = torch.compile(decoder, backend="fisedit", options=self._options)
+            self._compiled.register_forward_pre_hook(lambda _, latents: private.keep_sizes(latents))
         return self._compiled
 
     def _decode_sparsely(

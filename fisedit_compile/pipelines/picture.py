@@ -10,7 +10,24 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
 
+from fisedit_compile.errors import PipelineError
 from fisedit_compile.pipelines.report import Report
+
+
+def as_pixels(images: Any) -> Tensor:
+    """Pixels ``[B, 3, height, width]`` from what a pipeline returned for ``output_type="pt"``: older ones return
+    arrays ``[B, height, width, 3]`` all the same.
+
+    Raises:
+        PipelineError: it is neither.
+    """
+    if isinstance(images, Tensor):
+        return images
+    if isinstance(images, np.ndarray):
+        return VaeImageProcessor.numpy_to_pt(images)
+    raise PipelineError(
+        f'expected a tensor or an array of pictures from a pipeline with output_type="pt", got {type(images).__name__}'
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ from fisedit_compile.pipelines.decoding import DecodeJob, DecodeRecord, SparseDe
 from fisedit_compile.pipelines.latents import packed_resolutions
 from fisedit_compile.pipelines.masking import AutomaticMask, grow_mask, paste_outside, to_pixels
 from fisedit_compile.pipelines.noise import Generators, NoiseSource, new_generator
-from fisedit_compile.pipelines.picture import Picture
+from fisedit_compile.pipelines.picture import Picture, as_pixels
 from fisedit_compile.pipelines.prompts import PromptLengths, check_prompt_tokens
 from fisedit_compile.pipelines.report import Report, SeamError, finest_first, notes_on
 from fisedit_compile.pipelines.schedulers import describe_scheduler, scheduler_difference, steps_for_calls
@@ -312,7 +312,7 @@ class EditSession:
         with self._binding.installed(clock, autoencoder, follower):
             output = self.pipe(**arguments)
         flagged = getattr(output, "nsfw_content_detected", None)
-        pixels = None if wants_latents else output.images
+        pixels = None if wants_latents else as_pixels(output.images)
         return pixels, None if flagged is None else tuple(bool(one) for one in flagged)
 
     def _finish(

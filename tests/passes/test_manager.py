@@ -132,6 +132,26 @@ def test_a_graph_without_pictures_is_recorded_and_never_edited() -> None:
     assert_near(base.sites["output:0"], base.outputs[0])
 
 
+TRANSFORMED, PACKED = 64 * 64 * 16 * 4, 64 * 64 * 9 * 4
+
+
+@pytest.mark.parametrize(
+    ("limit", "way", "bytes_taken"),
+    [
+        (2 * TRANSFORMED, "auto", TRANSFORMED + PACKED),
+        (2 * TRANSFORMED - 1, "auto", PACKED),
+        (TRANSFORMED + PACKED, "tiles", TRANSFORMED),
+        (None, "auto", TRANSFORMED + PACKED),
+    ],
+)
+def test_transformed_weights_take_half_of_the_limit(limit: int | None, way: str, bytes_taken: int) -> None:
+    builder = GraphBuilder()
+    x = builder.picture(1, 64, 32, 32, spatial=None)
+    result = builder.call(aten.conv2d.default, x, builder.parameter(64, 64, 3, 3), None, [1, 1], [1, 1])
+    built = compile_graph(builder, result, options=Options(packing=limit, convolution=way))
+    assert built.report.packed_bytes == bytes_taken
+
+
 def small_edit(program: Program, builder: GraphBuilder):
     """Recorded and edited output of a program of the small network."""
     first = random_inputs(builder, 1)

@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusionAdapterPipeline, T2IAdapter, UNet2DConditionModel
 
+from fisedit_compile.errors import PipelineError
 from fisedit_compile.pipelines import EditSession, Picture
 from fisedit_compile.pipelines.masking import AutomaticMask, MaskFinder
+from fisedit_compile.pipelines.picture import as_pixels
 
-from tiny_pipelines import CLASSES, HEIGHT, WIDTH, picture_arguments, tiny_pipeline
+from tiny_pipelines import CLASSES, HEIGHT, SCALE, WIDTH, picture_arguments, tiny_pipeline
 
 BASE, FIRST, SECOND = "a red ball on grass", "a blue ball on grass", "a blue box on sand"
 STEPS = 5
@@ -76,3 +79,50 @@ def test_every_pipeline_class(kind: str) -> None:
     assert {name: id(part) for name, part in pipe.components.items()} == parts
     assert set(vars(pipe)) == attributes
     assert torch.equal(plain(pipe, BASE, **arguments)[0], wanted), "the pipeline must be as it was"
+
+
+def adapter_pipeline() -> StableDiffusionAdapterPipeline:
+    """A tiny pipeline with a T2I-Adapter, whose features are added where the U-Net's first block ends."""
+    pipe = tiny_pipeline()
+    blocks = {
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }
+    parts = {**pipe.components, "unet": UNet2DConditionModel.from_config({**pipe.unet.config, **blocks}).eval()}
+    parts.pop("image_encoder", None)
+    adapter = T2IAdapter(3, channels=[8, 16], num_res_blocks=1, downscale_factor=SCALE).eval()
+    adapted = StableDiffusionAdapterPipeline(**parts, adapter=adapter, requires_safety_checker=False)
+    adapted.set_progress_bar_config(disable=True)
+    return adapted
+
+
+def test_a_pipeline_without_callback_on_step_end_that_returns_arrays() -> None:
+    pipe, whole = adapter_pipeline(), torch.ones(HEIGHT, WIDTH)
+    arguments = {"num_inference_steps": STEPS, **picture_arguments("text-to-image")}
+    arguments["image"] = picture_arguments("image-to-image")["image"]
+    wanted = [
+        torch.from_numpy(pipe(prompt, generator=noise(), output_type="np", **arguments).images).permute(0, 3, 1, 2)
+        for prompt in (BASE, FIRST)
+    ]
+    session = EditSession(pipe)
+    base = session.generate(BASE, generator=noise(), **arguments)
+    mask = torch.zeros(HEIGHT, WIDTH)
+    mask[4:10, 6:16] = 1.0
+    edited = session.edit(FIRST, mask=mask, keep=False)
+    assert base.pixels is not None and edited.pixels is not None
+    torch.testing.assert_close(base.pixels, wanted[0], atol=TOLERANCE, rtol=0)
+    assert edited.report.sparse_calls == STEPS and torch.equal(
+        edited.pixels[outside(edited)], base.pixels[outside(edited)]
+    )
+    assert not torch.equal(edited.pixels, base.pixels)
+    everything = session.edit(FIRST, mask=whole).pixels
+    assert everything is not None
+    torch.testing.assert_close(everything, wanted[1], atol=TOLERANCE, rtol=0)
+
+
+def test_what_a_pipeline_may_return() -> None:
+    pixels = torch.rand(2, 3, 4, 5)
+    assert as_pixels(pixels) is pixels
+    assert torch.equal(as_pixels(pixels.permute(0, 2, 3, 1).numpy()), pixels)
+    with pytest.raises(PipelineError, match='expected a tensor or an array .* with output_type="pt", got list'):
+        as_pixels([])
