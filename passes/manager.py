@@ -153,10 +153,8 @@ def build_program(
     runner.run("insert_cache_ops", edit, lambda: insert_cache_ops(edit, record, report))
     runner.run("hoist_invariants", edit, lambda: hoist_invariants(edit, record, inputs, report))
     way, limit, measured = options.convolution, options.packing, not options.pack_all
-    # Packed weights save more a byte than transformed ones, which come first and may only take a half.
-    half = limit if limit is None or way == "tiles" else limit // 2
     if options.lowering == "plain" and way != "rows":
-        runner.run("choose_convolution", edit, lambda: choose_convolution(edit, inputs, report, way, half, measured))
+        runner.run("choose_convolution", edit, lambda: choose_convolution(edit, inputs, report, way, limit, measured))
     if options.lowering == "plain" and limit != 0:
         runner.run("pack_weights", edit, lambda: pack_weights(edit, inputs, report, limit, measured))
     prologue: list[fx.GraphModule | None] = []

@@ -136,19 +136,20 @@ TRANSFORMED, PACKED = 64 * 64 * 16 * 4, 64 * 64 * 9 * 4
 
 
 @pytest.mark.parametrize(
-    ("limit", "way", "bytes_taken"),
+    ("limit", "bytes_taken"),
     [
-        (2 * TRANSFORMED, "auto", TRANSFORMED + PACKED),
-        (2 * TRANSFORMED - 1, "auto", PACKED),
-        (TRANSFORMED + PACKED, "tiles", TRANSFORMED),
-        (None, "auto", TRANSFORMED + PACKED),
+        (None, TRANSFORMED + PACKED),
+        (TRANSFORMED + PACKED, TRANSFORMED + PACKED),
+        (TRANSFORMED + PACKED - 1, TRANSFORMED),
+        (TRANSFORMED - 1, PACKED),
+        (PACKED - 1, 0),
     ],
 )
-def test_transformed_weights_take_half_of_the_limit(limit: int | None, way: str, bytes_taken: int) -> None:
+def test_copies_of_weights_share_one_limit(limit: int | None, bytes_taken: int) -> None:
     builder = GraphBuilder()
     x = builder.picture(1, 64, 32, 32, spatial=None)
     result = builder.call(aten.conv2d.default, x, builder.parameter(64, 64, 3, 3), None, [1, 1], [1, 1])
-    built = compile_graph(builder, result, options=Options(packing=limit, convolution=way))
+    built = compile_graph(builder, result, options=Options(packing=limit))
     assert built.report.packed_bytes == bytes_taken
 
 
