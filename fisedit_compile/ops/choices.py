@@ -1,8 +1,8 @@
 """Which of several ways to compute an operator is the fastest on this machine: measured once, then remembered.
 
-Times are kept in a file of the user's cache folder, with the machine (processor, threads, PyTorch) they belong to, so that
-only the first edits of their kind on a machine measure. The first few processes measure again and the smallest times
-count, so that a choice made while the machine was busy does not stay. The ways differ by rounding errors only.
+Times are kept in a file of the user's cache folder, with the machine (processor, threads, PyTorch) they belong to, so
+that only the first edits of their kind on a machine measure. The first few processes measure again and the smallest
+times count, so that a choice made while the machine was busy does not stay. The ways differ by rounding errors only.
 """
 
 from __future__ import annotations
