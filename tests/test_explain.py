@@ -169,9 +169,8 @@ def test_measured_ways_of_the_networks_convolutions_are_shown(tmp_path, monkeypa
     assert explain_with(Options(), module, x).measured_convolutions() == {}
     mine, other = (f"2x32x32 64->{outputs} float32, about 10 rows" for outputs in (64, 96))
     times = {"rows": 2e-3, "tiles": 1e-3}
-    entry = {"seconds": times, "processes": 3}
-    content = {machine(): {f"convolution {case}": entry for case in (mine, other)}}
-    (tmp_path / "costs.json").write_text(json.dumps(content))
+    lines = [{"machine": machine(), "case": f"convolution {case}", "seconds": times} for case in (mine, other)]
+    (tmp_path / "costs.jsonl").write_text("\n".join(map(json.dumps, lines)))
     monkeypatch.setitem(ExplainReport.measured_convolutions.__globals__, "costs", CostTable())
     report = explain_with(Options(), module, x)
     assert report.measured_convolutions() == {mine: times}
