@@ -208,8 +208,8 @@ def is_size(value: torch.SymInt, symbols: set[Any]) -> bool:
 def keep_sizes(*values: Any) -> None:
     """Have Dynamo take the sizes of all tensors in ``values``, nested ones too, as they are.
 
-    Otherwise it makes symbols of sizes that changed since a function was traced. Tracing takes twice as long with them,
-    and the graph is one for a single size all the same.
+    Otherwise it makes symbols of sizes that changed since a function was traced. Tracing takes longer with them (see
+    ``benchmarks/RESULTS.md``), and the graph is one for a single size all the same.
     """
     for value in pytree.tree_leaves(values):
         if isinstance(value, Tensor):

@@ -70,6 +70,15 @@ def test_a_new_way_measures_all_again(tmp_path: Path, monkeypatch: pytest.Monkey
     assert clock.choose(table) == "third" and clock.runs["usual"] == RUNS + 1
 
 
+def test_a_new_way_is_confirmed_like_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "costs.jsonl"
+    for _ in range(PROCESSES):
+        Clock(monkeypatch, usual=3.0, other=2.0).choose(CostTable(path))
+    # Something else ran while the first process measured the new way.
+    assert Clock(monkeypatch, usual=3.0, other=2.0, third=4.0).choose(CostTable(path)) == "other"
+    assert Clock(monkeypatch, usual=3.0, other=2.0, third=1.0).choose(CostTable(path)) == "third"
+
+
 def test_machines_have_tables_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "costs.jsonl"
     Clock(monkeypatch, usual=3.0, other=2.0).choose(CostTable(path))
