@@ -12,20 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fisedit_compile.edit_inputs import EditInputs, borrowed_outputs
 from fisedit_compile.errors import CallMismatchError, GradientError, GraphError, ScalarMismatchError
-from fisedit_compile.lowering import Lowered, lower, valid_rows
+from fisedit_compile.lowering import Lowered, lower
 from fisedit_compile.ops.choices import taken
 from fisedit_compile.passes.program import GraphInput, InputInfo, Program
 from fisedit_compile.picking import picker
 from fisedit_compile.prologues import InvariantMemo, prologues
 from fisedit_compile.replay import Capturer, ReplayedGraph, Roles
 from fisedit_compile.runtime import EditPhase, PhaseSource, PlanSpec, ProgramKey, RecordedCall, RecordPhase, Site
-from fisedit_compile.runtime.plans import IndexPlan
-from fisedit_compile.runtime.spec import PlanInput
 
 logger = logging.getLogger(__name__)
 
 Dense = Callable[..., Sequence[Tensor]]
+Phase = RecordPhase | EditPhase
 PASS_A_TENSOR = (
     "pass it as a tensor (for example torch.tensor(t)): the compiler makes a graph of its own for the first value of a "
     "Python number, so that the calls of an edit need not line up with the recorded ones"
@@ -57,81 +57,6 @@ class GraphIdentity:
     def positions(self, *kinds: str) -> tuple[int, ...]:
         """Positions of the inputs of these kinds."""
         return tuple(at for at, info in enumerate(self.input_infos) if info.kind in kinds)
-
-
-class EditInputs:
-    """Puts the inputs of an edit graph in order; what does not change from call to call is worked out once."""
-
-    def __init__(self, program: Program, argument_count: int, every_valid: bool = False) -> None:
-        """``every_valid``: supply ``valid`` also where no row is padding, so that all masks look alike."""
-        self._every_valid = every_valid
-        pools: dict[str, list[Any]] = {
-            "argument": list(range(argument_count)),
-            "hoisted": [],
-            "invariant": [],
-            "plan": [],
-            "recorded": [],
-        }
-        for source in program.edit_inputs:
-            if source.kind not in pools:
-                raise GraphError(f"unknown kind of edit input: {source.kind!r}")
-            if source.reference not in pools[source.kind]:
-                pools[source.kind].append(source.reference)
-        if pools["argument"] != list(range(argument_count)):
-            raise GraphError(f"an edit graph reads arguments {pools['argument']} of {argument_count}")
-        offsets: dict[tuple[str, Any], int] = {}
-        for kind, references in pools.items():
-            for reference in references:
-                offsets[kind, reference] = len(offsets)
-        self._order = picker([offsets[source.kind, source.reference] for source in program.edit_inputs])
-        self._hoisted = picker(pools["hoisted"])
-        self._invariant = picker(pools["invariant"])
-        self._plan_inputs = tuple(pools["plan"])
-        self._sites = tuple(pools["recorded"])
-        self._last_plan: tuple[weakref.ref[IndexPlan], tuple[Tensor | None, ...]] | None = None
-
-    def assemble(
-        self,
-        arguments: Sequence[Any],
-        hoisted: Sequence[Tensor],
-        invariants: Sequence[Tensor],
-        plan: IndexPlan,
-        call: RecordedCall,
-    ) -> tuple[Any, ...]:
-        """The inputs of the edit graph for one call."""
-        last = self._last_plan
-        if last is None or last[0]() is not plan:
-            last = (weakref.ref(plan), tuple(self._plan_tensor(plan, wanted) for wanted in self._plan_inputs))
-            self._last_plan = last
-        fixed = (*self._hoisted(hoisted), *self._invariant(invariants), *last[1])
-        return self._order((*arguments, *fixed, *map(call.__getitem__, self._sites)))
-
-    def _plan_tensor(self, plan: IndexPlan, wanted: PlanInput) -> Tensor | None:
-        tensor = plan.tensor(wanted)
-        if tensor is None and self._every_valid:
-            index = plan.tensor(PlanInput("index", wanted.of))
-            return None if index is None else valid_rows(index)
-        return tensor
-
-
-def _borrowed_outputs(program: Program) -> tuple[int, ...]:
-    """Outputs of the edit graph that are views of recorded, hoisted or plan tensors: the caller must not get those."""
-    if program.edit is None:
-        return ()
-    placeholders = [node for node in program.edit.graph.nodes if node.op == "placeholder"]
-    kept = {node for node, source in zip(placeholders, program.edit_inputs, strict=True) if source.kind != "argument"}
-    (results,) = next(node for node in program.edit.graph.nodes if node.op == "output").args
-    borrowed = []
-    for number, result in enumerate(results):
-        node = result
-        while isinstance(node, fx.Node) and node.op == "call_function":
-            schema = getattr(node.target, "_schema", None)
-            if schema is not None and not any(returned.alias_info for returned in schema.returns):
-                break
-            node = node.args[0] if node.args else None
-        if node in kept or (isinstance(node, fx.Node) and node.op == "get_attr"):
-            borrowed.append(number)
-    return tuple(borrowed)
 
 
 class Executable:
@@ -172,7 +97,7 @@ class Executable:
         self._scalars = picker([at for at in identity.positions("scalar") if at not in identity.constants])
         self._users = identity.positions("user", "scalar")
         self._numbers: weakref.WeakKeyDictionary[Any, tuple[Any, ...]] = weakref.WeakKeyDictionary()
-        self._hoisted: weakref.WeakKeyDictionary[EditPhase, dict[ProgramKey, tuple[Tensor, ...]]]
+        self._hoisted: weakref.WeakKeyDictionary[Phase, dict[ProgramKey, tuple[Tensor, ...]]]
         self._hoisted = weakref.WeakKeyDictionary()
         self._invariants: weakref.WeakKeyDictionary[EditPhase, dict[ProgramKey, InvariantMemo]]
         self._invariants = weakref.WeakKeyDictionary()
@@ -181,8 +106,9 @@ class Executable:
         if program is not None and self._sparse:
             every_valid = lowering == "inductor" or capturer is not None
             self._inputs = EditInputs(program, len(identity.input_infos), every_valid)
-            self._borrowed = _borrowed_outputs(program)
+            self._borrowed = borrowed_outputs(program)
             self._output_names = tuple(f"output:{number}" for number in range(program.output_count))
+            self._dense_inputs = picker(program.dense_inputs)
             self._prologue_parameters = picker(_used_inputs(program.prologue) if program.prologue else ())
             sources = [(source.kind, source.reference) for source in program.invariant_inputs]
             count = len(identity.input_infos)
@@ -194,7 +120,7 @@ class Executable:
             )
             self._picture = _spatial_input(program, identity.positions("user"))
 
-    def __call__(self, phase: RecordPhase | EditPhase, *arguments: Any) -> Sequence[Tensor]:
+    def __call__(self, phase: Phase, *arguments: Any) -> Sequence[Tensor]:
         """Record or edit one call; ``arguments`` are the flat inputs of the graph."""
         for position in self._users:
             value = arguments[position]
@@ -223,7 +149,7 @@ class Executable:
             key = self._key = ProgramKey(self.identity.graph_hash, identities, self.identity.label)
         return key
 
-    def _check_numbers(self, phase: RecordPhase | EditPhase, arguments: Sequence[Any]) -> None:
+    def _check_numbers(self, phase: Phase, arguments: Sequence[Any]) -> None:
         """Refuse changes of the Python numbers for which Dynamo's choice of a graph depends on earlier calls."""
         values = tuple(
             float(value) if isinstance(value, Tensor) else value
@@ -247,6 +173,15 @@ class Executable:
                     lowered = self._lowered[name] = self._lower(name)
         return lowered
 
+    def _run(self, phase: Phase, name: str, inputs: Sequence[Any]) -> Sequence[Any]:
+        """Run a graph of the program, and count the ways it took."""
+        graph = self._graph(name)
+        # What other calls of this thread left behind, such as operators used by themselves, is not of this one.
+        taken.drain()
+        results = graph(*inputs)
+        phase.count_ways(taken.drain())
+        return results
+
     def _lower(self, name: str) -> Lowered:
         if self.program is None:
             raise GraphError(f"{self.identity.label} has no graph to run as {name}")
@@ -269,11 +204,19 @@ class Executable:
                 stable.add(position)
         return Roles(len(sources), frozenset(held), frozenset(stable))
 
-    def _dense_and_sites(self, arguments: Sequence[Any]) -> tuple[Sequence[Tensor], dict[str, Tensor]]:
+    def _run_densely(self, phase: Phase, key: ProgramKey, arguments: Sequence[Any]) -> Sequence[Tensor]:
+        if self.program is None or self.program.dense is None:
+            return self.dense(*arguments)
+        return self._run(phase, "dense", (*arguments, *self._dense_inputs(self._hoist(phase, key, arguments))))
+
+    def _dense_and_sites(
+        self, phase: Phase, key: ProgramKey, arguments: Sequence[Any]
+    ) -> tuple[Sequence[Tensor], dict[str, Tensor]]:
         """Run densely; the outputs, and what a recorded call stores."""
         if self.program is None:
             return self.dense(*arguments), {}
-        results = self._graph("record")(*arguments)
+        hoisted = self._dense_inputs(self._hoist(phase, key, arguments)) if self.program.dense_inputs else ()
+        results = self._run(phase, "record", (*arguments, *hoisted))
         count = self.program.output_count
         return results[:count], dict(zip(self._names, results[count:], strict=True))
 
@@ -284,7 +227,7 @@ class Executable:
         self, phase: RecordPhase, key: ProgramKey, parameters: Sequence[Tensor], arguments: Sequence[Any]
     ) -> Sequence[Tensor]:
         phase.begin(key, parameters, self._scalars(arguments), self._runtime.bytes_needed(self._sites))
-        outputs, tensors = self._dense_and_sites(arguments)
+        outputs, tensors = self._dense_and_sites(phase, key, arguments)
         phase.commit(key, tensors, self._sites, self._protected(arguments, outputs))
         return outputs
 
@@ -309,8 +252,8 @@ class Executable:
                 if phase.full and self._sparse:
                     phase.skip_plan(self._plan_spec(arguments))
                 if not phase.saving:
-                    return self.dense(*arguments)
-                outputs, tensors = self._dense_and_sites(arguments)
+                    return self._run_densely(phase, key, arguments)
+                outputs, tensors = self._dense_and_sites(phase, key, arguments)
                 phase.commit(key, tensors, self._sites, self._protected(arguments, outputs))
                 return outputs
             return self._edit_sparsely(phase, key, call, arguments)
@@ -337,11 +280,7 @@ class Executable:
         hoisted = self._hoist(phase, key, arguments)
         invariants = self._compute_invariants(phase, key, arguments, hoisted)
         inputs = self._inputs.assemble(arguments, hoisted, invariants, plan, call)
-        graph = self._graph("edit_save" if phase.saving else "edit")
-        # What other calls of this thread left behind, such as dense operators used by themselves, is not of this one.
-        taken.drain()
-        results = graph(*inputs)
-        phase.count_ways(taken.drain())
+        results = self._run(phase, "edit_save" if phase.saving else "edit", inputs)
         outputs = list(results[: program.output_count])
         for number in self._borrowed:
             outputs[number] = outputs[number].clone()
@@ -350,7 +289,7 @@ class Executable:
             phase.commit(key, updated, self._sites, self._protected(arguments, outputs))
         return outputs
 
-    def _hoist(self, phase: EditPhase, key: ProgramKey, arguments: Sequence[Any]) -> tuple[Tensor, ...]:
+    def _hoist(self, phase: Phase, key: ProgramKey, arguments: Sequence[Any]) -> tuple[Tensor, ...]:
         """What the prologue computes; within one context the weights are known not to change."""
         if self.program is None or self.program.prologue is None:
             return ()

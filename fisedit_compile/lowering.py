@@ -21,7 +21,8 @@ from torch.nn import functional
 
 from fisedit_compile import kernels, private
 from fisedit_compile.ops import IMPLEMENTATIONS
-from fisedit_compile.passes.deferred import DeferredModule
+from fisedit_compile.ops.maps import convolve
+from fisedit_compile.passes.deferred import copy_graph
 from fisedit_compile.passes.program import GraphInput
 from fisedit_compile.runtime.spec import Domain, PlanInput
 
@@ -36,7 +37,7 @@ Lowered = Callable[..., Sequence[Any]]
 BINDINGS: dict[Any, Callable[..., Any]] = {
     aten.add.Tensor: torch.add,
     aten.cat.default: torch.cat,
-    aten.conv2d.default: torch.conv2d,
+    aten.conv2d.default: convolve,
     aten.div.Tensor: torch.div,
     aten.gelu.default: functional.gelu,
     aten.group_norm.default: torch.group_norm,
@@ -52,16 +53,6 @@ BINDINGS: dict[Any, Callable[..., Any]] = {
     aten.transpose.int: torch.transpose,
     aten.unsqueeze.default: torch.unsqueeze,
 }
-
-
-def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """A second graph module over the same attributes, whose nodes can be changed."""
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    graph.graph_copy(graph_module.graph, copies)
-    (results,) = next(node for node in graph_module.graph.nodes if node.op == "output").args
-    graph.output(fx.map_arg(results, lambda node: copies[node]))
-    return DeferredModule(graph_module, graph)
 
 
 def lower_plain(graph_module: fx.GraphModule) -> Lowered:

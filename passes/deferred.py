@@ -32,3 +32,23 @@ class DeferredModule(fx.GraphModule):
 def _make_code_and_run(module: fx.GraphModule, *arguments: Any) -> Any:
     fx.GraphModule.recompile(module)
     return module(*arguments)
+
+
+def copy_graph(
+    graph_module: fx.GraphModule, name: str = "GraphModule", output_count: int | None = None
+) -> DeferredModule:
+    """A second graph over the same attributes, whose nodes can be changed; names and annotations are kept.
+
+    Args:
+        graph_module: whose output is a tuple.
+        name: of the copy's class.
+        output_count: return only so many outputs, the first ones; None: all.
+    """
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    graph.graph_copy(graph_module.graph, copies, return_output_node=False)
+    (results,) = next(iter(reversed(graph_module.graph.nodes))).args
+    graph.output(fx.map_arg(results[:output_count], lambda node: copies[node]))
+    if output_count is not None:
+        graph.eliminate_dead_code()
+    return DeferredModule(graph_module, graph, name)

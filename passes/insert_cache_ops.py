@@ -5,8 +5,9 @@ cache site, so that nothing is stored twice and nothing that no edit needs is st
 
 Before: edit: ``h = recorded("conv2d_input", "rows")``, ``p = recorded("x", "norm_partials", 32)``
 After:  edit: ``h = load("conv2d_input:rows")``, ``p = load("x:norm_partials:32")``
-        record: ``store(contiguous(flatten(permute(conv2d_input, ...))), "conv2d_input:rows")``,
-        ``store(getitem(norm_record(x as [B, S, C], 32), 1), "x:norm_partials:32")``
+        record: ``store(contiguous_rows(flatten(permute(conv2d_input, ...))), "conv2d_input:rows")``,
+        ``store(getitem(norm_record(x as [B, S, C], 32), 1), "x:norm_partials:32")``; what is stored is computed right
+        behind the value, while that is in the caches, and so that it need not be kept until the end of the call
 
 Conditions:
 1. Every tensor output of the graph is a site ``output:i``; it also serves as the recorded map of its value.
@@ -63,7 +64,7 @@ class _Recorder:
         spatial = spatial_of(value)
         if spatial is None:
             raise GraphError(f"the value {origin} to be recorded is not spatial")
-        builder = RowsBuilder(next(iter(reversed(self.graph.nodes))))
+        builder = RowsBuilder(_behind(value))
         shape, dtype = shape_of(value), value.meta["val"].dtype
         if transform == "map":
             self.add(
@@ -73,14 +74,18 @@ class _Recorder:
         channels = tuple(shape[dim] for dim in spatial.channel_dims)
         flat = (shape[spatial.batch_dim], spatial.domain.size, *channels)
         if transform == "rows":
-            rows = builder.call(aten.contiguous.default, flatten_space(builder, value, spatial))
+            # The former gives what is contiguous already as it is, the latter copies fast.
+            ready = value.meta["val"].permute(spatial.order).is_contiguous()
+            contiguous = aten.contiguous.default if ready else torch.ops.fisedit.contiguous_rows.default
+            rows = builder.call(contiguous, flatten_space(builder, value, spatial))
             self.add(name, rows, _rows_site(name, spatial, flat, dtype))
             return name
         groups = parameters[0]
         if (origin, groups) not in self.norms:
             rows = flatten_space(builder, value, spatial)
             self.norms[origin, groups] = builder.call(torch.ops.fisedit.norm_record.default, rows, groups)
-        tensor = builder.call(operator.getitem, self.norms[origin, groups], NORM_OUTPUTS.index(transform))
+        statistics = self.norms[origin, groups]
+        tensor = RowsBuilder(_behind(statistics)).call(operator.getitem, statistics, NORM_OUTPUTS.index(transform))
         if transform == "norm_partials":
             site = _rows_site(name, spatial, (*flat[:2], 2, groups), torch.float32)
             self.add(name, tensor, replace(site, lossless=True))
@@ -88,6 +93,14 @@ class _Recorder:
             size = (flat[0], groups) if transform == "norm_center" else (flat[0], 2, groups)
             self.add(name, tensor, Site(name, "value", None, (), 0, size, torch.float32))
         return name
+
+
+def _behind(value: fx.Node) -> fx.Node:
+    """The node in front of which whatever reads ``value`` only may stand: behind it, and behind all placeholders."""
+    node = value.next
+    while node.op == "placeholder":
+        node = node.next
+    return node
 
 
 def _rows_site(name: str, spatial: Spatial, shape: tuple[int, ...], dtype: torch.dtype) -> Site:

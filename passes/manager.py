@@ -17,8 +17,9 @@ from fisedit_compile.passes import sparsify_norm as norms
 from fisedit_compile.passes.canonicalize import canonicalize
 from fisedit_compile.passes.choose_convolution import choose_convolution
 from fisedit_compile.passes.collapse import Opaque, collapse
+from fisedit_compile.passes.convolve_maps import convolve_maps
 from fisedit_compile.passes.count_macs import count_macs
-from fisedit_compile.passes.deferred import DeferredModule
+from fisedit_compile.passes.deferred import copy_graph
 from fisedit_compile.passes.densify import densify
 from fisedit_compile.passes.expand_layers import expand_layers
 from fisedit_compile.passes.family import Family, rewrite_nodes
@@ -52,7 +53,8 @@ logger = logging.getLogger(__name__)
 #: Passes that may be left out: what they would have rewritten stays dense.
 OPTIONAL = ("expand_layers", "join_slices", "normalise_attention", "undo_merges", "sparsify_conv", "sparsify_norm",
             "sparsify_attention", "sparsify_linear", "sparsify_layout", "sparsify_complex", "sparsify_pointwise",
-            "resample", "hoist_invariants", "choose_convolution", "pack_weights")  # fmt: skip
+            "resample", "hoist_invariants", "choose_convolution", "convolve_maps",
+            "pack_weights")  # fmt: skip
 
 
 def families(options: Options) -> tuple[Family, ...]:
@@ -102,16 +104,6 @@ class _Runner:
         self.number += 1
 
 
-def _copy(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """A second graph over the same attributes; node names and annotations are kept."""
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    graph.graph_copy(graph_module.graph, copies, return_output_node=False)
-    output = next(iter(reversed(graph_module.graph.nodes)))
-    graph.output(fx.node.map_arg(output.args[0], lambda node: copies[node]))
-    return DeferredModule(graph_module, graph)
-
-
 def build_program(
     graph_module: fx.GraphModule, inputs: Sequence[InputInfo], options: Options, opaque: Opaque | None = None
 ) -> Program:
@@ -142,7 +134,7 @@ def build_program(
     runner.run("propagate_domains", edit, lambda: propagate_domains(edit, inputs, kinds, report))
     if opaque is not None:
         runner.run("collapse", edit, lambda: collapse(edit, opaque, report))
-    record = _copy(edit)
+    record = copy_graph(edit)
     spatial = [node for node in edit.graph.nodes if node.op == "placeholder" and spatial_of(node)]
     for family in kinds:
         runner.run(family.name, edit, lambda family=family: rewrite_nodes(family, edit.graph, report))  # type: ignore[misc]
@@ -159,6 +151,8 @@ def build_program(
         runner.run("pack_weights", edit, lambda: pack_weights(edit, inputs, report, limit, measured))
     prologue: list[fx.GraphModule | None] = []
     runner.run("hoist_parameters", edit, lambda: prologue.append(hoist_parameters(edit, inputs, report)[1]))
+    dense_inputs: list[int] = []
+    runner.run("convolve_maps", record, lambda: dense_inputs.extend(convolve_maps(edit, record, report, way)[1]))
     started = time.perf_counter()
     lifted, saving, edit_inputs = lift_edit(edit, report.sites, report)
     invariants, invariant_inputs = lift_invariants(edit)
@@ -168,6 +162,7 @@ def build_program(
     runner.dump("lift_cache_io_edit", lifted)
     needed = [source.reference for source in edit_inputs if source.kind == "plan"]
     output = next(iter(reversed(record.graph.nodes)))
+    output_count = len(output.args[0]) - len(report.sites)
     program = Program(
         record=record,
         edit=lifted if spatial else None,
@@ -184,8 +179,10 @@ def build_program(
         report=report,
         parameter_positions=tuple(i for i, info in enumerate(inputs) if info.kind == "parameter"),
         scalar_positions=tuple(i for i, info in enumerate(inputs) if info.kind == "scalar"),
-        output_count=len(output.args[0]) - len(report.sites),
+        output_count=output_count,
         # Recorded statistics stay those of the recording whatever the mask; a way that was asked for is taken.
         dense_when_full=options.norm == "exact" and options.convolution == "auto",
+        dense=copy_graph(record, "Dense", output_count) if dense_inputs else None,
+        dense_inputs=tuple(dense_inputs),
     )
     return verify(program)

@@ -40,7 +40,8 @@ class Program:
     """One compiled graph. See docs/architecture.md for how the graphs relate.
 
     Attributes:
-        record: dense graph; outputs are the original outputs followed by one tensor for each site.
+        record: dense graph; inputs are the flat inputs followed by ``dense_inputs``, outputs are the original outputs
+            followed by one tensor for each site.
         edit: graph over rows; inputs as in ``edit_inputs``; outputs are the original outputs.
         edit_save: as ``edit``, followed by one update for each site (rows ``[B, N, *C]``, a value, or None: keep).
         prologue: computes what depends on parameters only (packed weights); inputs are the flat inputs.
@@ -48,6 +49,8 @@ class Program:
         invariant_inputs: its inputs, of the kinds ``argument`` and ``hoisted``.
         sites: what a recorded call stores, in order; outputs are sites named ``output:0`` and so on.
         mask_domain: finest resolution of the spatial inputs; None when nothing is spatial.
+        dense: the record graph without what it stores; None when nothing was rewritten for dense calls.
+        dense_inputs: which outputs of the prologue the record and dense graphs read.
         batch: batch size of all spatial values; None when nothing is spatial.
         dense_when_full: a mask of everything leaves nothing of the recording, so that the dense graph is its edit.
     """
@@ -69,3 +72,5 @@ class Program:
     scalar_positions: tuple[int, ...]
     output_count: int
     dense_when_full: bool = False
+    dense: fx.GraphModule | None = None
+    dense_inputs: tuple[int, ...] = ()

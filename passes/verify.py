@@ -2,7 +2,8 @@
 
 Conditions:
 1. No marker node is left.
-2. The record graph returns the original outputs followed by one tensor for each site.
+2. The record graph returns the original outputs followed by one tensor for each site; the dense graph, which takes the
+   same inputs, the original outputs only.
 3. The edit graphs have one placeholder for each edit input; edit_save returns one update for each site.
 4. Every recorded input names a site.
 5. Site names are unique.
@@ -28,6 +29,10 @@ def _returned(graph_module: fx.GraphModule) -> int:
     return len(output.args[0])
 
 
+def _placeholders(graph_module: fx.GraphModule) -> int:
+    return sum(node.op == "placeholder" for node in graph_module.graph.nodes)
+
+
 def _lint(graph_module: fx.GraphModule) -> None:
     try:
         graph_module.graph.lint()
@@ -44,7 +49,13 @@ def verify(program: Program) -> Program:
     names = [site.name for site in program.sites]
     _check(len(set(names)) == len(names), "two cache sites share a name")
     _check(_returned(program.record) == program.output_count + len(names), "the record graph misses a store")
-    for graph_module in (program.record, program.edit, program.edit_save, program.prologue, program.invariants):
+    if program.dense is not None:
+        _check(_returned(program.dense) == program.output_count, "the dense graph misses an output")
+        _check(_placeholders(program.dense) == _placeholders(program.record), "the dense graph takes other inputs")
+    made = 0 if program.prologue is None else _returned(program.prologue)
+    _check(all(number < made for number in program.dense_inputs), "the record graph reads what is not hoisted")
+    graphs = (program.record, program.dense, program.edit, program.edit_save, program.prologue, program.invariants)
+    for graph_module in graphs:
         if graph_module is not None:
             left = [node.name for node in graph_module.graph.nodes if node.target in MARKERS]
             _check(not left, f"marker nodes are left: {', '.join(left)}")
@@ -52,7 +63,7 @@ def verify(program: Program) -> Program:
     if program.edit is None or program.edit_save is None:
         return program
     for graph_module in (program.edit, program.edit_save):
-        count = sum(node.op == "placeholder" for node in graph_module.graph.nodes)
+        count = _placeholders(graph_module)
         _check(count == len(program.edit_inputs), f"{count} placeholders for {len(program.edit_inputs)} edit inputs")
     _check(_returned(program.edit) == program.output_count, "the edit graph misses an output")
     _check(_returned(program.edit_save) == program.output_count + len(names), "the saving edit graph misses an update")

@@ -57,6 +57,10 @@ class _Phase:
         self.base = Base(self.base.name)
         self._store = Store(None, None)
 
+    def count_ways(self, ways: Mapping[str, int]) -> None:
+        """Count in which ways operators of a call were computed."""
+        self._store.counter.add_ways(ways)
+
     def _require_sound(self) -> None:
         """After a failed call the ordinals of several graphs no longer belong together: nothing may follow."""
         if self._failure is not None:
@@ -269,10 +273,6 @@ class EditPhase(_Phase):
             if not finished:
                 self._failure = self._failure or f"an earlier call of the edit of base {self.base.name!r} failed"
         self._store.counter.add_call(kind, time.perf_counter() - started, call.bytes_loaded)
-
-    def count_ways(self, ways: Mapping[str, int]) -> None:
-        """Count in which ways operators of a sparse call were computed."""
-        self._store.counter.add_ways(ways)
 
     def plan(self, spec: PlanSpec) -> IndexPlan | None:
         """The index plan of the mask for a graph; None when nothing is active.

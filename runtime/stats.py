@@ -34,9 +34,10 @@ class Stats:
         bytes_loaded: bytes of the recorded tensors that edit calls were given.
         seconds: host seconds by phase; ``plan``, for index plans, is a part of ``edit``. Work on CUDA goes on after
             the host's part.
-        ways: how operators that can be computed in several ways were computed in sparse calls, and how often:
-            ``"convolution: rows"``, ``tiles``, ``dense``, or on a GPU the block sizes of the kernel; and there
-            ``"edit graph: replayed"`` or ``launched one by one``.
+        ways: how operators that can be computed in several ways were computed, and how often: in sparse calls
+            ``"convolution: rows"``, ``tiles``, ``dense``, or on a GPU the block sizes of the kernel, and there
+            ``"edit graph: replayed"`` or ``launched one by one``; in recorded and dense calls
+            ``"convolution of a map: direct"`` or ``tiles``.
     """
 
     calls: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PHASES, 0))

@@ -10,12 +10,13 @@ import pytest
 import torch
 from executable_setting import DOMAIN, INFOS, MASK, PICTURE, Setting, dense, program_of
 
+from fisedit_compile.edit_inputs import EditInputs
 from fisedit_compile.errors import (
     CallMismatchError,
     GraphError,
     ScalarMismatchError,
 )
-from fisedit_compile.executable import EditInputs, Executable, GraphIdentity
+from fisedit_compile.executable import Executable, GraphIdentity
 from fisedit_compile.passes import GraphInput
 from fisedit_compile.prologues import prologues
 from fisedit_compile.runtime import RecordedCall

@@ -98,3 +98,26 @@ def scatter_rows(map: Tensor, rows: Tensor, index: Tensor, valid: Tensor | None)
     result = map.to(rows.dtype, copy=True)
     write_rows(result, index, rows if valid is None else keep_valid(rows, select_rows(result, index), valid))
     return result
+
+
+def _contiguous_shape(rows: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape)
+
+
+@operator("(Tensor rows) -> Tensor", _contiguous_shape)
+def contiguous_rows(rows: Tensor) -> Tensor:
+    """A copy of all rows of a map, one after the other in memory.
+
+    Args:
+        rows: ``[B, S, *C]``, any dtype and strides.
+
+    Returns:
+        The same, contiguous.
+    """
+    if rows.ndim != 3 or rows.device.type != "cpu" or rows.stride(1) != 1:
+        return rows.clone(memory_format=torch.contiguous_format)
+    # Positions are neighbours in memory. PyTorch transposes matrices block by block, tensors of three dimensions not.
+    result = rows.new_empty(rows.shape)
+    for sample, transposed in zip(rows, result, strict=True):
+        transposed.copy_(sample)
+    return result

@@ -18,8 +18,9 @@ from fisedit_compile.ops.choices import PROCESSES, RUNS, CostTable, describe_cou
 class Clock:
     """A clock that ways move forward, and ways that count their runs."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, **seconds: float) -> None:
-        self.now, self.seconds, self.runs = 0.0, seconds, dict.fromkeys(seconds, 0)
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, unit: float = 1e-3, **times: float) -> None:
+        self.now, self.runs = 0.0, dict.fromkeys(times, 0)
+        self.seconds = {name: unit * time for name, time in times.items()}
         monkeypatch.setattr(choices.time, "perf_counter", lambda: self.now)
 
     def way(self, name: str):
@@ -40,8 +41,14 @@ def test_the_fastest_is_chosen_and_measured_once(tmp_path: Path, monkeypatch: py
     assert clock.choose(table) == "other"
     assert clock.runs == {"usual": RUNS + 1, "other": RUNS + 2, "third": RUNS + 1}
     assert clock.choose(table) == "other" and clock.runs["usual"] == RUNS + 1
-    assert table.times("operator", "case") == pytest.approx({"usual": 3.0, "other": 2.0, "third": 5.0})
+    assert table.times("operator", "case") == pytest.approx({"usual": 3e-3, "other": 2e-3, "third": 5e-3})
     assert list(table.entries()) == ["operator case"]
+
+
+def test_what_takes_long_is_timed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch, unit=1.0, usual=3.0, other=2.0)
+    assert clock.choose(CostTable(tmp_path / "costs.jsonl")) == "other"
+    assert clock.runs == {"usual": 2, "other": 3}, "once untimed, once timed, and the fastest to be used"
 
 
 def test_the_usual_way_wins_unless_another_is_clearly_faster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,7 +65,7 @@ def test_a_few_processes_measure_and_the_smallest_times_count(tmp_path: Path, mo
         clock, table = Clock(monkeypatch, usual=1.0, other=2.5), CostTable(path)
         assert [clock.choose(table) for _ in range(2)] == ["usual", "usual"]
         assert clock.runs == {"usual": RUNS + 3, "other": RUNS + 1}
-    assert CostTable(path).times("operator", "case") == pytest.approx({"usual": 1.0, "other": 2.0})
+    assert CostTable(path).times("operator", "case") == pytest.approx({"usual": 1e-3, "other": 2e-3})
     clock = Clock(monkeypatch, usual=9.0, other=0.1)
     assert clock.choose(CostTable(path)) == "usual" and clock.runs == {"usual": 1, "other": 0}
 
@@ -113,7 +120,7 @@ def test_broken_lines_are_passed_over(
     with caplog.at_level(logging.WARNING, logger=choices.__name__):
         entries = CostTable(path).entries()
     assert list(entries) == ["operator before", "operator after"]
-    assert entries["operator after"] == pytest.approx({"usual": 3.0, "other": 2.0})
+    assert entries["operator after"] == pytest.approx({"usual": 3e-3, "other": 2e-3})
     assert ("1 of 3 lines" in caplog.text) == bool(content)
 
 

@@ -39,6 +39,12 @@ SAMPLES = {
         (torch.randn(1, 6, 5).expand(2, 6, 5), torch.randn(2, 3, 5), INDEX, None),
         (torch.randn(2, 6, 9)[..., ::2], torch.randn(2, 3, 5), INDEX, None),
     ],
+    "contiguous_rows": [
+        (torch.randn(2, 6, 5),),
+        (channels_first(2, 6, 5),),
+        (channels_first(2, 6, 5, 2).half(),),
+        (torch.randn(2, 6, 9)[..., ::2],),
+    ],
     "gather_taps": [
         (torch.randn(2, 3, 5), torch.randn(2, 6, 5), HALO, TABLE, 0.0),
         (torch.randn(2, 3, 5, 2), channels_first(2, 6, 5, 2).half(), HALO, TABLES, -torch.inf),
@@ -86,6 +92,14 @@ SAMPLES = {
     "conv_dense": [
         (torch.randn(2, 3, 4), torch.randn(2, 16, 4), INDEX, None, KERNEL, torch.randn(6), 4, 4),
         (torch.randn(2, 3, 4), channels_first(2, 16, 4), INDICES, VALID, KERNEL, None, 2, 8),
+    ],
+    "conv_map_tiles": [
+        (torch.randn(2, 4, 4, 6), None, TILE_WEIGHTS, torch.randn(6), False),
+        (torch.randn(1, 4, 2, 2), torch.randn(1, 4, 4), TILE_WEIGHTS, None, True),
+    ],
+    "conv_map": [
+        (torch.randn(2, 4, 4, 6), None, KERNEL, torch.randn(6), TILE_WEIGHTS, False),
+        (torch.randn(2, 4, 4, 6).to(memory_format=torch.channels_last), None, KERNEL, None, TILE_WEIGHTS, True),
     ],
     "conv_choice": [
         (

@@ -17,7 +17,7 @@ LAYERS = (
     ("passes",),
     ("forms", "replacements", "private", "description", "tracing", "lowering", "prologues"),
     ("replay",),
-    ("executable", "compiled_graph", "backend", "kernel_report", "explain"),
+    ("edit_inputs", "executable", "compiled_graph", "backend", "kernel_report", "explain"),
     ("models", "scenes", "pipelines", ""),
     ("bench",),
     ("cli",),

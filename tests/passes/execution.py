@@ -33,10 +33,19 @@ def compile_graph(builder: GraphBuilder, *outputs: fx.Node, options: Options | N
     return build_program(builder.module(*outputs), builder.infos, options or Options())
 
 
+def dense_inputs(program: Program, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """What dense graphs read besides the inputs."""
+    if not program.dense_inputs:
+        return []
+    assert program.prologue is not None
+    hoisted = program.prologue(*inputs)
+    return [hoisted[number] for number in program.dense_inputs]
+
+
 @torch.no_grad()
 def record(program: Program, inputs: Sequence[Tensor]) -> Base:
     """Run the record graph; what it stores is copied, as it may alias inputs or outputs."""
-    results = program.record(*inputs)
+    results = program.record(*inputs, *dense_inputs(program, inputs))
     names = [site.name for site in program.sites]
     stored = results[program.output_count :]
     for site, value in zip(program.sites, stored, strict=True):

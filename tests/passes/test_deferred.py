@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import fx
 
-from fisedit_compile.passes.deferred import DeferredModule
+from fisedit_compile.passes.deferred import DeferredModule, copy_graph
 
 from graphs import GraphBuilder, aten
 from tolerances import assert_identical
@@ -73,3 +73,24 @@ def test_its_code_is_that_of_its_graph(module) -> None:
     assert "aten.neg.default" in module.code
     negation(module).target = aten.abs.default
     assert "aten.abs.default" in module.code and "aten.neg.default" not in module.code
+
+
+def test_a_copied_graph_can_be_changed(module) -> None:
+    x = torch.randn(2, 3)
+    copy = copy_graph(module)
+    assert copy.code == module.code
+    negation(copy).target = aten.abs.default
+    copy.recompile()
+    assert_identical(module(x)[0], 1 - x, "the first")
+    assert_identical(copy(x)[0], x.abs() + 1, "the copy")
+
+
+def test_a_copy_with_fewer_outputs_computes_no_more_than_these() -> None:
+    builder = GraphBuilder()
+    x = builder.input(2, 3)
+    kept = builder.call(aten.neg.default, x)
+    copy = copy_graph(builder.module(kept, builder.call(aten.abs.default, x)), "Fewer", 1)
+    assert type(copy).__name__ == "Fewer"
+    assert [node.target for node in copy.graph.nodes if node.op == "call_function"] == [aten.neg.default]
+    (result,) = copy(torch.ones(2, 3))
+    assert_identical(result, -torch.ones(2, 3), "the first output")

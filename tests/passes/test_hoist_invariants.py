@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from fisedit_compile.passes import hoist_invariants as module_under_test
+from fisedit_compile.passes.deferred import copy_graph
 from fisedit_compile.passes.hoist_invariants import hoist_invariants
 from fisedit_compile.passes.ir import store, to_rows
-from fisedit_compile.passes.manager import _copy
 from fisedit_compile.passes.report import Report
 
 from execution import Edit, compile_graph, random_inputs, record, some_mask
@@ -23,7 +23,7 @@ LINEAR, RELU, ADD = aten.linear.default, aten.relu.default, aten.add.Tensor
 def run(builder: GraphBuilder, *results, again: bool = True):
     """The edit graph's results spelled, what the record graph stores, the marked nodes, the report."""
     edit, report = builder.module(*results), Report()
-    dense = _copy(edit)
+    dense = copy_graph(edit)
     assert hoist_invariants(edit, dense, builder.infos, report) is edit
     stored = {node.args[1]: spell(node.args[0]) for node in dense.graph.nodes if node.target is store}
     assert tuple(stored) == tuple(site.name for site in report.sites)
@@ -126,7 +126,7 @@ def test_condition_3_what_a_pass_made_is_not_recorded() -> None:
     embedding = builder.call(RELU, step)
     total = builder.call(ADD, x, embedding)
     edit, report = builder.module(total), Report()
-    dense = _copy(edit)
+    dense = copy_graph(edit)
     with edit.graph.inserting_before(total):
         moved = edit.graph.call_function(aten.reshape.default, (embedding, [1, 1, 6]))
     total.args = (x, moved)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from operator import getitem
+
 import pytest
 import torch
 from sparsifying import updates
@@ -14,6 +16,7 @@ from fisedit_compile.runtime.spec import Site
 
 from graphs import DOMAIN, GraphBuilder, aten, calls, outputs, spell
 
+fisedit = torch.ops.fisedit
 FLAT = ("aten.flatten.using_ints", ("aten.permute", "x", [0, 2, 3, 1]), 1, 2)
 
 
@@ -83,9 +86,23 @@ def test_condition_2_a_map_is_stored_as_it_is() -> None:
 def test_condition_2_rows_are_contiguous_with_positions_in_front(spatial, shape, rows, stored_shape) -> None:
     builder, relu = dense(spatial, shape)
     sites, stored, _ = run(builder.module(relu), ("x", "rows"))
-    assert stored["x:rows"] == ("aten.contiguous", rows)
+    assert stored["x:rows"] == ("aten.contiguous" if spatial == "bsc" else "fisedit.contiguous_rows", rows)
     order = tuple(range(len(stored_shape)))
     assert sites[1] == Site("x:rows", "spatial", DOMAIN, order, 1, stored_shape, torch.float32)
+
+
+def test_what_is_stored_is_computed_right_behind_its_value() -> None:
+    builder, relu = dense()
+    last = builder.call(aten.neg.default, relu, spatial="bchw")
+    record = builder.module(last)
+    run(record, (relu.name, "rows"), (relu.name, "norm_totals", 3), (relu.name, "norm_center", 3), ("x", "rows"))
+    record.graph.lint()
+    order = [node.name for node in record.graph.nodes]
+    computed = [node for node in calls(record) if node.target in (fisedit.contiguous_rows.default, getitem)]
+    assert len(computed) == 4
+    assert all(order.index(node.name) < order.index(last.name) for node in computed)
+    first = next(node for node in calls(record) if node.target is fisedit.contiguous_rows.default)
+    assert order.index(first.name) < order.index(relu.name), "rows of the input"
 
 
 def test_condition_2_statistics_of_one_norm_share_their_computation() -> None:

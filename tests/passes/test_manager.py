@@ -40,6 +40,7 @@ ORDER = [
     "choose_convolution",
     "pack_weights",
     "hoist_parameters",
+    "convolve_maps",
     "lift_cache_io",
 ]
 FAMILIES = ORDER[ORDER.index("sparsify_conv") : ORDER.index("densify")]
@@ -174,8 +175,9 @@ def test_a_disabled_pass_leaves_its_operators_dense_and_results_right(program: P
     assert name not in built.report.seconds and built.report.matches[name] == 0
     if name in ("expand_layers", "join_slices", "normalise_attention", "undo_merges", "sparsify_complex"):
         return  # The small network has nothing for them to do.
-    if name in ("pack_weights", "hoist_invariants", "choose_convolution"):
-        assert program.report.matches[name] > 0 or name == "choose_convolution"  # its maps are small
+    if name in ("pack_weights", "hoist_invariants", "choose_convolution", "convolve_maps"):
+        # Its maps are small.
+        assert program.report.matches[name] > 0 or name in ("choose_convolution", "convolve_maps")
         assert_near(small_edit(built, builder)[1], expected[1])
         return
     assert built.report.dense_nodes and {miss.reason for miss in built.report.dense_nodes} == {"its pass is disabled"}
