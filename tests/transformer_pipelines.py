@@ -11,6 +11,7 @@ from diffusers import (
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxImg2ImgPipeline,
+    FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
     PixArtSigmaPipeline,
@@ -34,6 +35,7 @@ KINDS = ("flux", "flux-image-to-image", "sd3", "qwen-image", "pixart")
 CLASSES: dict[str, Any] = {
     "flux": FluxPipeline,
     "flux-image-to-image": FluxImg2ImgPipeline,
+    "flux-kontext": FluxKontextPipeline,
     "sd3": StableDiffusion3Pipeline,
     "qwen-image": QwenImagePipeline,
     "pixart": PixArtSigmaPipeline,
@@ -128,7 +130,7 @@ def _autoencoder(kind: str) -> Any:
 
 
 def transformer_pipeline(kind: str) -> Any:
-    """A pipeline of one of :data:`KINDS`, the same for each call."""
+    """A pipeline of one of :data:`CLASSES`, the same for each call."""
     torch.manual_seed(0)
     networks = {"sd3": tiny_sd3, "qwen-image": tiny_qwen_image, "pixart": tiny_pixart}
     encoders = {"sd3": ("", "_2", "_3"), "qwen-image": ("",), "pixart": ("",)}.get(kind, ("", "_2"))

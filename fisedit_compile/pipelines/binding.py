@@ -15,13 +15,10 @@ from fisedit_compile.errors import PipelineError
 from fisedit_compile.pipelines.attributes import replaced_attribute
 from fisedit_compile.pipelines.autoencoder import AutoencoderCall
 from fisedit_compile.pipelines.guidance import NETWORKS
-from fisedit_compile.pipelines.network_calls import NetworkCalls
+from fisedit_compile.pipelines.network_calls import TOKENS_ARGUMENT, NetworkCalls
 from fisedit_compile.pipelines.steps import StepFollower, followed_scheduler
 from fisedit_compile.pipelines.timing import StageClock
 from fisedit_compile.runtime import Domain, Relay, Runtime
-
-TOKENS_ARGUMENT = "hidden_states"
-"""What the networks of pipelines that pack latents call their tokens."""
 
 CONTENT_ARGUMENTS = ("guidance",)
 """What distilled networks call the guidance scale that they take as an input; an edit may change it."""
@@ -122,6 +119,8 @@ class PipelineBinding:
         private.keep_sizes(positional, named)
         if self._calls is not None:
             self._calls.add(self.module, positional, named)
+            if self._tokens:
+                self._calls.check_tokens(self._pipe, {domain.size for domain in self._tokens})
         if self._clock is not None:
             self._clock.begin_call()
 

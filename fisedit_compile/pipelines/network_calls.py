@@ -8,13 +8,16 @@ one for the other.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fisedit_compile.errors import PipelineError
+
+TOKENS_ARGUMENT = "hidden_states"
+"""What the networks of pipelines that pack latents call their tokens."""
 
 Forms = dict[str, tuple[int, ...]]
 """The shapes of the tensors of a network call, by the names of its arguments."""
@@ -63,6 +66,26 @@ class NetworkCalls:
             expected = self._recorded._ends[turn]
             if expected != len(self._forms):
                 raise self._other_count(expected, len(self._forms), f"the first {turn + 1} turns of the loop")
+
+    def check_tokens(self, pipe: Any, sizes: Container[int]) -> None:
+        """Refuse a network that takes tokens of other pictures behind those of the picture that is made: the mask would
+        be laid over all of them as if they were one picture. Their number alone does not tell, because three pictures
+        of one size behind the first have as many tokens as one of twice its height and width.
+
+        Args:
+            pipe: the pipeline, for the message.
+            sizes: numbers of tokens that the picture may have.
+
+        Raises:
+            PipelineError: the last call had another number of tokens.
+        """
+        shape = self._forms[-1].get(TOKENS_ARGUMENT) if self._forms else None
+        if shape is not None and shape[1] not in sizes:
+            raise PipelineError(
+                f"{type(pipe).__name__} gives its network {shape[1]} tokens, which are not those of the picture alone: "
+                "an edit session cannot edit a picture in the context of others. Generate without these others (image) "
+                "or call the pipeline itself, without a session"
+            )
 
     @staticmethod
     def _other_count(expected: int, came: int, where: str) -> PipelineError:

@@ -103,6 +103,8 @@ class StepFollower:
             cells = LatentCells.of(tensors["latents"], self.trajectory.tokens)
             if self._size is not None:
                 cells.check_size(pipe, *self._size)
+            if cells.tokens is not None:
+                self.trajectory.calls.check_tokens(pipe, {cells.tokens.size})
         latents = self.after_call(pipe, call, outputs.get("latents", tensors["latents"]))
         outputs["latents"] = latents
         self.trajectory.latents.append(latents.detach().clone())

@@ -74,6 +74,15 @@ def test_a_turn_of_another_number_of_calls_is_told() -> None:
         calls.end_turn()
 
 
+def test_tokens_of_other_pictures_are_refused() -> None:
+    calls = NetworkCalls()
+    calls.check_tokens(None, {140})
+    calls.add(Network(), (torch.empty(1, 560, 4), torch.empty(1, 9, 3)), {})
+    calls.check_tokens(None, {140, 560})
+    with pytest.raises(PipelineError, match="str gives its network 560 tokens, .* Generate without these others"):
+        calls.check_tokens("a pipeline", {140})
+
+
 def follow(pipe: Any, size: tuple[int, int] | None = None) -> tuple[StepFollower, dict[str, Any]]:
     """A follower behind the first turn of a run, and what it returned."""
     follower = StepFollower(None, ["latents"], StageClock(torch.device("cpu")), Trajectory(), size)

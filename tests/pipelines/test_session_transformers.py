@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from transformer_pipelines import (
     COLUMNS,
@@ -140,6 +141,23 @@ def test_another_size_is_another_resolution_of_tokens() -> None:
         edited = session.edit(mask=torch.eye(4), prompt_embeds=given["prompt_embeds"] + 1)
         assert list(edited.report.density) == [f"{height // 4}x{width // 4}"] and edited.report.sparse_calls == 2
         assert base.pixels is not None and edited.pixels is not None and edited.pixels.shape[-2:] == (height, width)
+
+
+@pytest.mark.parametrize("columns", [COLUMNS, 3 * COLUMNS])
+def test_pictures_in_the_context_of_others_are_refused(columns: int) -> None:
+    """Also where the tokens of all pictures are as many as those of a picture of twice the height and width."""
+    pipe = transformer_pipeline("flux-kontext")
+    arguments = {**picture_arguments("flux-kontext"), "max_area": HEIGHT * WIDTH, "_auto_resize": False}
+    session = EditSession(pipe)
+    with pytest.raises(PipelineError, match=f"gives its network {ROWS * (COLUMNS + columns)} tokens, .* without these"):
+        session.generate(
+            image=Image.new("RGB", (4 * columns, HEIGHT)),
+            generator=noise(),
+            num_inference_steps=2,
+            **arguments,
+            **prompt_arguments("flux-kontext", 1),
+        )
+    assert session.history == () and session.runtime.bases == ()
 
 
 def test_latents_that_are_neither_maps_nor_tokens_are_refused() -> None:
