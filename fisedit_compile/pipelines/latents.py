@@ -124,17 +124,25 @@ class LatentCells:
         """A mask at the resolution of :meth:`maps` at the autoencoder's: bool ``[B, height, width]``."""
         return to_pixels(mask, self.domain.height, self.domain.width)
 
+    def holds(self, latents: Tensor) -> bool:
+        """Whether latents are of a form that :meth:`keep` takes: packed to tokens, or maps of cells or of tokens."""
+        if latents.dim() == 3:
+            return self.tokens is not None and latents.shape[1] == self.tokens.size
+        return latents.dim() > 3 and Domain(*latents.shape[-2:]) in (self.domain, self.tokens)
+
     def keep(self, latents: Tensor, recorded: Tensor, mask: Tensor) -> Tensor:
         """The latents inside the mask, and the recorded ones outside it.
 
         Args:
-            latents, recorded: of one shape.
+            latents, recorded: of one shape, which :meth:`holds`.
             mask: bool ``[B or 1, height, width]`` at the autoencoder's resolution, as made by this class.
         """
-        if self.tokens is None:
-            inside = mask.unsqueeze(1)
+        if self.tokens is not None and latents.shape[-2:] != (self.domain.height, self.domain.width):
+            mask = mask[:, ::PACKED_SIDE, ::PACKED_SIDE]
+        if latents.dim() == 3:
+            inside = mask.flatten(1).unsqueeze(2)
         else:
-            inside = mask[:, ::PACKED_SIDE, ::PACKED_SIDE].flatten(1).unsqueeze(2)
+            inside = mask.unflatten(0, (-1, *[1] * (latents.dim() - 3)))
         mixed = torch.where(inside, latents, recorded.to(latents.dtype))
         # The next call of the network must see the strides it was compiled for: those of the latents, as a clone has.
         return latents.clone().copy_(mixed)

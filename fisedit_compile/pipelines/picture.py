@@ -39,6 +39,8 @@ class Picture:
         prompt: what it was made from; None when embeddings were given.
         pixels: ``[B, 3, height, width]``, values from 0 to 1; None with ``output_type="latent"``.
         latents: ``[B, C, latent height, latent width]`` after the last step.
+        output: with ``output_type="latent"`` what the pipeline returned: some bring latents into another form or scale
+            in the end (Flux.2 Klein, Sana Sprint). None otherwise.
         mask: of an edit: bool ``[B or 1, latent height, latent width]``, true where the picture may differ from the one
             that was edited; None for a generation.
         pixel_mask: the same for pixels ``[B or 1, height, width]``; None also with ``output_type="latent"``.
@@ -51,6 +53,7 @@ class Picture:
     prompt: str | list[str] | None
     pixels: Tensor | None
     latents: Tensor
+    output: Tensor | None
     mask: Tensor | None
     pixel_mask: Tensor | None
     report: Report
@@ -62,7 +65,7 @@ class Picture:
         """All pictures as the pipeline returns them: a list of PIL images, an array ``[B, height, width, 3]``, or a
         tensor (pixels or latents)."""
         if self.pixels is None:
-            return self.latents
+            return self.output
         if self.output_type == "pt":
             return self.pixels
         array = VaeImageProcessor.pt_to_numpy(self.pixels)

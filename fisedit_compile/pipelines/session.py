@@ -166,6 +166,7 @@ class EditSession:
                 prompt=given.get("prompt"),
                 pixels=pixels,
                 latents=follower.trajectory.latents[-1],
+                output=follower.trajectory.output,
                 mask=None,
                 pixel_mask=None,
                 report=self._report(clock, seconds, None, {}, None, (), autoencoder),
@@ -311,8 +312,10 @@ class EditSession:
         arguments = {**given, **{name: value for name, value in ours.items() if self._arguments.accepts(name)}}
         with self._binding.installed(clock, autoencoder, follower):
             output = self.pipe(**arguments)
-        flagged = getattr(output, "nsfw_content_detected", None)
-        pixels = None if wants_latents else as_pixels(output.images)
+        flagged, images = (getattr(output, name, None) for name in ("nsfw_content_detected", "images"))
+        if wants_latents:
+            follower.take_output(self.pipe, images)
+        pixels = None if wants_latents else as_pixels(images)
         return pixels, None if flagged is None else tuple(bool(one) for one in flagged)
 
     def _finish(
@@ -350,6 +353,7 @@ class EditSession:
             prompt=given.get("prompt"),
             pixels=pixels,
             latents=follower.trajectory.latents[-1],
+            output=follower.trajectory.output,
             mask=mask,
             pixel_mask=pixel_mask,
             report=self._report(clock, clock.seconds(), entry.dense_seconds, density, seam, notes, autoencoder),

@@ -39,6 +39,7 @@ class Trajectory:
         prompts: how long they are.
         latents: of one shape each, on the pipeline's device.
         timesteps: the scheduler's, on the host.
+        output: with ``output_type="latent"`` what the pipeline returned; None otherwise.
     """
 
     tokens: tuple[Domain, ...] = ()
@@ -46,6 +47,7 @@ class Trajectory:
     prompts: PromptLengths = field(default_factory=PromptLengths)
     latents: list[Tensor] = field(default_factory=list)
     timesteps: Tensor | None = None
+    output: Tensor | None = None
 
     @property
     def cells(self) -> LatentCells:
@@ -101,10 +103,10 @@ class StepFollower:
             self.trajectory.timesteps = pipe.scheduler.timesteps.cpu()
             # Latents of no known form are refused before anything is made of them.
             cells = LatentCells.of(tensors["latents"], self.trajectory.tokens)
-            if self._size is not None:
-                cells.check_size(pipe, *self._size)
             if cells.tokens is not None:
                 self.trajectory.calls.check_tokens(pipe, {cells.tokens.size})
+            if self._size is not None:
+                cells.check_size(pipe, *self._size)
         latents = self.after_call(pipe, call, outputs.get("latents", tensors["latents"]))
         outputs["latents"] = latents
         self.trajectory.latents.append(latents.detach().clone())
@@ -122,6 +124,26 @@ class StepFollower:
                 f"{type(pipe).__name__} ignores the latents that callback_on_step_end returns, and an edit session "
                 "needs a pipeline that goes on with them; use the runtime with it instead (record and edit)"
             )
+
+    def take_output(self, pipe: Any, output: Any) -> None:
+        """Keep the latents that the pipeline returned, which need not be those of the last turn: some scale or unpack
+        them in the end.
+
+        Raises:
+            PipelineError: they have another form, in which a mask cannot be laid over them.
+        """
+        cells = self.trajectory.cells
+        if not isinstance(output, Tensor) or not cells.holds(output):
+            came = f"latents of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+            raise PipelineError(
+                f'{type(pipe).__name__} returned {came} with output_type="latent", and an edit session needs latents '
+                f'of {cells.domain} cells; generate with another output_type, such as "pt"'
+            )
+        self.trajectory.output = self.after_output(output)
+
+    def after_output(self, output: Tensor) -> Tensor:
+        """The latents to return."""
+        return output
 
     @property
     def stage(self) -> str:
@@ -226,6 +248,12 @@ class EditFollower(StepFollower):
         if self.mask is None:
             return latents
         return self._cells.keep(latents, self._recorded.latents[call], self.mask)
+
+    def after_output(self, output: Tensor) -> Tensor:
+        """The latents to return: those of the recorded run outside the mask."""
+        if self.mask is None or self._recorded.output is None:
+            return output
+        return self._cells.keep(output, self._recorded.output, self.mask)
 
     def _check_run(self, pipe: Any, latents: Tensor) -> None:
         recorded = self._recorded

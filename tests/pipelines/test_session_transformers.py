@@ -178,6 +178,27 @@ def test_tokens_are_laid_out_in_rows() -> None:
     assert torch.equal((kept != numbers)[0, :, 0].reshape(ROWS, COLUMNS), covered(1))
 
 
+@pytest.mark.parametrize("scale", [1, 2])
+@pytest.mark.parametrize("leading", [(2, 3), (2, 3, 1)])
+def test_maps_of_tokens_and_of_cells_are_kept_alike(scale: int, leading: tuple[int, ...]) -> None:
+    packed = torch.zeros(2, 140, 3)
+    cells = LatentCells.of(packed, [TOKENS])
+    unpacked = torch.zeros(*leading, ROWS * scale, COLUMNS * scale)
+    assert cells.holds(packed) and cells.holds(unpacked)
+    kept = cells.keep(unpacked + 1, unpacked, cells.mask(box(), packed))
+    assert torch.equal(kept.bool(), covered(scale).expand_as(kept))
+    masks = torch.stack([covered(2), ~covered(2)])
+    kept = cells.keep(unpacked + 1, unpacked, masks)
+    assert torch.equal(kept[0].bool(), covered(scale).expand_as(kept[0]))
+    assert torch.equal(kept[1].bool(), ~covered(scale).expand_as(kept[1]))
+
+
+def test_what_a_mask_cannot_be_laid_over() -> None:
+    packed, maps = LatentCells.of(torch.zeros(2, 140, 3), [TOKENS]), LatentCells(Domain(6, 4))
+    for cells, shape in ((packed, (2, 120, 3)), (packed, (2, 3, 7, 5)), (maps, (2, 24, 3)), (maps, (6, 4))):
+        assert not cells.holds(torch.zeros(shape))
+
+
 def test_pipelines_that_do_not_tell_their_tokens() -> None:
     class Silent:
         def _pack_latents(self) -> None:
