@@ -22,8 +22,6 @@ CHANGEABLE = frozenset(
         "ip_adapter_image_embeds",
         "negative_ip_adapter_image",
         "negative_ip_adapter_image_embeds",
-        "guidance_scale",
-        "guidance_rescale",
         "true_cfg_scale",
         "clip_skip",
         "cross_attention_kwargs",
@@ -34,8 +32,12 @@ CHANGEABLE = frozenset(
         "output_type",
     }
 )
-"""Arguments an edit may change, besides prompts. All others decide noise, steps or size, which the edit shares with the
-recorded run."""
+"""Arguments an edit may change, besides prompts and guidance scales. All others decide noise, steps or size, which the
+edit shares with the recorded run."""
+
+_GUIDANCE = re.compile(r"(?:\w+_)?guidance_(?:re)?scale$")
+"""Names of guidance scales (``image_guidance_scale``, ``distilled_guidance_scale``). By some predictions are mixed,
+others are inputs of the network: both may change. Whether guidance is on may not, which is checked."""
 
 _PROMPT = re.compile(r"(?P<side>negative_)?(?:(?P<words>prompt(?:_\d)?)|(?:pooled_)?prompt_\w*[a-z]\w*)$")
 """Names of prompts. ``words`` are texts (``negative_prompt_2``), the others embeddings and their masks."""
@@ -159,7 +161,7 @@ class CallArguments:
 
 
 def _changeable(name: str) -> bool:
-    return name in CHANGEABLE or _PROMPT.match(name) is not None
+    return name in CHANGEABLE or any(names.match(name) is not None for names in (_PROMPT, _GUIDANCE))
 
 
 def _exchange_prompts(recorded: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

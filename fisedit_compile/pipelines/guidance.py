@@ -31,17 +31,23 @@ class Guidance:
 
 
 class _DuringCall:
-    """A pipeline as its properties see it during a call, when its arguments are attributes with an underscore."""
+    """A pipeline as its properties see it during a call, when its arguments are attributes with an underscore.
+
+    Attributes:
+        read: the arguments that were looked at, and their values.
+    """
 
     def __init__(self, pipe: Any, value: Callable[[str], Any], accepts: Callable[[str], bool]) -> None:
         self._outside, self._argument, self._accepts = pipe, value, accepts
+        self.read: dict[str, Any] = {}
 
     def __getattr__(self, name: str) -> Any:
         part = getattr(type(self._outside), name, None)
         if isinstance(part, property) and part.fget is not None:
             return part.fget(self)
         if name.startswith("_") and self._accepts(name[1:]):
-            return self._argument(name[1:])
+            self.read[name[1:]] = self._argument(name[1:])
+            return self.read[name[1:]]
         return getattr(self._outside, name)
 
 
@@ -63,7 +69,10 @@ def guidance_of(pipe: Any, value: Callable[[str], Any], accepts: Callable[[str],
         return Guidance(scale is not None and scale > 1 and negative, why)
     scale = value("guidance_scale")
     if isinstance(getattr(type(pipe), _DECIDES, None), property):
-        on = scale is not None and bool(getattr(_DuringCall(pipe, value, accepts), _DECIDES))
+        seen = _DuringCall(pipe, value, accepts)
+        on = scale is not None and bool(getattr(seen, _DECIDES))
+        if seen.read:
+            return Guidance(on, " and ".join(f"{name} {given}" for name, given in seen.read.items()))
     else:
         network = next((getattr(pipe, name) for name in NETWORKS if getattr(pipe, name, None) is not None), None)
         embedded = hasattr(getattr(network, "config", None), "guidance_embeds")

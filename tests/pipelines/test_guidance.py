@@ -11,8 +11,10 @@ from diffusers import (
     AuraFlowPipeline,
     ChromaPipeline,
     FluxPipeline,
+    HunyuanImagePipeline,
     QwenImagePipeline,
     SanaSprintPipeline,
+    StableDiffusionInstructPix2PixPipeline,
     StableDiffusionXLPipeline,
     ZImagePipeline,
 )
@@ -76,3 +78,15 @@ def test_guidance_must_stay_on_its_side() -> None:
         qwen.merge({"prompt": "a"}, {"negative_prompt": "b"})
     flux = arguments(FluxPipeline, guidance_embeds=True)
     assert flux.merge({"prompt": "a", "guidance_scale": 3.5}, {"guidance_scale": 0.5})["guidance_scale"] == 0.5
+
+
+def test_guidance_scales_of_other_names_may_change_on_their_side() -> None:
+    hunyuan = arguments(HunyuanImagePipeline, guidance_embeds=True)
+    assert hunyuan.merge({}, {"distilled_guidance_scale": 0.5})["distilled_guidance_scale"] == 0.5
+    instructed = arguments(StableDiffusionInstructPix2PixPipeline, time_cond_proj_dim=None)
+    assert instructed.merge({}, {"image_guidance_scale": 3.0})["image_guidance_scale"] == 3.0
+    with pytest.raises(
+        PipelineError,
+        match=r"on .* image_guidance_scale 1.5\) .* off .* \(guidance_scale 7.5 and image_guidance_scale 0.5",
+    ):
+        instructed.merge({}, {"image_guidance_scale": 0.5})
