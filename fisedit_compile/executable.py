@@ -30,6 +30,10 @@ PASS_A_TENSOR = (
     "pass it as a tensor (for example torch.tensor(t)): the compiler makes a graph of its own for the first value of a "
     "Python number, so that the calls of an edit need not line up with the recorded ones"
 )
+NOT_LINED_UP = (
+    "This graph runs densely and is not masked; of networks that choose by their data what to compute (an expert for "
+    "each token) the calls cannot be lined up with recorded ones: use those outside of record, edit and edit sessions"
+)
 
 
 @dataclass(frozen=True)
@@ -240,6 +244,8 @@ class Executable:
             if self.identity.numbers:
                 names = ", ".join(self.identity.input_infos[position].name for position in self.identity.numbers)
                 error.add_note(f"{names} came as a Python number; {PASS_A_TENSOR}")
+            if not self._sparse:
+                raise type(error)(f"{error}. {NOT_LINED_UP}") from error
             raise
 
     def _edit(

@@ -19,6 +19,10 @@ def copy_scalar(scalar: Scalar) -> Scalar:
         return scalar.detach().clone()
 
 
+SHOWN = 8
+"""A message shows tensors of so many values; of longer ones it gives the shape and the first values."""
+
+
 class ScalarCheck:
     """Compares scalars call by call: on the CPU at once; elsewhere into a number on the device that is read once, when
     the context ends, because reading it at every call would stop the host until the device is done."""
@@ -86,4 +90,8 @@ def _form(scalar: Tensor) -> str:
 
 
 def _describe(scalar: Scalar) -> str:
-    return str(scalar.tolist()) if isinstance(scalar, Tensor) else repr(scalar)
+    if not isinstance(scalar, Tensor):
+        return repr(scalar)
+    if scalar.numel() <= SHOWN:
+        return str(scalar.tolist())
+    return f"{_form(scalar)} that begins with {scalar.flatten()[:SHOWN].tolist()}"

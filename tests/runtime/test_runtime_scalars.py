@@ -39,6 +39,11 @@ def test_other_scalars_are_refused_at_the_call() -> None:
         ([torch.tensor(1.0)], [torch.tensor([1.0])], r"got shape \[1\]"),
         ([torch.tensor(1.0)], [torch.tensor(1)], "got shape .* int64"),
         ([torch.tensor([1, 2])], [torch.tensor([1, 3])], r"\[1, 2\].*\[1, 3\]"),
+        (
+            [torch.arange(9000)],
+            [torch.ones(9000, dtype=torch.int64)],
+            r"expected shape \[9000\] int64 on cpu that begins with \[0, 1, 2, 3, 4, 5, 6, 7\] as .* with \[1, 1,",
+        ),
     ],
 )
 def test_scalar_forms(before: list[object], now: list[object], text: str) -> None:
