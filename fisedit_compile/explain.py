@@ -18,6 +18,7 @@ from fisedit_compile.errors import OptionError
 from fisedit_compile.kernel_report import KernelChoice, kernel_choices
 from fisedit_compile.kernels.chips import Chip
 from fisedit_compile.ops.choices import Times, costs
+from fisedit_compile.ops.maps import MEASURED, describe_map
 from fisedit_compile.ops.paths import describe_shape
 from fisedit_compile.passes import Miss, Program, build_program
 from fisedit_compile.passes.report import MacCount
@@ -290,10 +291,15 @@ class ExplainReport:
         return tables
 
     def measured_convolutions(self) -> dict[str, Times]:
-        """Seconds of each way to compute the network's 3x3 convolutions, by case, as far as edits measured them on this
-        machine. Edits take the fastest way."""
-        shapes = set()
+        """Seconds of each way to compute the network's 3x3 convolutions, by case, as far as they were measured on this
+        machine: on rows by edits, which take the fastest way, and on whole maps by recorded and dense calls."""
+        shapes, maps = set(), {}
         for program in self.programs:
+            for node in program.record.graph.nodes:
+                if node.target is torch.ops.fisedit.conv_map.default:
+                    weight, channels_last = node.args[2].meta["val"], node.args[5]
+                    case = describe_map(weight.shape[1], weight.shape[0], channels_last, weight.dtype)
+                    maps[f"{MEASURED} {case}"] = f"whole map, {case}"
             for node in program.edit.graph.nodes if program.edit is not None else ():
                 if node.target is torch.ops.fisedit.conv_choice.default:
                     weight, height, width = node.args[-3:]
@@ -301,7 +307,8 @@ class ExplainReport:
                     dtype = weight.meta["val"].dtype
                     shapes.add(describe_shape(program.batch or 0, height, width, inputs, outputs, dtype))
         known = {key.removeprefix("convolution "): times for key, times in costs.entries().items()}
-        return {case: times for case, times in known.items() if case.partition(",")[0] in shapes}
+        found = {case: times for case, times in known.items() if case.partition(",")[0] in shapes}
+        return found | {maps[key]: times for key, times in costs.entries().items() if key in maps}
 
 
 def bytes_read(program: Program, plan: IndexPlan) -> int:

@@ -368,11 +368,19 @@ def test_ways_of_convolutions_are_counted() -> None:
         with runtime.record("base"):
             compiled(x)
             compiled(x)
-        assert runtime.stats.ways == {}
+        assert sum(runtime.stats.ways.values()) == 4
+        assert set(runtime.stats.ways) <= {"convolution of a map: direct", "convolution of a map: tiles"}
+        runtime.reset_stats()
+        with runtime.edit("base") as run:
+            compiled(x)
+            assert sum(runtime.stats.ways.values()) == 2, "dense calls before the mask is known"
+            runtime.reset_stats()
+            run.set_mask(torch.ones(32, 32).triu())
+            compiled(x)
         with runtime.edit("base", mask=torch.ones(32, 32).triu()):
             compiled(x)
             compiled(x)
-    assert sum(runtime.stats.ways.values()) == 4
+    assert sum(runtime.stats.ways.values()) == 6
     assert set(runtime.stats.ways) <= {"convolution: rows", "convolution: tiles", "convolution: dense"}
     assert "ways: convolution: " in repr(runtime.stats)
     runtime.reset_stats()

@@ -170,8 +170,14 @@ def test_measured_ways_of_the_networks_convolutions_are_shown(tmp_path, monkeypa
     mine, other = (f"2x32x32 64->{outputs} float32, about 10 rows" for outputs in (64, 96))
     times = {"rows": 2e-3, "tiles": 1e-3}
     lines = [{"machine": machine(), "case": f"convolution {case}", "seconds": times} for case in (mine, other)]
+    maps = {"direct": 5e-3, "tiles": 4e-3}
+    lines += [
+        {"machine": machine(), "case": f"convolution of a map {case}", "seconds": maps}
+        for case in ("64->64 float32", "64->64 float32, channels last")
+    ]
     (tmp_path / "costs.jsonl").write_text("\n".join(map(json.dumps, lines)))
     monkeypatch.setitem(ExplainReport.measured_convolutions.__globals__, "costs", CostTable())
     report = explain_with(Options(), module, x)
-    assert report.measured_convolutions() == {mine: times}
+    assert report.measured_convolutions() == {mine: times, "whole map, 64->64 float32": maps}
     assert "rows 2.00, tiles 1.00" in str(report) and mine in str(report)
+    assert "direct 5.00, tiles 4.00" in str(report)
