@@ -86,9 +86,12 @@ def _transform_back(products: list[Tensor], out: Tensor, bias: Tensor | None) ->
         [taps[PATCH + at].sub_(taps[2 * PATCH + at]).sub_(taps[3 * PATCH + at]) for at in range(PATCH)],
     ]
     for row, (first, second, third, fourth) in enumerate(rows):
-        both = (torch.add(first, second).add_(third), second.sub_(third).sub_(fourth))
-        for column, value in enumerate(both):
-            out[:, row, :, column] = value if bias is None else value.add_(bias)
+        left, right = torch.add(first, second), second.sub_(third)
+        if bias is not None:
+            left.add_(bias)
+            right.add_(bias)
+        torch.add(left, third, out=out[:, row, :, 0])
+        torch.sub(right, fourth, out=out[:, row, :, 1])
 
 
 def _map_shape(map: Tensor, outputs: int, channels_last: bool) -> Tensor:
