@@ -296,11 +296,12 @@ class Executable:
         return outputs
 
     def _hoist(self, phase: Phase, key: ProgramKey, arguments: Sequence[Any]) -> tuple[Tensor, ...]:
-        """What the prologue computes; within one context the weights are known not to change."""
+        """What the prologue computes. Within one edit the weights are known not to change; while a run is recorded they
+        may, and are looked at in each call."""
         if self.program is None or self.program.prologue is None:
             return ()
         known = self._hoisted.setdefault(phase, {})
-        if key not in known:
+        if key not in known or isinstance(phase, RecordPhase):
             parameters = self._prologue_parameters(arguments)
             known[key] = prologues.get(
                 key, parameters, phase.fingerprint(key), lambda: self._graph("prologue")(*arguments)
