@@ -31,7 +31,7 @@ PASS_A_TENSOR = (
     "Python number, so that the calls of an edit need not line up with the recorded ones"
 )
 NOT_LINED_UP = (
-    "This graph runs densely and is not masked; of networks that choose by their data what to compute (an expert for "
+    "this graph runs densely and is not masked; of networks that choose by their data what to compute (an expert for "
     "each token) the calls cannot be lined up with recorded ones: use those outside of record, edit and edit sessions"
 )
 
@@ -245,7 +245,7 @@ class Executable:
                 names = ", ".join(self.identity.input_infos[position].name for position in self.identity.numbers)
                 error.add_note(f"{names} came as a Python number; {PASS_A_TENSOR}")
             if not self._sparse:
-                raise type(error)(f"{error}. {NOT_LINED_UP}") from error
+                error.add_note(NOT_LINED_UP)
             raise
 
     def _edit(

@@ -23,6 +23,7 @@ import operator
 import torch
 from torch import fx
 
+from fisedit_compile.ops.tiles import SIDE
 from fisedit_compile.passes.ir import RowsBuilder, shape_of, store
 from fisedit_compile.passes.report import Report
 from fisedit_compile.passes.sparsify_conv import Convolution, read_convolution
@@ -59,16 +60,16 @@ def _recorded_rows(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
     return found
 
 
-def refusal(node: fx.Node, convolution: Convolution | str) -> str | None:
+def refusal(node: fx.Node, convolution: Convolution) -> str | None:
     """Why a convolution with a transformed weight is computed directly; None when there are two ways."""
-    if isinstance(convolution, str):
-        return convolution
     kernel = shape_of(convolution.weight)[2:]
     steps = (convolution.stride, convolution.padding, convolution.dilation)
     if kernel != (3, 3) or any(step != ONE for step in steps) or convolution.groups != 1 or convolution.transposed:
         return "not a 3x3 kernel with stride, padding and dilation 1 and one group"
     shape = shape_of(convolution.x)
-    if len(shape) != 4 or shape[2] % 2 or shape[3] % 2:
+    if len(shape) != 4:
+        return "the map has no dimension of samples"
+    if shape[2] % SIDE or shape[3] % SIDE:
         return "the map has an odd height or width"
     result = node.meta["val"]
     if len({value.meta["val"].dtype for value in (convolution.x, convolution.weight, node)}) > 1:

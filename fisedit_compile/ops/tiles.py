@@ -3,8 +3,9 @@
 A tile's four outputs need 16 products a pair of channels, where four rows need 36. The input patch of a tile, 4x4
 positions, is transformed, multiplied position by position with the transformed kernel, and transformed back (Lavin and
 Gray, arXiv 1509.09308, section 4.1). A mask whose tiles are mostly full thus costs less than its share of the dense
-arithmetic; one of scattered positions costs more, which is why ``paths`` measures before it chooses. Rounding errors
-are two to three times those of a direct convolution, too much for half precision: float32 only.
+arithmetic; one of scattered positions costs more, which is why ``paths`` measures before it chooses. The
+transforms round as well, too much for half precision: float32 and wider only. Errors in float32 were measured to be
+below those of PyTorch's direct convolution (benchmarks/RESULTS.md).
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def test_the_faster_way_is_taken(data: st.DataObject, fastest: str) -> None:
 def test_cases_of_maps_differ_by_what_decides() -> None:
     base = (320, 640, False, torch.float32)
     changes = [(0, 640), (1, 320), (2, True), (3, torch.float64)]
-    cases = {maps.describe_map(*base[:at], value, *base[at + 1 :]) for at, value in changes}  # type: ignore[arg-type]
+    cases = {maps.describe_map(*base[:at], value, *base[at + 1 :]) for at, value in changes}
     assert len(cases | {maps.describe_map(*base)}) == 5
 
 
