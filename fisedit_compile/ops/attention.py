@@ -1,4 +1,7 @@
-"""Self-attention of rows over a recorded map whose active positions are replaced."""
+"""Attention, in the way that is the fastest; of rows over a recorded map whose active positions are replaced.
+
+On a processor there are two ways: PyTorch's, and code that is compiled for the machine (``fisedit_compile.native``).
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,51 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fisedit_compile.native import attention as native
+from fisedit_compile.ops.choices import costs, describe_count, describe_dtype, taken
 from fisedit_compile.ops.library import operator
 from fisedit_compile.ops.rows import keep_valid, select_rows, write_rows
+
+#: Under which name measured times are kept and ways counted.
+MEASURED = "attention"
+#: Ways are measured with so many queries and keys of one sample at most: more take longer in the same proportion.
+MOST_QUERIES, MOST_KEYS = 512, 1024
+
+
+def describe_attention(query: Tensor, key: Tensor, value: Tensor) -> str:
+    """What decides which way is the fastest, in words; tensors are ``[B, heads, positions, D]``."""
+    channels = f"{query.shape[3]}->{value.shape[3]} {describe_dtype(query.dtype)}"
+    counts = f"{describe_count(query.shape[2])} queries, {describe_count(key.shape[2])} keys"
+    return f"{query.shape[1]} of {key.shape[1]} heads {channels}, {counts}"
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """``torch.nn.functional.scaled_dot_product_attention``, in the way that was measured to be the fastest."""
+
+    def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return functional.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+
+    if attn_mask is not None or dropout_p or is_causal or not native.supports(query, key, value, scale):
+        return plain(query, key, value)
+    if query.shape[1] != key.shape[1] and not enable_gqa:
+        return plain(query, key, value)
+    example = query[:1, :, :MOST_QUERIES], key[:1, :, :MOST_KEYS], value[:1, :, :MOST_KEYS]
+    ways = {"plain": lambda: plain(*example), "compiled": lambda: native.attention(*example, scale)}
+    way = costs.fastest(MEASURED, describe_attention(*example), ways)
+    taken.note(f"{MEASURED}: {way}")
+    return plain(query, key, value) if way == "plain" else native.attention(query, key, value, scale)
 
 
 def _attention_shape(
@@ -61,12 +107,9 @@ def attention_rows(
     try:
         keys = _mix(recorded_key, key, index, valid, undo)
         values = _mix(recorded_value, value, index, valid, undo)
-        attended = functional.scaled_dot_product_attention(
-            query.transpose(1, 2),
-            keys.transpose(1, 2),
-            values.transpose(1, 2),
-            scale=scale,
-            enable_gqa=query.shape[2] != key.shape[2],
+        grouped = query.shape[2] != key.shape[2]
+        attended = attend(
+            query.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), scale=scale, enable_gqa=grouped
         )
         return attended.transpose(1, 2).contiguous()
     finally:

@@ -7,7 +7,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn import functional
 
 from fisedit_compile.ops import attention, attention_rows
 from fisedit_compile.runtime.spec import Domain
@@ -93,7 +92,7 @@ def test_exceptions_leave_the_recording(monkeypatch: pytest.MonkeyPatch, samples
         seen.append(torch.equal(key.transpose(1, 2), before[0]))
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(functional, "scaled_dot_product_attention", fail)
+    monkeypatch.setattr(attention, "attend", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         attention_rows(query, key, value, recorded_key, recorded_value, index, valid, None)
     assert seen == [False], "the test must fail while the rows are in place"

@@ -12,6 +12,7 @@ from tree import PACKAGE, dotted_names, imports, modules
 LAYERS = (
     ("errors", "config", "picking"),
     ("runtime",),
+    ("native",),
     ("ops",),
     ("kernels",),
     ("passes",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -11,10 +12,12 @@ from shape_networks import BLOCKS
 
 from fisedit_compile.config import parse_options
 from fisedit_compile.explain import explain_with
+from fisedit_compile.native import attention as native
+from fisedit_compile.ops import attention
 
 from composite_networks import COMPOSITES
 from diffusers_networks import DIFFUSERS
-from harness import MaskRecipe, compile_network
+from harness import Case, MaskRecipe, compile_network
 from networks import Network
 from tolerances import assert_identical
 
@@ -57,6 +60,12 @@ def test_path(path: str, name: str, dtype: torch.dtype) -> None:
     case = compile_network(ALL[name], dtype=dtype, **options)
     if dtype is torch.float32 and name == "skip network strided":
         assert operator in operators_of(ALL[name], options)
+    check_edits(case, path)
+
+
+def check_edits(case: Case, path: str) -> None:
+    """What an edit promises, with masks of all kinds."""
+    dtype = case.recorded[0].dtype
     inputs = case.network.inputs(1, dtype)
     for recipe in RECIPES:
         mask = case.mask(recipe)
@@ -68,3 +77,26 @@ def test_path(path: str, name: str, dtype: torch.dtype) -> None:
     empty = case.edit(inputs, torch.zeros(case.network.resolution))
     for output, recorded in zip(empty, case.recorded, strict=True):
         assert_identical(output, recorded)
+
+
+class Always:
+    """Costs of which those of one way are the lowest."""
+
+    def __init__(self, way: str) -> None:
+        self.way = way
+
+    def fastest(self, operator: str, case: str, ways: Mapping[str, object]) -> str:
+        assert self.way in ways
+        return self.way
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["transformer block", "sd15"])
+@pytest.mark.parametrize("way", ["plain", "compiled"])
+def test_attention(way: str, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    if native._function(dtype) is None:
+        pytest.skip("there is no compiled attention on this machine")
+    monkeypatch.setattr(attention, "costs", Always(way))
+    case = compile_network(ALL[name], dtype=dtype)
+    check_edits(case, f"{way} attention")
+    assert case.runtime.stats.ways[f"attention: {way}"] > 0
