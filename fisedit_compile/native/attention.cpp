@@ -13,46 +13,6 @@
 // and results are bfloat16, and so are the weights of the softmax where the processor multiplies pairs of bfloat16
 // (AVX512_BF16); elsewhere numbers are widened to float32 when a block is copied.
 
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-
-#if defined(BFLOAT16) && defined(__AVX512BF16__) && defined(__AVX512BW__)
-#define PAIRS 1
-#include <immintrin.h>
-#else
-#define PAIRS 0
-#endif
-
-#if defined(__AVX512F__)
-constexpr int LANES = 16, REGISTERS = 32;
-#elif defined(__AVX__)
-constexpr int LANES = 8, REGISTERS = 16;
-#elif defined(__aarch64__)
-constexpr int LANES = 4, REGISTERS = 32;
-#else
-constexpr int LANES = 4, REGISTERS = 16;
-#endif
-
-#ifdef BFLOAT16
-typedef uint16_t Number;
-#else
-typedef float Number;
-#endif
-
-// What products are made of: a number, or two bfloat16 numbers that follow each other along the summed dimension.
-#if PAIRS
-typedef uint32_t Element;
-constexpr int64_t NUMBERS = 2;
-#else
-typedef float Element;
-constexpr int64_t NUMBERS = 1;
-#endif
-
-typedef float Vector __attribute__((vector_size(4 * LANES)));
-typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
-typedef Element Elements __attribute__((vector_size(4 * LANES)));
-
 // Vectors of queries that are computed together, and with how many keys or channels at a time: sums stay in registers.
 constexpr int WIDEST = 3;
 constexpr int tile_of(int vectors) { return REGISTERS == 32 || vectors == 1 ? 8 : 4; }
@@ -61,35 +21,6 @@ constexpr int64_t TILE = 8; // a multiple of all of these
 constexpr int64_t BLOCK = 96, BLOCK_BYTES = 48 << 10, SHARED_BYTES = 512 << 10;
 // Tasks for each thread, if there are enough, so that none waits long for the others.
 constexpr int64_t TASKS = 4;
-
-static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-static int64_t divided_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit; }
-static int64_t multiple(int64_t count, int64_t unit) { return divided_up(count, unit) * unit; }
-
-static float widen(float number) { return number; }
-static float widen(uint16_t bits) {
-  uint32_t word = (uint32_t)bits << 16;
-  float number;
-  memcpy(&number, &word, sizeof number);
-  return number;
-}
-
-static void narrow(float number, float *out) { *out = number; }
-static void narrow(float number, uint16_t *out) {
-  uint32_t word;
-  memcpy(&word, &number, sizeof word);
-  const bool nan = (word & 0x7fffffff) > 0x7f800000;
-  *out = nan ? 0x7fc0 : (uint16_t)((word + 0x7fff + ((word >> 16) & 1)) >> 16); // to nearest, ties to even
-}
-
-static inline Vector accumulate(Vector sum, Element element, Elements elements) {
-#if PAIRS
-  return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)element), (__m512bh)elements);
-#else
-  return sum + element * elements;
-#endif
-}
 
 // 2 to the power of x, for x of 0 and less, to a few units in the last place; below -126 it is nearly 0, from -127 on 0;
 // NaN stays NaN.
@@ -105,25 +36,6 @@ static inline Vector power_of_two(Vector x) {
   p = p * f + 6.9314718e-1f;
   p = p * f + 1.0f;
   return (Vector)((Integers)p + ((Integers)rounded << 23));
-}
-
-// sum[row][vector] += the sum over steps of one[row, step] times other[step, vector].
-template <int ROWS, int VECTORS>
-static inline __attribute__((always_inline)) void multiply(Vector (&sum)[ROWS][VECTORS], const Element *one,
-                                                           int64_t row_stride, int64_t step_stride,
-                                                           const Elements *other, int64_t steps) {
-  for (int64_t step = 0; step < steps; ++step) {
-    Elements column[VECTORS];
-#pragma GCC unroll 8
-    for (int vector = 0; vector < VECTORS; ++vector) column[vector] = other[step * VECTORS + vector];
-#pragma GCC unroll 8
-    for (int row = 0; row < ROWS; ++row) {
-      const Element element = one[row * row_stride + step * step_stride];
-#pragma GCC unroll 8
-      for (int vector = 0; vector < VECTORS; ++vector)
-        sum[row][vector] = accumulate(sum[row][vector], element, column[vector]);
-    }
-  }
 }
 
 // A tensor [sample, position, head, channel] of numbers; channels lie side by side.
@@ -324,22 +236,6 @@ template <int VECTORS> static void attend(const Plan &plan, const Block &block, 
       for (int vector = 0; vector < VECTORS; ++vector) results[row * VECTORS + vector] = sum[row][vector];
   }
 }
-
-// Memory of a thread, kept for the next call: some systems give new memory slowly.
-struct Memory {
-  char *data = nullptr;
-  int64_t bytes = 0;
-  char *of(int64_t wanted) {
-    if (wanted > bytes) {
-      free(data);
-      data = (char *)aligned_alloc(64, multiple(wanted, 64));
-      bytes = data ? wanted : 0;
-    }
-    return data;
-  }
-  ~Memory() { free(data); }
-};
-static thread_local Memory memory_of_thread;
 
 // Attention of queries [batch, queries, heads, depth] over keys [batch, keys, heads / shared, depth] and values
 // [batch, keys, heads / shared, width]; results are [batch, queries, heads, width].

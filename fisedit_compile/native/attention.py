@@ -12,15 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fisedit_compile.native.compiling import NotCompiledError, load_library
+from fisedit_compile.native.compiling import DTYPES, NotCompiledError, load_library
 
 logger = logging.getLogger(__name__)
-
-#: Macros by dtype, and how far a result may lie from the exact one for the code to be trusted.
-DTYPES: dict[torch.dtype, tuple[tuple[str, ...], float]] = {
-    torch.float32: ((), 1e-5),
-    torch.bfloat16: (("BFLOAT16",), 2e-2),
-}
 
 
 def _call(function: Callable[..., int], query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -55,9 +49,9 @@ def _function(dtype: torch.dtype) -> Callable[..., int] | None:
     generator = torch.Generator().manual_seed(0)
     for queries, keys in ((1, 3), (40, 100), (101, 130)):
         shapes = ((2, 2, queries, 5), (2, 1, keys, 5), (2, 1, keys, 11))
-        given = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
-        exact = functional.scaled_dot_product_attention(*(tensor.double() for tensor in given), enable_gqa=True)
-        if not torch.allclose(_call(function, *given, 5**-0.5).double(), exact, rtol=0, atol=tolerance):
+        query, key, value = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+        exact = functional.scaled_dot_product_attention(query.double(), key.double(), value.double(), enable_gqa=True)
+        if not torch.allclose(_call(function, query, key, value, 5**-0.5).double(), exact, rtol=0, atol=tolerance):
             logger.warning("compiled attention of %s is wrong on this machine; PyTorch computes it", dtype)
             return None
     return function

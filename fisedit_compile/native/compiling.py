@@ -21,6 +21,8 @@ from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 
+import torch
+
 from fisedit_compile.config import cache_folder
 
 logger = logging.getLogger(__name__)
@@ -30,6 +32,11 @@ COMPILERS = ("g++", "clang++", "c++")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-std=c++17", "-shared", "-fPIC")
 #: Seconds after which a compiler is given up.
 PATIENCE = 120
+#: Macros by dtype, and how far from exact ones results of size one may lie for code to be trusted.
+DTYPES: dict[torch.dtype, tuple[tuple[str, ...], float]] = {
+    torch.float32: ((), 1e-5),
+    torch.bfloat16: (("BFLOAT16",), 2e-2),
+}
 
 
 class NotCompiledError(Exception):
@@ -95,7 +102,7 @@ def load_library(name: str, *definitions: str) -> ctypes.CDLL:
     """Compile a source file of this package, unless that was done before, and load it.
 
     Args:
-        name: of the file, without ``.cpp``.
+        name: of the file, without ``.cpp``; what ``vectors.h`` defines comes before it.
         definitions: macros that are defined.
 
     Raises:
@@ -103,7 +110,8 @@ def load_library(name: str, *definitions: str) -> ctypes.CDLL:
     """
     if os.environ.get("FISEDIT_NATIVE", "1") == "0":
         raise NotCompiledError("FISEDIT_NATIVE=0 switches compiled code off")
-    source = resources.files("fisedit_compile.native").joinpath(f"{name}.cpp").read_bytes()
+    folder = resources.files("fisedit_compile.native")
+    source = b"".join(folder.joinpath(file).read_bytes() for file in ("vectors.h", f"{name}.cpp"))
     compiler = _compiler()
     command = [*compiler, *FLAGS, *(f"-D{definition}" for definition in definitions)]
     described = "\0".join([*command, _run([*compiler, "--version"]), _processor()])

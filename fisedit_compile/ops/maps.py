@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from fisedit_compile.ops.choices import costs, describe_dtype, taken
 from fisedit_compile.ops.library import operator
-from fisedit_compile.ops.packed import linear_rows
+from fisedit_compile.ops.packed import linear_rows, outputs_of
 from fisedit_compile.ops.rows import contiguous_rows
 from fisedit_compile.ops.tiles import PATCH, SIDE
 
@@ -125,7 +125,7 @@ def conv_map_tiles(
         ``[B, Cout, H, W]``.
     """
     batch, channels, height, width = map.shape
-    outputs = weights[0].shape[0]
+    outputs = outputs_of(weights[0])
     if rows is None:
         rows = contiguous_rows(map.flatten(2).transpose(1, 2))
     padded = functional.pad(rows.view(batch, height, width, channels), (0, 0, 1, 1, 1, 1))

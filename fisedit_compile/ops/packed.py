@@ -1,22 +1,25 @@
 """Matrix products whose weight was brought, once, to the order in which the processor's library multiplies fastest.
 
-A packed weight is an opaque oneDNN tensor: it has the shape, dtype and device of the weight, but no strides. It is made
-in the prologue of a program and read by the edit graph only. Where oneDNN has no product for a dtype, or is not there
-at all, ``packs`` says so and nothing is packed.
+A packed weight is an opaque oneDNN tensor: it has the shape, dtype and device of the weight, but no strides. Or it is
+one for the code that is compiled for the machine (``fisedit_compile.native``), which has more dimensions. It is made in
+the prologue of a program and read by the edit graph only. Where oneDNN has no product for a dtype, or is not there at
+all, ``packs`` says so and nothing is packed.
 
-Packed products are not the fastest everywhere: PyTorch's own ones go through another library on some processors, which
-may be better there with many rows, and calling oneDNN costs more than a product of a few small numbers. So both are
-measured, once for each size on a machine.
+Which products are the fastest depends: PyTorch's own ones go through another library on some processors, which may be
+better there with many rows, calling oneDNN costs more than a product of a few small numbers, and compiled code is made
+for few rows. So all are measured, once for each size on a machine.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fisedit_compile.native import products
 from fisedit_compile.ops.choices import costs, describe_count, describe_dtype
 from fisedit_compile.ops.library import operator
 
@@ -52,12 +55,13 @@ def pack_matrix(weight: Tensor, rows: int | None = None) -> Tensor:
 
     Args:
         weight: ``[Cout, Cin]`` with ``packs(weight.device.type, weight.dtype)``.
-        rows: how many rows a product is likely to have. Packed and plain products of about so many are measured on this
-            machine, unless they were before; None: it is packed in any case.
+        rows: how many rows a product is likely to have. Packed, plain and compiled products of about so many are
+            measured on this machine, unless they were before; None: it is packed in any case.
 
     Returns:
-        A tensor of the same shape for :func:`linear_rows` only: an opaque one, or, where plain products were measured
-        to be faster, the weight's own memory if that is contiguous, else a contiguous copy.
+        A tensor for :func:`linear_rows` only: an opaque one of the same shape; where compiled products were measured to
+        be the fastest, one of more dimensions; or where plain ones were, the weight's own memory if that is contiguous,
+        else a contiguous copy.
     """
     weight = weight.detach().contiguous()
 
@@ -65,15 +69,28 @@ def pack_matrix(weight: Tensor, rows: int | None = None) -> Tensor:
     def packed() -> Tensor:
         return torch.ops.mkldnn._reorder_linear_weight(weight, TYPICAL_ROWS)
 
+    @cache
+    def ordered() -> Tensor:
+        return products.order(weight)
+
     if rows is None:
         return packed()
     example = torch.ones(rows, weight.shape[1], dtype=weight.dtype)
-    ways = {
-        "packed": lambda: linear_rows(example, packed(), None),
-        "plain": lambda: linear_rows(example, weight, None),
-    }
+    orders: dict[str, Callable[[], Tensor]] = {"packed": packed, "plain": lambda: weight}
+    if products.supports(weight):
+        orders["compiled"] = ordered
+
+    def multiply(order: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        return lambda: linear_rows(example, order(), None)
+
+    ways = {way: multiply(order) for way, order in orders.items()}
     case = describe_product(rows, weight.shape[1], weight.shape[0], weight.dtype)
-    return packed() if costs.fastest("product", case, ways) == "packed" else weight
+    return orders[costs.fastest("product", case, ways)]()
+
+
+def outputs_of(weight: Tensor) -> int:
+    """Outputs of a linear layer whose weight may come from :func:`pack_matrix`."""
+    return weight.shape[0] * weight.shape[2] if products.is_ordered(weight) else weight.shape[0]
 
 
 def _linear_rows_shape(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -94,4 +111,6 @@ def linear_rows(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     if weight.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    if products.is_ordered(weight):
+        return products.product(rows, weight, bias)
     return functional.linear(rows, weight, bias).contiguous()

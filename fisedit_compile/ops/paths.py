@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fisedit_compile.native import tiles as native
 from fisedit_compile.ops.choices import costs, describe_count, describe_dtype, taken
 from fisedit_compile.ops.library import operator
 from fisedit_compile.ops.rows import scatter_rows, select_rows
@@ -141,15 +142,17 @@ def conv_choice(
         return conv_rows(rows, recorded, halo, table, weight, bias, 1)
     ways = {"rows": lambda: conv_rows(rows, recorded, halo, table, weight, bias, 1)}
     tile_halo, tile_table, place, subposition = tile_plan
+    outputs, inputs = dense_weight.shape[:2]
     if tile_weights:
-        ways["tiles"] = lambda: conv_tiles(
+        # Ways of other names, as they take other times.
+        compiled = native.supports(rows.dtype, rows.device, inputs, outputs)
+        ways["compiled tiles" if compiled else "tiles"] = lambda: conv_tiles(
             rows, recorded, tile_halo, tile_table, place, subposition, tile_weights, bias
         )
     if many:
         ways["dense"] = lambda: conv_dense(rows, recorded, index, valid, dense_weight, bias, height, width)
     if len(ways) == 1:
         return ways["rows"]()
-    outputs, inputs = dense_weight.shape[:2]
     tiles = tile_table.shape[1]
     case = describe_case(rows.shape[0], height, width, inputs, outputs, count, tiles, rows.dtype)
     return costs.choose("convolution", case, ways)

@@ -15,8 +15,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from fisedit_compile.native import tiles as native
 from fisedit_compile.ops.library import operator
-from fisedit_compile.ops.packed import linear_rows, pack_matrix, packs
+from fisedit_compile.ops.packed import linear_rows, outputs_of, pack_matrix, packs
 from fisedit_compile.ops.stencils import tap_source
 
 # Patches of this many bytes are transformed and multiplied at a time, so that they stay in the cache.
@@ -110,14 +111,20 @@ def conv_tiles(
     """
     source = tap_source(rows, recorded, halo, 0.0)
     batch, length, channels = source.shape
-    tiles, outputs = table.shape[1], weights[0].shape[0]
-    patch_transform, output_transform = _transforms(rows.device, rows.dtype)
-    sample = torch.arange(batch, device=rows.device)
-    taps = (table.expand(batch, -1, -1) + sample[:, None, None] * length).permute(2, 0, 1).flatten(1)  # [16, B * T]
+    tiles, outputs = table.shape[1], outputs_of(weights[0])
     total = batch * tiles
     step = max(1, CHUNK_BYTES // (PATCH * PATCH * max(channels, outputs) * rows.element_size()))
     # All chunks as long as the first, as far as that goes.
     step = -(-total // -(-total // step))
+    if native.supports(rows.dtype, rows.device, channels, outputs):
+        multiplied: list[Tensor] = []
+        for first in range(0, total, step):
+            transformed = native.patches(source, table, first, min(step, total - first))
+            multiplied += [linear_rows(*pair, None) for pair in zip(transformed, weights, strict=True)]
+        return native.outputs(multiplied, step, place[..., 0], subposition, batch, tiles, bias)
+    patch_transform, output_transform = _transforms(rows.device, rows.dtype)
+    sample = torch.arange(batch, device=rows.device)
+    taps = (table.expand(batch, -1, -1) + sample[:, None, None] * length).permute(2, 0, 1).flatten(1)  # [16, B * T]
     results = []
     for first in range(0, total, step):
         chosen = taps[:, first : first + step]

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from fisedit_compile.native import attention as native
-from fisedit_compile.native.compiling import NotCompiledError, load_library
+from fisedit_compile.native.compiling import DTYPES, NotCompiledError, load_library
 
 from tolerances import assert_near
 
-DTYPES = tuple(native.DTYPES)
+KINDS = tuple(DTYPES)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -49,7 +49,7 @@ def draw(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Tensor:
     return torch.randn(batch, positions, heads, channels + 3).to(dtype).transpose(1, 2)[..., 1 : channels + 1]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", KINDS)
 @given(
     batch=st.integers(1, 3),
     heads=st.integers(1, 3),
@@ -84,7 +84,7 @@ def test_equals_exact_attention(
     assert all(map(torch.equal, before, (query, key, value)))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", KINDS)
 @pytest.mark.parametrize(
     ("batch", "heads", "queries", "keys", "depth"),
     [(2, 8, 33, 1024, 40), (1, 1, 17, 300, 512), (2, 3, 500, 77, 64), (1, 2, 16, 96, 160)],
@@ -96,7 +96,7 @@ def test_equals_exact_attention_at_sizes_of_networks(
     assert_near(native.attention(*tensors, None).double(), exact(*tensors), dtype=dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", KINDS)
 def test_large_and_far_scores(dtype: torch.dtype) -> None:
     """One key wins by far; the largest score comes first, in the middle, or last."""
     value = torch.arange(200.0).reshape(1, 1, 200, 1).to(dtype)
@@ -108,7 +108,7 @@ def test_large_and_far_scores(dtype: torch.dtype) -> None:
         assert torch.equal(native.attention(query, key, value, 1.0), expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", KINDS)
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_nothing_hides_numbers_that_are_none(dtype: torch.dtype, number: float) -> None:
     """Where exact attention is NaN, so is the result, and nowhere else."""

@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
+from fisedit_compile.native import products
+from fisedit_compile.native.compiling import DTYPES as NATIVE
 from fisedit_compile.ops import conv_rows, linear_rows, pack_conv_weight, pack_matrix
 from fisedit_compile.ops import packed as packed_module
 from fisedit_compile.ops.packed import packs
@@ -56,6 +58,7 @@ def test_what_was_measured_to_be_the_fastest_is_taken(monkeypatch: pytest.Monkey
     class Table:
         def fastest(self, operator: str, case: str, ways: dict[str, Callable[[], torch.Tensor]]) -> str:
             asked.append((operator, case))
+            # Five outputs fill no panel of compiled products.
             assert list(ways) == ["packed", "plain"] and [way().shape for way in ways.values()] == [(40, 5)] * 2
             return fastest
 
@@ -90,6 +93,34 @@ def test_a_weight_that_stays_plain_is_neither_packed_nor_copied(monkeypatch: pyt
         assert torch.equal(pack_matrix(weight.detach().t(), 40), weight.t())
     monkeypatch.setattr(packed_module, "costs", Known("packed"))
     assert pack_matrix(weight, 40).is_mkldnn
+
+
+@pytest.mark.parametrize("dtype", list(NATIVE))
+def test_compiled_products_are_taken_where_they_are_the_fastest(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    weight, rows = torch.randn(192, 20).to(dtype), torch.randn(3, 7, 20).to(dtype)
+    if not products.supports(weight):
+        pytest.skip("compiled code does not multiply here")
+    asked: list[list[str]] = []
+
+    class Table(Known):
+        def fastest(self, operator: str, case: str, ways: dict[str, Callable[[], torch.Tensor]]) -> str:
+            asked.append(list(ways))
+            first, *others = (way() for way in ways.values())
+            assert first.shape == (40, 192)
+            for other in others:
+                assert_near(other, first)
+            return super().fastest(operator, case, ways)
+
+    monkeypatch.setattr(packed_module, "costs", Table("compiled"))
+    matrix = pack_matrix(weight, 40)
+    assert asked == [["packed", "plain", "compiled"]]
+    assert matrix.dim() > 2 and not matrix.is_mkldnn
+    assert packed_module.outputs_of(matrix) == packed_module.outputs_of(weight) == 192
+    bias = torch.randn(192).to(dtype)
+    assert_near(linear_rows(rows, matrix, bias), functional.linear(rows, weight, bias))
+    assert_near(linear_rows(rows.transpose(0, 1), matrix, None), functional.linear(rows.transpose(0, 1), weight))
 
 
 def test_packing_copies() -> None:

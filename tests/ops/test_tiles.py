@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
+from fisedit_compile.native import products
+from fisedit_compile.native import tiles as native
 from fisedit_compile.ops import (
     conv_choice,
     conv_dense,
@@ -34,15 +36,16 @@ CHANNELS, OUTPUTS = 5, 7
 class Setting:
     """A mask on a map of even size, with the plans of rows and of tiles."""
 
-    def __init__(self, data: st.DataObject) -> None:
+    def __init__(self, data: st.DataObject, channels: int = CHANNELS, outputs: int = OUTPUTS) -> None:
+        self.outputs = outputs
         self.domain = Domain(2 * data.draw(st.integers(1, 5)), 2 * data.draw(st.integers(1, 5)))
         self.batch = data.draw(st.integers(1, 3))
         self.mask = data.draw(masks(self.domain, self.batch))
-        self.case = Case.build(self.mask, window(self.domain), self.batch, CHANNELS)
+        self.case = Case.build(self.mask, window(self.domain), self.batch, channels)
         self.patches, self.places = tile_stencils(self.domain)
         self.plan: IndexPlan = build_plan(self.mask, [], [self.patches, self.places], "cpu")
-        self.weight = torch.randn(OUTPUTS, CHANNELS, 3, 3, dtype=torch.float64)
-        self.bias = data.draw(st.sampled_from([None, torch.randn(OUTPUTS, dtype=torch.float64)]))
+        self.weight = torch.randn(outputs, channels, 3, 3, dtype=torch.float64)
+        self.bias = data.draw(st.sampled_from([None, torch.randn(outputs, dtype=torch.float64)]))
 
     @property
     def tile_plan(self) -> list[Tensor]:
@@ -55,7 +58,7 @@ class Setting:
 
     def check(self, result: Tensor, dtype: torch.dtype = torch.float64) -> None:
         """Valid rows are those of the dense convolution, in memory order."""
-        assert result.is_contiguous() and result.shape == (self.batch, self.case.rows.shape[1], OUTPUTS)
+        assert result.is_contiguous() and result.shape == (self.batch, self.case.rows.shape[1], self.outputs)
         valid, expected = self.case.source("valid"), self.expected()
         if valid is not None:
             inside = valid.expand(self.batch, -1)[..., None]
@@ -74,14 +77,45 @@ def test_tiles(data: st.DataObject, chunk_bytes: int) -> None:
         setting.check(conv_tiles(rows, setting.case.recorded, *setting.tile_plan, weights, setting.bias))
 
 
+def check_float32(setting: Setting, weights: list[Tensor]) -> None:
+    """Tiles of float32 against the dense convolution."""
+    bias = None if setting.bias is None else setting.bias.float()
+    rows, recorded = setting.case.rows.float(), setting.case.recorded.float()
+    setting.check(conv_tiles(rows, recorded, *setting.tile_plan, weights, bias), torch.float32)
+
+
 @given(data=st.data())
 def test_tiles_of_float32_are_packed(data: st.DataObject) -> None:
     setting = Setting(data)
     weights = pack_tile_weights(setting.weight.float())
     assert len(weights) == 16 and all(weight.is_mkldnn for weight in weights)
-    bias = None if setting.bias is None else setting.bias.float()
-    rows, recorded = setting.case.rows.float(), setting.case.recorded.float()
-    setting.check(conv_tiles(rows, recorded, *setting.tile_plan, weights, bias), torch.float32)
+    check_float32(setting, weights)
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("chunk_bytes", [1, 5000, 1 << 30])
+@given(data=st.data())
+def test_compiled_tiles(data: st.DataObject, chunk_bytes: int, ordered: bool) -> None:
+    """Channels that fill vectors are transformed by compiled code, with weights in any order."""
+    setting = Setting(data, channels=data.draw(st.sampled_from([16, 48])), outputs=32)
+    if not native.supports(torch.float32, torch.device("cpu"), 16, 32):
+        pytest.skip("nothing is compiled on this machine")
+    weights = pack_tile_weights(setting.weight.float())
+    if ordered:
+        weights = [products.order(weight.to_dense()) for weight in weights]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiles, "CHUNK_BYTES", chunk_bytes)
+        patch.setattr(tiles, "_transforms", None)  # of PyTorch's way
+        check_float32(setting, weights)
+
+
+def test_which_tiles_are_compiled() -> None:
+    cpu = torch.device("cpu")
+    if not native.supports(torch.float32, cpu, 16, 32):
+        pytest.skip("nothing is compiled on this machine")
+    assert not native.supports(torch.float64, cpu, 16, 32)
+    assert not native.supports(torch.float32, torch.device("meta"), 16, 32)
+    assert not native.supports(torch.float32, cpu, 20, 32) and not native.supports(torch.float32, cpu, 16, 4)
 
 
 def test_transformed_weights_do_not_depend_on_how_they_are_split(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ def installed_files(root: Path = ROOT) -> dict[str, Path]:
         for path in sorted((root / folder).rglob("*")):
             inner = path.relative_to(root / folder)
             data = path.name == "py.typed" or inner.parts[:2] == ("scenes", "weights")
-            if path.is_file() and "__pycache__" not in path.parts and (path.suffix in (".py", ".cpp") or data):
+            if path.is_file() and "__pycache__" not in path.parts and (path.suffix in (".py", ".cpp", ".h") or data):
                 found[str(target / inner)] = path
     return found
 
