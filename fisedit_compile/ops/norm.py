@@ -2,7 +2,8 @@
 
 Recorded are, per position and group, the sums over the group's channels of ``x - center`` and ``(x - center)**2``,
 where ``center`` is the recorded mean: small numbers, so that subtracting the old and adding the new ones stays exact
-even when the mean is far from zero. Statistics are float32 whatever the map's dtype.
+even when the mean is far from zero. Statistics are float32 whatever the map's dtype. On a processor compiled code
+(``fisedit_compile.native``) does what would be many operators of PyTorch.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fisedit_compile.native import norm as native
 from fisedit_compile.ops.library import operator
 from fisedit_compile.ops.rows import keep_valid, select_rows
 
@@ -97,6 +99,8 @@ def _partials_shape(rows: Tensor, center: Tensor) -> Tensor:
 @operator("(Tensor rows, Tensor center) -> Tensor", _partials_shape)
 def norm_partials(rows: Tensor, center: Tensor) -> Tensor:
     """Per-position sums of new rows: rows ``[B, N, C]``, center ``[B, groups]`` -> float32 ``[B, N, 2, groups]``."""
+    if native.supports(rows, (center,)):
+        return native.partials(rows, center)
     return _sums(rows, center)
 
 
@@ -125,6 +129,8 @@ def norm_totals(
     Returns:
         float32 ``[B, 2, groups]``.
     """
+    if native.supports_totals(totals, recorded_partials, new_partials):
+        return native.updated_totals(totals, recorded_partials, new_partials, index, valid)
     old = select_rows(recorded_partials, index)
     return totals + (keep_valid(new_partials, old, valid) - old).sum(1)
 
@@ -168,6 +174,8 @@ def norm_apply(
     Returns:
         ``[B, N, C]``, contiguous, dtype of ``rows``.
     """
+    if native.supports(rows, (center, totals), (weight, bias)):
+        return native.normalise(rows, center, totals, weight, bias, eps, count)
     batch, groups = center.shape
     channels = rows.shape[2]
     offset, square = (totals / count).unbind(1)  # [B, groups]

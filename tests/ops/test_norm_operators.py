@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
+from fisedit_compile.native import norm as native
 from fisedit_compile.ops import norm_apply, norm_partials, norm_record, norm_totals
 from fisedit_compile.runtime.spec import Domain
 
@@ -16,6 +17,16 @@ from sparse_maps import Case, masks, take, window
 from tolerances import assert_near
 
 EPS = 1e-5
+
+
+@pytest.fixture(autouse=True, params=["compiled", "plain"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Everything holds with compiled code and without."""
+    if request.param == "plain":
+        monkeypatch.setattr(native, "_library", lambda dtype: None)
+    elif native._library(torch.float32) is None:
+        pytest.skip("nothing is compiled on this machine")
+    return request.param
 
 
 def normalise(
@@ -41,7 +52,7 @@ def check(case: Case, groups: int, affine: tuple, dtype: torch.dtype = torch.flo
     assert_near(result, expected.to(dtype))
 
 
-@pytest.mark.parametrize(("channels", "groups"), [(6, 3), (4, 1), (5, 5)])
+@pytest.mark.parametrize(("channels", "groups"), [(6, 3), (4, 1), (5, 5), (60, 20)])
 @given(data=st.data())
 def test_equals_group_norm_of_the_mixed_map(data: st.DataObject, channels: int, groups: int) -> None:
     domain = Domain(data.draw(st.integers(2, 7)), data.draw(st.integers(1, 7)))
@@ -123,3 +134,27 @@ def test_a_constant_map_stays_finite() -> None:
     rows = torch.zeros(1, 2, 4)
     totals = torch.tensor([[[0.3], [0.0]]])
     assert norm_apply(rows, torch.zeros(1, 1), totals, None, None, 1e-12, 10).isfinite().all()
+
+
+def test_numbers_that_are_none_are_not_hidden() -> None:
+    rows = torch.randn(1, 3, 4)
+    rows[0, 1, 2] = torch.nan
+    sums = norm_partials(rows, torch.zeros(1, 2))
+    assert sums.isnan().nonzero()[:, :2].unique(dim=0).tolist() == [[0, 1]]
+    fresh = norm_totals(torch.zeros(1, 2, 2), torch.zeros(1, 5, 2, 2), sums, torch.tensor([[0, 1, 4]]), None)
+    assert fresh.isnan().tolist() == [[[False, True], [False, True]]]
+    result = norm_apply(rows, torch.zeros(1, 2), fresh, None, None, EPS, 10)
+    assert result[..., 2:].isnan().all() and result[..., :2].isfinite().all()
+
+
+def test_which_tensors_compiled_code_reads(way: str) -> None:
+    rows, center, weight = torch.randn(2, 3, 8), torch.zeros(2, 4), torch.ones(8)
+    assert native.supports(rows, (center,), (weight, None)) == (way == "compiled")
+    assert not native.supports(rows.double(), (center,)), "a dtype without code"
+    assert not native.supports(rows.transpose(0, 1), (center,)), "gaps"
+    assert not native.supports(rows[:, :0], (center,)), "no rows"
+    assert not native.supports(rows, (center.double(),)), "statistics of another dtype"
+    assert not native.supports(rows, (center,), (weight.bfloat16(),)), "a weight of another dtype"
+    assert not native.supports(rows.to("meta"), (center,)), "another device"
+    assert not native.supports(torch.randn(1, 1, native.CHANNELS + 1), (center,)), "too many channels"
+    assert not native.supports_totals(center, center.half(), center), "recorded in another dtype"
