@@ -30,6 +30,7 @@ from fisedit_compile.passes.ir import eliminate_dead_code, shape_of, spatial_of
 from fisedit_compile.passes.join_slices import join_slices
 from fisedit_compile.passes.lift_cache_io import lift_edit, lift_invariants, lift_stores
 from fisedit_compile.passes.lower_conversions import lower_conversions
+from fisedit_compile.passes.multiply_maps import multiply_maps
 from fisedit_compile.passes.normalise_attention import normalise_attention
 from fisedit_compile.passes.pack_weights import pack_weights
 from fisedit_compile.passes.program import InputInfo, Program
@@ -54,7 +55,7 @@ logger = logging.getLogger(__name__)
 OPTIONAL = ("expand_layers", "join_slices", "normalise_attention", "undo_merges", "sparsify_conv", "sparsify_norm",
             "sparsify_attention", "sparsify_linear", "sparsify_layout", "sparsify_complex", "sparsify_pointwise",
             "resample", "hoist_invariants", "choose_convolution", "convolve_maps",
-            "pack_weights")  # fmt: skip
+            "multiply_maps", "pack_weights")  # fmt: skip
 
 
 def families(options: Options) -> tuple[Family, ...]:
@@ -153,6 +154,7 @@ def build_program(
     runner.run("hoist_parameters", edit, lambda: prologue.append(hoist_parameters(edit, inputs, report)[1]))
     dense_inputs: list[int] = []
     runner.run("convolve_maps", record, lambda: dense_inputs.extend(convolve_maps(edit, record, report, way)[1]))
+    runner.run("multiply_maps", record, lambda: dense_inputs.extend(multiply_maps(edit, record, report)[1]))
     started = time.perf_counter()
     lifted, saving, edit_inputs = lift_edit(edit, report.sites, report)
     invariants, invariant_inputs = lift_invariants(edit)

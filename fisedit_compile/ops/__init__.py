@@ -4,7 +4,7 @@ from fisedit_compile.ops.attention import attention_rows
 from fisedit_compile.ops.library import IMPLEMENTATIONS
 from fisedit_compile.ops.maps import conv_map, conv_map_tiles
 from fisedit_compile.ops.norm import norm_apply, norm_partials, norm_record, norm_totals
-from fisedit_compile.ops.packed import linear_rows, pack_matrix
+from fisedit_compile.ops.packed import linear_map, linear_rows, pack_matrix
 from fisedit_compile.ops.paths import conv_choice, conv_dense
 from fisedit_compile.ops.rows import contiguous_rows, gather_rows, scatter_rows
 from fisedit_compile.ops.stencils import conv_rows, gather_taps, pack_conv_weight, pixel_select
@@ -25,6 +25,7 @@ __all__ = [
     "conv_tiles",
     "gather_rows",
     "gather_taps",
+    "linear_map",
     "linear_rows",
     "norm_apply",
     "norm_partials",

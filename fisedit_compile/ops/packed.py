@@ -20,11 +20,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from fisedit_compile.native import products
-from fisedit_compile.ops.choices import costs, describe_count, describe_dtype
+from fisedit_compile.ops.choices import costs, describe_count, describe_dtype, taken
 from fisedit_compile.ops.library import operator
 
 # For how many rows the order is chosen. Orders for 64 rows and more are alike; that for one row is slow for many.
 TYPICAL_ROWS = 64
+#: Products of whole maps are measured with so many rows at most: more take longer in the same proportion.
+MOST_ROWS = 1024
+#: Under which name their times are kept and ways counted.
+MEASURED = "product of a map"
 
 
 @lru_cache(maxsize=16)
@@ -114,3 +118,39 @@ def linear_rows(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if products.is_ordered(weight):
         return products.product(rows, weight, bias)
     return functional.linear(rows, weight, bias).contiguous()
+
+
+def _linear_map_shape(map: Tensor, weight: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    return map.new_empty((*map.shape[:-1], weight.shape[0]))
+
+
+@operator("(Tensor map, Tensor weight, Tensor packed, Tensor? bias) -> Tensor", _linear_map_shape)
+def linear_map(map: Tensor, weight: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer of a whole map, by the product that was measured to be the fastest: with many rows it may be
+    another than for those of edits, for which the weight was packed.
+
+    Args:
+        map: ``[..., Cin]``, dtype of ``weight``.
+        weight: ``[Cout, Cin]``.
+        packed: the same weight, from :func:`pack_matrix`.
+        bias: ``[Cout]`` or None.
+
+    Returns:
+        ``[..., Cout]``, contiguous.
+    """
+    kind = "packed" if packed.is_mkldnn else "compiled" if products.is_ordered(packed) else "plain"
+    rows = map.numel() // max(map.shape[-1], 1)
+    if kind != "plain" and rows > 0:
+
+        @cache
+        def example() -> Tensor:
+            return torch.ones((min(rows, MOST_ROWS), map.shape[-1]), dtype=map.dtype)
+
+        ways = {
+            "plain": lambda: linear_rows(example(), weight, None),
+            kind: lambda: linear_rows(example(), packed, None),
+        }
+        case = describe_product(min(rows, MOST_ROWS), weight.shape[1], weight.shape[0], map.dtype)
+        kind = costs.fastest(MEASURED, case, ways)
+    taken.note(f"{MEASURED}: {kind}")
+    return linear_rows(map, weight if kind == "plain" else packed, bias)

@@ -107,6 +107,10 @@ SAMPLES = {
             *([HALO, PATCHES, PLACE, INDEX % 4], [], INDEX, None, KERNEL, 4, 4),
         ),
     ],
+    "linear_map": [
+        (torch.randn(2, 5, 4), torch.randn(6, 4), torch.randn(6, 4), torch.randn(6)),
+        (torch.randn(2, 4, 5).transpose(1, 2), torch.randn(6, 4), torch.randn(6, 4), None),
+    ],
     "linear_rows": [
         (torch.randn(2, 3, 16), torch.randn(6, 16), torch.randn(6)),
         (channels_first(2, 3, 16), torch.randn(6, 16), None),

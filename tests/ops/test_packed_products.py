@@ -12,9 +12,10 @@ from torch.nn import functional
 
 from fisedit_compile.native import products
 from fisedit_compile.native.compiling import DTYPES as NATIVE
-from fisedit_compile.ops import conv_rows, linear_rows, pack_conv_weight, pack_matrix
+from fisedit_compile.ops import conv_rows, linear_map, linear_rows, pack_conv_weight, pack_matrix
 from fisedit_compile.ops import packed as packed_module
-from fisedit_compile.ops.packed import packs
+from fisedit_compile.ops.choices import taken
+from fisedit_compile.ops.packed import MEASURED, MOST_ROWS, packs
 
 from tolerances import assert_near
 
@@ -140,3 +141,36 @@ def test_a_convolution_with_a_packed_weight(samples: int, dtype: torch.dtype) ->
     bias = torch.randn(6).to(dtype)
     plain = conv_rows(rows, recorded, halo, table, weight, bias, 1)
     assert_near(conv_rows(rows, recorded, halo, table, pack_matrix(weight), bias, 1), plain)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("order", ["packed", "compiled", "plain"])
+@pytest.mark.parametrize("fastest", ["plain", "other"])
+def test_maps_are_multiplied_in_the_fastest_way(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, order: str, fastest: str
+) -> None:
+    weight, bias = torch.randn(64, 20).to(dtype), torch.randn(64).to(dtype)
+    if order == "compiled" and not products.supports(weight):
+        pytest.skip("compiled code does not multiply here")
+    orders = {"packed": pack_matrix, "compiled": products.order, "plain": lambda weight: weight}
+    packed = orders[order](weight)
+    asked: list[str] = []
+
+    class Table:
+        def fastest(self, operator: str, case: str, ways: dict[str, Callable[[], torch.Tensor]]) -> str:
+            asked.append(case)
+            assert operator == MEASURED and list(ways) == ["plain", order]
+            assert all(way().shape == (min(rows, MOST_ROWS), 64) for way in ways.values())
+            return "plain" if fastest == "plain" else order
+
+    monkeypatch.setattr(packed_module, "costs", Table())
+    for shape in ((2, 3, 20), (2, MOST_ROWS, 20), (0, 20)):
+        map = torch.randn(shape).to(dtype)
+        rows = map.numel() // 20
+        taken.drain()
+        result = linear_map(map, weight, packed, bias)
+        assert result.is_contiguous() and result.dtype == dtype
+        assert_near(result, functional.linear(map, weight, bias))
+        expected = order if rows == 0 or fastest == "other" else "plain"
+        assert dict(taken.drain()) == {f"{MEASURED}: {expected}": 1}
+    assert len(asked) == (0 if order == "plain" else 2)

@@ -13,7 +13,7 @@ from fisedit_compile.passes.ir import MARKERS
 from fisedit_compile.passes.manager import OPTIONAL, families
 from fisedit_compile.runtime.spec import Domain
 
-from execution import Edit, compile_graph, random_inputs, record, some_mask
+from execution import Edit, compile_graph, dense_inputs, random_inputs, record, some_mask
 from graphs import GraphBuilder, aten, calls, targets
 from tolerances import assert_near
 
@@ -41,6 +41,7 @@ ORDER = [
     "pack_weights",
     "hoist_parameters",
     "convolve_maps",
+    "multiply_maps",
     "lift_cache_io",
 ]
 FAMILIES = ORDER[ORDER.index("sparsify_conv") : ORDER.index("densify")]
@@ -86,7 +87,9 @@ def test_a_program_says_what_it_needs(program: Program) -> None:
     assert set(kinds) == expected
     placeholders = [node.name for node in program.record.graph.nodes if node.op == "placeholder"]
     assert placeholders[:3] == ["x", "embedding", "prompt"]
-    assert program.parameter_positions == tuple(range(3, len(placeholders))) and program.scalar_positions == ()
+    given = len(placeholders) - len(program.dense_inputs)
+    assert program.parameter_positions == tuple(range(3, given)) and program.scalar_positions == ()
+    assert placeholders[given:] == [f"hoisted_{number}" for number in program.dense_inputs] != []
     assert program.sites == program.report.sites and program.report.bytes_stored == sum(s.bytes for s in program.sites)
     kinds = [source.kind for source in program.edit_inputs]
     assert {"argument", "plan", "recorded", "hoisted", "invariant"} == set(kinds)
@@ -175,7 +178,7 @@ def test_a_disabled_pass_leaves_its_operators_dense_and_results_right(program: P
     assert name not in built.report.seconds and built.report.matches[name] == 0
     if name in ("expand_layers", "join_slices", "normalise_attention", "undo_merges", "sparsify_complex"):
         return  # The small network has nothing for them to do.
-    if name in ("pack_weights", "hoist_invariants", "choose_convolution", "convolve_maps"):
+    if name in ("pack_weights", "hoist_invariants", "choose_convolution", "convolve_maps", "multiply_maps"):
         # Its maps are small.
         assert program.report.matches[name] > 0 or name in ("choose_convolution", "convolve_maps")
         assert_near(small_edit(built, builder)[1], expected[1])
@@ -264,8 +267,8 @@ def test_the_record_graph_is_the_dense_graph_and_its_stores(program: Program) ->
     dense = builder.module(output)
     inputs = random_inputs(builder, 3)
     with torch.no_grad():
-        results = program.record(*inputs)
+        results = program.record(*inputs, *dense_inputs(program, inputs))
         assert_near(results[0], dense(*inputs)[0])
-    kept = [node.name for node in calls(program.record)]
+    kept = [node.meta["origin"] for node in calls(program.record) if "origin" in node.meta]
     assert all(node.name in kept for node in calls(dense))
     assert results[0].shape == (PICTURE[0], 4, *PICTURE[2:])
