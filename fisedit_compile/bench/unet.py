@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from fisedit_compile import explain, private
 from fisedit_compile.bench.masks import make_mask
-from fisedit_compile.bench.timing import Timing, Variant, measure, timed
+from fisedit_compile.bench.peak import measure_peak
+from fisedit_compile.bench.timing import Variant, measure, timed
 from fisedit_compile.errors import FisEditError, OptionError
 from fisedit_compile.models import build_unet, example_inputs
 from fisedit_compile.runtime import Runtime
@@ -81,12 +82,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class DenseRow:
-    """A dense variant: median, fastest and slowest seconds of a call."""
+    """A dense variant: median, fastest and slowest seconds of a call, and its arithmetic as a share of the peak."""
 
     name: str
     seconds: float
     fastest: float
     slowest: float
+    of_peak: float
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,8 @@ class SparseRow:
         context: seconds of entering and leaving an edit once: checksums of the weights, index plans.
         speed_up: over the fastest dense variant.
         arithmetic: multiply-accumulates of a dense call over those of a sparse call.
+        of_peak: multiply-accumulates of a sparse call, convolutions counted as direct ones, in these seconds, over what
+            the machine reaches in products of large matrices.
         bytes_loaded: recorded bytes that a sparse call reads, at the computed dtypes.
         deviation: largest difference from the recorded output when nothing has changed, as a share of the largest
             output.
@@ -111,6 +115,7 @@ class SparseRow:
     context: float
     speed_up: float
     arithmetic: float
+    of_peak: float
     bytes_loaded: int
     deviation: float
 
@@ -122,7 +127,8 @@ class SparseRow:
 
 @dataclass
 class Result:
-    """All of one benchmark. Seconds are medians of ``settings.calls * settings.repeats`` calls."""
+    """All of one benchmark. Seconds are medians of ``settings.calls * settings.repeats`` calls; ``peak`` is in floating
+    point operations a second, two for a multiply-accumulate."""
 
     settings: Settings
     machine: dict[str, str]
@@ -134,6 +140,7 @@ class Result:
     bytes_recorded: int = 0
     macs: int = 0
     sparse_mac_fraction: float = 0.0
+    peak: float = 0.0
 
     @property
     def best_dense(self) -> DenseRow:
@@ -349,9 +356,12 @@ def run_unet(settings: Settings, progress: Callable[[str], object] = lambda step
         timings = measure([*dense, *sparse], settings.calls, settings.repeats, bench.device, progress)
         args, kwargs = bench.calls[0].recorded
         report = explain(bench.model, *args, **kwargs)
-    for variant in dense:
-        result.dense.append(_dense_row(variant.name, timings[variant.name]))
     result.macs, result.sparse_mac_fraction = report.total_macs, report.sparse_mac_fraction
+    result.peak = measure_peak(bench.device, DTYPES[settings.dtype])
+    for variant in dense:
+        timing = timings[variant.name]
+        of_peak = 2 * report.total_macs / timing.median / result.peak
+        result.dense.append(DenseRow(variant.name, timing.median, *timing.spread, of_peak))
     for variant, density, mask, deviation in zip(sparse, settings.densities, masks, deviations, strict=True):
         timing, cost = timings[variant.name], report.cost(mask)
         result.sparse.append(
@@ -363,12 +373,9 @@ def run_unet(settings: Settings, progress: Callable[[str], object] = lambda step
                 context=timing.context,
                 speed_up=result.best_dense.seconds / timing.median,
                 arithmetic=report.total_macs / max(cost.macs, 1.0),
+                of_peak=2 * cost.macs / timing.median / result.peak,
                 bytes_loaded=cost.bytes_loaded,
                 deviation=deviation,
             )
         )
     return result
-
-
-def _dense_row(name: str, timing: Timing) -> DenseRow:
-    return DenseRow(name, timing.median, *timing.spread)

@@ -191,6 +191,7 @@ def summary(result: Result) -> list[str]:
         f"first call after torch.compile {_seconds(result.first_call)}; recorded calls {_seconds(result.first_record)} "
         f"(first), {_seconds(result.record)} (later); {result.bytes_recorded / 2**20:.0f} MiB for "
         f"{settings.calls} calls",
+        f"products of large matrices reach {result.peak / 1e12:.3g} TFLOP/s",
         f"set-up of an edit {_seconds(max(row.context for row in result.sparse))}",
         f"medians of {settings.calls} calls x {settings.repeats} interleaved rounds",
     ]
@@ -203,11 +204,18 @@ def table(result: Result) -> Table:
 
     found = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
     found.add_column("variant", no_wrap=True)
-    for heading in ("call", "speed-up", "arithmetic", "achieved", "loaded", "error"):
+    for heading in ("call", "speed-up", "saved", "achieved", "peak", "loaded", "error"):
         found.add_column(heading, justify="right", no_wrap=True)
     best = result.best_dense.seconds
     for dense in result.dense:
-        found.add_row(f"dense, {dense.name}", _seconds(dense.seconds), f"{best / dense.seconds:.2f}x", "1.0x")
+        found.add_row(
+            f"dense, {dense.name}",
+            _seconds(dense.seconds),
+            f"{best / dense.seconds:.2f}x",
+            "1.0x",
+            "",
+            f"{100 * dense.of_peak:.0f} %",
+        )
     for sparse in result.sparse:
         found.add_row(
             f"fisedit, {100 * sparse.density:g} %",
@@ -215,6 +223,7 @@ def table(result: Result) -> Table:
             f"{sparse.speed_up:.2f}x",
             f"{sparse.arithmetic:.1f}x",
             f"{100 * sparse.achieved:.0f} %",
+            f"{100 * sparse.of_peak:.0f} %",
             f"{sparse.bytes_loaded / 2**20:.0f} MiB",
             f"{sparse.deviation:.0e}",
         )

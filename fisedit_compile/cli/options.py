@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
@@ -263,6 +264,8 @@ def pipeline_complaints() -> Iterator[None]:
 
 def quiet() -> None:
     """Keep the libraries from talking about what the user did not ask for."""
+    # PyTorch's compiler, of functions of diffusers that ask for versions.
+    warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`", UserWarning)
     for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
         os.environ.setdefault(name, "error")
     import diffusers.utils.logging

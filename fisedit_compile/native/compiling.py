@@ -16,7 +16,8 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -37,6 +38,13 @@ DTYPES: dict[torch.dtype, tuple[tuple[str, ...], float]] = {
     torch.float32: ((), 1e-5),
     torch.bfloat16: (("BFLOAT16",), 2e-2),
 }
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """What is computed inside depends on no setting of the user's: autocast, gradients, devices."""
+    with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
+        yield
 
 
 class NotCompiledError(Exception):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fisedit_compile.native.compiling import DTYPES, NotCompiledError, load_library
+from fisedit_compile.native.compiling import DTYPES, NotCompiledError, load_library, undisturbed
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,7 @@ def _ordered(weight: Tensor, panel: int) -> Tensor:
 
 
 @lru_cache(maxsize=8)
+@undisturbed()
 def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
     """The compiled code for a dtype, once it was compared with exact results; None where there is none."""
     definitions, tolerance = DTYPES[dtype]
@@ -62,8 +63,10 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
     # Rows of all tiles, and inputs that fill no block.
     generator = torch.Generator().manual_seed(0)
     for count, inputs in ((1, 6), (13, 700), (101, 260)):
-        rows, weight = (torch.randn(size, inputs, generator=generator) for size in (count, 3 * panel))
-        bias = torch.randn(3 * panel, generator=generator)
+        rows, weight = (
+            torch.randn(size, inputs, generator=generator, dtype=torch.float32) for size in (count, 3 * panel)
+        )
+        bias = torch.randn(3 * panel, generator=generator, dtype=torch.float32)
         given = [tensor.to(dtype) for tensor in (rows / inputs**0.5, weight, bias)]
         exact = functional.linear(*(tensor.double() for tensor in given))
         result = _multiply(library, given[0], _ordered(given[1], panel), given[2])

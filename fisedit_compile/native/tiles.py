@@ -10,22 +10,56 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fisedit_compile.native.compiling import NotCompiledError, load_library
+from fisedit_compile.native.compiling import NotCompiledError, load_library, undisturbed
 
 logger = logging.getLogger(__name__)
 
 #: Channels are a multiple of so many, the lanes of the widest vectors.
 LANES = 16
+#: The transforms in one dimension, of four positions of a patch and of four products.
+INPUT = ((1.0, 0.0, -1.0, 0.0), (0.0, 1.0, 1.0, 0.0), (0.0, -1.0, 1.0, 0.0), (0.0, 1.0, 0.0, -1.0))
+OUTPUT = ((1.0, 1.0, 1.0, 0.0), (0.0, 1.0, -1.0, -1.0))
+
+
+@undisturbed()
+def _is_right(library: ctypes.CDLL) -> bool:
+    """Whether the code transforms some tiles of two samples as the matrices say."""
+    generator = torch.Generator().manual_seed(0)
+    source = torch.randn(2, 9, 3 * LANES, generator=generator, dtype=torch.float32)
+    table = torch.randint(0, 9, (2, 5, 16), generator=generator)
+    taken = torch.stack([sample[positions] for sample, positions in zip(source, table, strict=True)])
+    patch = torch.tensor(INPUT, dtype=torch.float32)
+    exact = torch.einsum("ia,jb,ntabc->ijntc", patch, patch, taken.unflatten(2, (4, 4))).reshape(16, 10, -1)
+    if not torch.allclose(_patches(library, source, table, 3, 6), exact[:, 3:9], atol=1e-5):
+        return False
+    output = torch.tensor(OUTPUT, dtype=torch.float32)
+    whole = torch.einsum("ia,jb,abtc->tijc", output, output, exact.unflatten(0, (4, 4))).reshape(2, 20, -1)
+    place = torch.randint(0, 5, (1, 12), generator=generator)
+    which = torch.randint(0, 4, (1, 12), generator=generator)
+    bias = torch.randn(3 * LANES, generator=generator, dtype=torch.float32)
+    products = [product for chunk in exact.split(4, 1) for product in chunk.contiguous()]
+    rows = _outputs(library, products, 4, place, which, 2, 5, bias)
+    return torch.allclose(rows, whole[:, (4 * place + which)[0]] + bias, atol=1e-4)
 
 
 @lru_cache(maxsize=1)
 def _library() -> ctypes.CDLL | None:
-    """The compiled code; None where there is none."""
+    """The compiled code, once it was compared with exact results; None where there is none."""
     try:
-        return load_library("tiles")
+        library = load_library("tiles")
     except NotCompiledError as error:
         logger.info("tiles are transformed by PyTorch alone: %s", error)
         return None
+    if not _is_right(library):
+        logger.warning("compiled transforms of tiles are wrong on this machine; PyTorch computes them")
+        return None
+    return library
+
+
+def _loaded() -> ctypes.CDLL:
+    library = _library()
+    assert library is not None
+    return library
 
 
 def supports(dtype: torch.dtype, device: torch.device, inputs: int, outputs: int) -> bool:
@@ -45,8 +79,10 @@ def patches(source: Tensor, table: Tensor, first: int, count: int) -> Tensor:
     Returns:
         ``[16, count, C]``.
     """
-    library = _library()
-    assert library is not None
+    return _patches(_loaded(), source, table, first, count)
+
+
+def _patches(library: ctypes.CDLL, source: Tensor, table: Tensor, first: int, count: int) -> Tensor:
     table = table.contiguous()
     samples, tiles, taps = table.shape
     result = source.new_empty((taps, count, source.shape[2]))
@@ -82,8 +118,19 @@ def outputs(
     Returns:
         ``[B, N, C]``.
     """
-    library = _library()
-    assert library is not None
+    return _outputs(_loaded(), products, step, place, which, batch, tiles, bias)
+
+
+def _outputs(
+    library: ctypes.CDLL,
+    products: Sequence[Tensor],
+    step: int,
+    place: Tensor,
+    which: Tensor,
+    batch: int,
+    tiles: int,
+    bias: Tensor | None,
+) -> Tensor:
     place, which = place.contiguous(), which.contiguous()
     bias = None if bias is None else bias.contiguous()
     count, channels = place.shape[1], products[0].shape[1]

@@ -24,16 +24,14 @@ from fisedit_compile.ops.stencils import tap_source
 CHUNK_BYTES = 8 << 20
 #: Rows and columns of the patch that a tile reads, and of its outputs.
 PATCH, SIDE = 4, 2
-INPUT = ((1.0, 0.0, -1.0, 0.0), (0.0, 1.0, 1.0, 0.0), (0.0, -1.0, 1.0, 0.0), (0.0, 1.0, 0.0, -1.0))
 KERNEL = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
-OUTPUT = ((1.0, 1.0, 1.0, 0.0), (0.0, 1.0, -1.0, -1.0))
 
 
 @lru_cache(maxsize=8)
 def _transforms(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Of patches, ``[16, 16]``, and of products, ``[4, 16]``."""
     with torch.inference_mode(False):
-        both = [torch.tensor(matrix, device=device, dtype=dtype) for matrix in (INPUT, OUTPUT)]
+        both = [torch.tensor(matrix, device=device, dtype=dtype) for matrix in (native.INPUT, native.OUTPUT)]
         return torch.kron(both[0], both[0]), torch.kron(both[1], both[1])
 
 

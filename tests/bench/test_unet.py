@@ -75,6 +75,9 @@ def test_the_command_measures_and_writes_all_numbers(tiny: str, tmp_path: Path) 
     assert sparse["achieved"] == pytest.approx(sparse["speed_up"] / sparse["arithmetic"])
     assert 0 < sparse["bytes_loaded"] < numbers["bytes_recorded"]
     assert numbers["sparse_mac_fraction"] > 0.9 and numbers["macs"] > 0
+    flops = 2 * numbers["macs"] / sparse["arithmetic"] / sparse["seconds"]
+    assert sparse["of_peak"] == pytest.approx(flops / numbers["peak"])
+    assert all(row["of_peak"] > 0 for row in numbers["dense"])
     assert numbers["first_call"] > 0 and numbers["first_record"] > 0
     assert 0 <= sparse["deviation"] < unet.AGREEMENT["fp32"]
 
@@ -129,9 +132,9 @@ def test_weights_in_channels_last_order_are_a_copy_and_others_are_shared() -> No
 
 
 def test_achieved_is_a_share_of_the_arithmetic_and_the_best_dense_counts() -> None:
-    row = SparseRow(0.1, 1.0, 1.0, 1.0, 0.0, speed_up=3.0, arithmetic=6.0, bytes_loaded=1, deviation=0.0)
+    row = SparseRow(0.1, 1.0, 1.0, 1.0, 0.0, speed_up=3.0, arithmetic=6.0, of_peak=0.5, bytes_loaded=1, deviation=0.0)
     assert row.achieved == 0.5
-    dense = [unet.DenseRow(name, seconds, seconds, seconds) for name, seconds in (("a", 2.0), ("b", 1.5))]
+    dense = [unet.DenseRow(name, seconds, seconds, seconds, 0.5) for name, seconds in (("a", 2.0), ("b", 1.5))]
     assert Result(Settings(), {}, dense).best_dense.name == "b"
 
 

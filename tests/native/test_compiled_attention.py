@@ -155,21 +155,6 @@ def test_what_is_not_supported() -> None:
         assert not native.supports(query, key, value, None)
 
 
-def test_code_that_computes_something_else_is_not_taken(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    right = native._call
-
-    def wrong(*arguments: object) -> Tensor:
-        return right(*arguments) * 1.001  # type: ignore[arg-type]
-
-    monkeypatch.setattr(native, "_call", wrong)
-    assert native._function.__wrapped__(torch.float32) is None
-    assert "is wrong on this machine" in caplog.text
-    monkeypatch.setattr(native, "_call", right)
-    assert native._function.__wrapped__(torch.float32) is not None
-
-
 def test_pytorch_computes_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*arguments: str) -> None:
         raise NotCompiledError("no compiler")

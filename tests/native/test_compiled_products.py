@@ -97,17 +97,6 @@ def test_what_does_not_fit_is_refused(dtype: torch.dtype) -> None:
             products.product(rows, ordered, bias)
 
 
-def test_code_that_computes_something_else_is_not_taken(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    if torch.float32 not in KINDS:
-        pytest.skip("nothing is compiled on this machine")
-    right = products._multiply
-    monkeypatch.setattr(products, "_multiply", lambda *given: right(*given) + 1e-3)
-    assert products._library.__wrapped__(torch.float32) is None
-    assert "are wrong on this machine" in caplog.text
-
-
 def test_pytorch_computes_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*arguments: str) -> None:
         raise NotCompiledError("no compiler")
