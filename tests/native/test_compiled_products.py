@@ -14,6 +14,7 @@ from fisedit_compile.native.compiling import DTYPES, NotCompiledError
 from tolerances import assert_near
 
 KINDS = [dtype for dtype in DTYPES if products._library(dtype) is not None]
+pytestmark = pytest.mark.skipif(torch.float32 not in KINDS, reason="nothing is compiled on this machine")
 #: A multiple of all panels, which have 8 to 32 outputs.
 PANEL = 32
 

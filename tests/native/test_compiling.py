@@ -23,6 +23,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache folder."""
     monkeypatch.setenv("FISEDIT_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.delenv("FISEDIT_NATIVE", raising=False)
     return tmp_path / "cache" / "native"
 
 
@@ -91,6 +92,7 @@ def test_a_library_that_cannot_be_loaded(folder: Path, tmp_path: Path, monkeypat
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
+    monkeypatch.delenv("FISEDIT_NATIVE", raising=False)
     monkeypatch.setenv("FISEDIT_CACHE_DIR", str(tmp_path / "file"))
     monkeypatch.setenv("CXX", str(script(tmp_path / "compiler", "echo 1")))
     with pytest.raises(NotCompiledError, match="cannot write"):
