@@ -12,14 +12,12 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from fisedit_compile import private
+from fisedit_compile import measured, private
 from fisedit_compile.config import Options, parse_options
 from fisedit_compile.errors import OptionError
 from fisedit_compile.kernel_report import KernelChoice, kernel_choices
 from fisedit_compile.kernels.chips import Chip
-from fisedit_compile.ops.choices import Times, costs
-from fisedit_compile.ops.maps import MEASURED, describe_map
-from fisedit_compile.ops.paths import describe_shape
+from fisedit_compile.ops.choices import Times
 from fisedit_compile.passes import Miss, Program, build_program
 from fisedit_compile.passes.report import MacCount
 from fisedit_compile.runtime.masks import prepare_mask, reduce_mask, tile_mask
@@ -281,34 +279,31 @@ class ExplainReport:
             for reason, count in rows.most_common():
                 table.add_row(reason, str(count))
             tables.append(table)
-        times = self.measured_convolutions()
-        if times:
-            table = Table("case", "fastest", "milliseconds", title="3x3 convolutions, as measured on this machine")
-            for case, measured in times.items():
-                shown = ", ".join(f"{way} {1000 * spent:.2f}" for way, spent in measured.items())
-                table.add_row(escape(case), min(measured, key=measured.__getitem__), shown)
-            tables.append(table)
+        for title, times in (
+            ("3x3 convolutions", self.measured_convolutions()),
+            ("Products", self.measured_products()),
+            ("Attention", self.measured_attention()),
+        ):
+            if times:
+                table = Table("case", "fastest", "milliseconds", title=f"{title}, as measured on this machine")
+                for case, spent in times.items():
+                    shown = ", ".join(f"{way} {1000 * second:.2f}" for way, second in spent.items())
+                    table.add_row(escape(case), min(spent, key=spent.__getitem__), shown)
+                tables.append(table)
         return tables
 
     def measured_convolutions(self) -> dict[str, Times]:
         """Seconds of each way to compute the network's 3x3 convolutions, by case, as far as they were measured on this
         machine: on rows by edits, which take the fastest way, and on whole maps by recorded and dense calls."""
-        shapes, maps = set(), {}
-        for program in self.programs:
-            for node in program.record.graph.nodes:
-                if node.target is torch.ops.fisedit.conv_map.default:
-                    weight, channels_last = node.args[2].meta["val"], node.args[5]
-                    case = describe_map(weight.shape[1], weight.shape[0], channels_last, weight.dtype)
-                    maps[f"{MEASURED} {case}"] = f"whole map, {case}"
-            for node in program.edit.graph.nodes if program.edit is not None else ():
-                if node.target is torch.ops.fisedit.conv_choice.default:
-                    weight, height, width = node.args[-3:]
-                    outputs, inputs = weight.meta["val"].shape[:2]
-                    dtype = weight.meta["val"].dtype
-                    shapes.add(describe_shape(program.batch or 0, height, width, inputs, outputs, dtype))
-        known = {key.removeprefix("convolution "): times for key, times in costs.entries().items()}
-        found = {case: times for case, times in known.items() if case.partition(",")[0] in shapes}
-        return found | {maps[key]: times for key, times in costs.entries().items() if key in maps}
+        return measured.measured_convolutions(self.programs)
+
+    def measured_products(self) -> dict[str, Times]:
+        """The same of the network's products: of few rows by edits, and of whole maps."""
+        return measured.measured_products(self.programs)
+
+    def measured_attention(self) -> dict[str, Times]:
+        """The same of the network's attention, for all numbers of queries that were measured."""
+        return measured.measured_attention(self.programs)
 
 
 def bytes_read(program: Program, plan: IndexPlan) -> int:

@@ -154,7 +154,8 @@ def build_program(
     runner.run("hoist_parameters", edit, lambda: prologue.append(hoist_parameters(edit, inputs, report)[1]))
     dense_inputs: list[int] = []
     runner.run("convolve_maps", record, lambda: dense_inputs.extend(convolve_maps(edit, record, report, way)[1]))
-    runner.run("multiply_maps", record, lambda: dense_inputs.extend(multiply_maps(edit, record, report)[1]))
+    if spatial:
+        runner.run("multiply_maps", record, lambda: dense_inputs.extend(multiply_maps(edit, record, report)[1]))
     started = time.perf_counter()
     lifted, saving, edit_inputs = lift_edit(edit, report.sites, report)
     invariants, invariant_inputs = lift_invariants(edit)

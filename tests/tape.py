@@ -8,7 +8,7 @@ was not copied.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fisedit_compile.kernels.launches import Launch
+from fisedit_compile.native import attention, norm, products, tiles
 from fisedit_compile.replay import Captured
 
 READS_BACK = ("_local_scalar_dense", "nonzero", "equal", "masked_select")
@@ -74,6 +75,16 @@ class Tape(TorchDispatchMode):
 
 
 RUN_LAUNCH = Launch.run
+
+
+@contextmanager
+def only_operators() -> Iterator[None]:
+    """Without code that is compiled for the processor: no tape sees it run, and a GPU has none of it."""
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(attention, "_function", lambda dtype: None))
+        for module in (norm, products, tiles):
+            stack.enter_context(mock.patch.object(module, "_library", lambda *dtype: None))
+        yield
 
 
 class TapeCapturer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fisedit_compile as fisedit
+from fisedit_compile import measured
 from fisedit_compile.config import Options
 from fisedit_compile.errors import OptionError
 from fisedit_compile.explain import ExplainReport, explain_with, ragged_mask
+from fisedit_compile.ops import attention, packed
 from fisedit_compile.ops.choices import CostTable, machine
 from fisedit_compile.runtime import Domain
 
@@ -164,7 +167,7 @@ def test_compiled_networks_can_be_explained(how: str) -> None:
 
 def test_measured_ways_of_the_networks_convolutions_are_shown(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FISEDIT_CACHE_DIR", str(tmp_path))
-    monkeypatch.setitem(ExplainReport.measured_convolutions.__globals__, "costs", CostTable())
+    monkeypatch.setattr(measured, "costs", CostTable())
     module, x = nn.Conv2d(64, 64, 3, padding=1), torch.randn(2, 64, 32, 32)
     assert explain_with(Options(), module, x).measured_convolutions() == {}
     mine, other = (f"2x32x32 64->{outputs} float32, about 10 rows" for outputs in (64, 96))
@@ -176,8 +179,55 @@ def test_measured_ways_of_the_networks_convolutions_are_shown(tmp_path, monkeypa
         for case in ("64->64 float32", "64->64 float32, channels last")
     ]
     (tmp_path / "costs.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    monkeypatch.setitem(ExplainReport.measured_convolutions.__globals__, "costs", CostTable())
+    monkeypatch.setattr(measured, "costs", CostTable())
     report = explain_with(Options(), module, x)
     assert report.measured_convolutions() == {mine: times, "whole map, 64->64 float32": maps}
     assert "rows 2.00, tiles 1.00" in str(report) and mine in str(report)
     assert "direct 5.00, tiles 4.00" in str(report)
+
+
+def write_costs(path: Path, *cases: str) -> dict[str, float]:
+    """Keep the same times for some operators and cases."""
+    times = {"plain": 2e-3, "compiled": 1e-3}
+    lines = [json.dumps({"machine": machine(), "case": case, "seconds": times}) for case in cases]
+    path.write_text("\n".join(lines))
+    return times
+
+
+def test_measured_products_and_attention_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Block(nn.Module):
+        """Self-attention of a map's tokens."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside, self.outside = nn.Linear(64, 192), nn.Linear(64, 64)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            tokens = self.inside(x.flatten(2).transpose(1, 2)).unflatten(2, (3, 4, 16)).permute(2, 0, 3, 1, 4)
+            attended = nn.functional.scaled_dot_product_attention(*tokens.unbind(0))
+            return self.outside(attended.transpose(1, 2).flatten(2)).transpose(1, 2).unflatten(2, x.shape[2:])
+
+    # What is measured while an edit runs is what the report looks for.
+    monkeypatch.setenv("FISEDIT_CACHE_DIR", str(tmp_path))
+    table = CostTable()
+    for module in (measured, packed, attention):
+        monkeypatch.setattr(module, "costs", table)
+    network, x, runtime = Block(), torch.randn(2, 64, 16, 16), fisedit.Runtime()
+    report = explain_with(Options(), network, x)
+    assert report.measured_products() == {} and report.measured_attention() == {}
+    compiled = torch.compile(network, backend="fisedit", options={"runtime": runtime})
+    mask = torch.zeros(16, 16)
+    mask[3:8, 2:9] = 1
+    with torch.no_grad():
+        with runtime.record("base"):
+            compiled(x)
+        with runtime.edit("base", mask=mask):
+            compiled(x + 1)
+    keys = set(table.entries())
+    assert len({key for key in keys if key.startswith("product ")}) >= 2
+    shown = report.measured_products() | report.measured_attention()
+    cases = {key.replace("product of a map ", "product whole map, ").partition(" ")[2] for key in keys}
+    assert set(shown) == cases and all(case in str(report) for case in cases)
+    write_costs(tmp_path / "costs.jsonl", "product about 40 rows, 64->999 float32", "attention 9 of 9 heads 16->16")
+    monkeypatch.setattr(measured, "costs", CostTable())
+    assert report.measured_products() == {} and report.measured_attention() == {}, "of another network"

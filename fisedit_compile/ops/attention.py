@@ -22,11 +22,16 @@ MEASURED = "attention"
 MOST_QUERIES, MOST_KEYS = 512, 1024
 
 
+def describe_heads(query: Tensor, key: Tensor, value: Tensor) -> str:
+    """Heads and channels in words; tensors are ``[B, heads, positions, D]``."""
+    channels = f"{query.shape[3]}->{value.shape[3]} {describe_dtype(query.dtype)}"
+    return f"{query.shape[1]} of {key.shape[1]} heads {channels}"
+
+
 def describe_attention(query: Tensor, key: Tensor, value: Tensor) -> str:
     """What decides which way is the fastest, in words; tensors are ``[B, heads, positions, D]``."""
-    channels = f"{query.shape[3]}->{value.shape[3]} {describe_dtype(query.dtype)}"
     counts = f"{describe_count(query.shape[2])} queries, {describe_count(key.shape[2])} keys"
-    return f"{query.shape[1]} of {key.shape[1]} heads {channels}, {counts}"
+    return f"{describe_heads(query, key, value)}, {counts}"
 
 
 def attend(

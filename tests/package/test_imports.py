@@ -18,7 +18,7 @@ LAYERS = (
     ("passes",),
     ("forms", "replacements", "private", "description", "tracing", "lowering", "prologues"),
     ("replay",),
-    ("edit_inputs", "executable", "compiled_graph", "backend", "kernel_report", "explain"),
+    ("edit_inputs", "executable", "compiled_graph", "backend", "kernel_report", "measured", "explain"),
     ("models", "scenes", "pipelines", ""),
     ("bench",),
     ("cli",),

@@ -15,7 +15,7 @@ from fisedit_compile.passes import Program, build_program
 from fisedit_compile.passes.layouts import Spatial
 from fisedit_compile.runtime.masks import reduce_mask
 
-from execution import Edit, random_inputs, record
+from execution import Edit, dense_inputs, random_inputs, record
 from graphs import aten
 
 Step = Callable[[st.DrawFn, Network, fx.Node], fx.Node]
@@ -187,10 +187,14 @@ def assert_near(actual: Tensor, expected: object, what: str) -> None:
 def check_program(program: Program, dense: fx.Graph, output: str, inputs: list[list[Tensor]], mask: Tensor) -> None:
     first, second = inputs
     base = record(program, first)
-    recorded = interpret(dense, first, None, None)
+
+    def with_hoisted(inputs: list[Tensor]) -> list[Tensor]:
+        return [*inputs, *dense_inputs(program, inputs)]
+
+    recorded = interpret(dense, with_hoisted(first), None, None)
     assert_near(base.outputs[0], recorded[output], "record")
     edit = Edit(program, base, second, mask)
-    assert_near(edit.run()[0], interpret(dense, second, mask, recorded)[output], "edit")
+    assert_near(edit.run()[0], interpret(dense, with_hoisted(second), mask, recorded)[output], "edit")
     assert_near(Edit(program, base, first, mask).run()[0], base.outputs[0], "the recorded input")
     saved = edit.save()
     assert_near(saved.sites["output:0"], saved.outputs[0], "the saved output")

@@ -47,6 +47,7 @@ def test_fifty_masks_compile_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     case.edit(inputs, case.mask(MaskRecipe("ragged", 1)))
     with case.runtime.edit("base", mask=case.mask(MaskRecipe("ragged", 1)), save_as="next"):
         case.call(inputs)
+    case.edit(inputs, case.mask(MaskRecipe("full")))
     before = (lowerings.calls, programs.calls)
     assert min(before) >= 1, "the counters count nothing"
     with torch.compiler.set_stance("fail_on_recompile"):

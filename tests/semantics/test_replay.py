@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from shape_networks import BLOCKS
-from tape import TapeCapturer
+from tape import TapeCapturer, only_operators
 
 from fisedit_compile import backend
 
@@ -27,7 +27,7 @@ NETWORKS: list[Network] = [*BLOCKS[::12], *COMPOSITES[::2], *(net for net in DIF
 def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     """A recorded network whose edits are captured: by CUDA on a GPU, by a tape elsewhere."""
     torch.compiler.reset()
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, only_operators():
         if DEVICE == "cpu":
             patch.setattr(backend, "capturer_for", lambda devices: TapeCapturer())
         # Packed weights are opaque to the tape.
