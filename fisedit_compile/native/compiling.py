@@ -57,7 +57,10 @@ def _compiler() -> list[str]:
     Raises:
         NotCompiledError: none is found.
     """
-    given = shlex.split(os.environ.get("CXX", ""))
+    try:
+        given = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as error:
+        raise NotCompiledError(f"the variable CXX names no command: {error}") from error
     names = [given[0]] if given else COMPILERS
     for name in names:
         found = shutil.which(name)
@@ -84,7 +87,7 @@ def _run(command: Sequence[str]) -> str:
         NotCompiledError: it cannot be run, takes too long, or fails; with the end of what it printed.
     """
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=PATIENCE, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NotCompiledError(f"cannot run {command[0]}: {error}") from error
     if done.returncode != 0:
@@ -103,6 +106,13 @@ def _compile(source: bytes, command: Sequence[str], path: Path) -> None:
             library.replace(path)
     except OSError as error:
         raise NotCompiledError(f"cannot write {path}: {error}") from error
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError as error:
+        raise NotCompiledError(f"cannot read {path}: {error}") from error
 
 
 @lru_cache(maxsize=16)
@@ -125,7 +135,7 @@ def load_library(name: str, *definitions: str) -> ctypes.CDLL:
     described = "\0".join([*command, _run([*compiler, "--version"]), _processor()])
     key = hashlib.sha256(source + described.encode()).hexdigest()[:16]
     path = cache_folder() / "native" / f"{'_'.join((name, *definitions))}_{key}.so"
-    if not path.is_file():
+    if not _is_there(path):
         _compile(source, command, path)
         logger.info("compiled %s", path)
     try:

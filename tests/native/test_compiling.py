@@ -68,6 +68,20 @@ def test_no_compiler(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "nowhere-to-be-found")
     with pytest.raises(NotCompiledError, match=r"tried nowhere-to-be-found"):
         load("attention")
+    monkeypatch.setenv("CXX", 'g++ "-O3')
+    with pytest.raises(NotCompiledError, match="CXX names no command"):
+        load("attention")
+
+
+def test_a_folder_that_cannot_be_read(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> bool:
+        raise PermissionError("not yours")
+
+    monkeypatch.setenv("CXX", str(script(tmp_path / "compiler", "echo 1")))
+    with monkeypatch.context() as patch:
+        patch.setattr(compiling.Path, "is_file", refuse)
+        with pytest.raises(NotCompiledError, match="cannot read .*not yours"):
+            load("attention")
 
 
 def test_a_compiler_that_fails_says_why(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
