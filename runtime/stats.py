@@ -35,9 +35,10 @@ class Stats:
         seconds: host seconds by phase; ``plan``, for index plans, is a part of ``edit``. Work on CUDA goes on after
             the host's part.
         ways: how operators that can be computed in several ways were computed, and how often: in sparse calls
-            ``"convolution: rows"``, ``tiles``, ``dense``, or on a GPU the block sizes of the kernel, and there
-            ``"edit graph: replayed"`` or ``launched one by one``; in recorded and dense calls
-            ``"convolution of a map: direct"`` or ``tiles``.
+            ``"convolution: rows"``, ``tiles``, ``compiled tiles``, ``dense``, or on a GPU the kernel's block sizes, and
+            there ``"edit graph: replayed"`` or ``launched one by one``; in recorded and dense calls
+            ``"convolution of a map: direct"`` or ``tiles``, and ``"product of a map: plain"``, ``packed`` or
+            ``compiled``; in all of them ``"attention: plain"`` or ``compiled``.
     """
 
     calls: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PHASES, 0))
