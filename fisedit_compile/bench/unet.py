@@ -306,7 +306,7 @@ class Bench:
             # Modules of their own: otherwise both would share their compiled code.
             inductor, frozen = torch.compile(copy.copy(self.model)), private.compile_frozen(copy.copy(self.model))
             variants.append(Variant("inductor", lambda number: self.run(inductor, number)))
-            variants.append(Variant("inductor, frozen", lambda number: self.run(frozen, number)))
+            variants.append(Variant("frozen inductor", lambda number: self.run(frozen, number)))
         return variants
 
     @staticmethod
