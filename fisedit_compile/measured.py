@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -58,9 +59,10 @@ def measured_convolutions(programs: Sequence[Program]) -> dict[str, Times]:
             case = maps.describe_map(weight.shape[1], weight.shape[0], channels_last, weight.dtype)
             whole[f"{maps.MEASURED} {case}"] = f"whole map, {case}"
         for node in _calls(program.edit, fisedit.conv_choice.default):
-            given, height, width = node.args[-3:]
+            arguments: tuple[Any, ...] = node.args
+            given, height, width = arguments[-3:]
             weight = _value(given)
-            size = program.batch or 0, int(height), int(width)  # type: ignore[arg-type]
+            size = program.batch or 0, height, width
             shapes.add(describe_shape(*size, weight.shape[1], weight.shape[0], weight.dtype))
     entries = costs.entries()
     known = {key.removeprefix("convolution "): times for key, times in entries.items()}

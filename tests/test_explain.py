@@ -186,14 +186,6 @@ def test_measured_ways_of_the_networks_convolutions_are_shown(tmp_path, monkeypa
     assert "direct 5.00, tiles 4.00" in str(report)
 
 
-def write_costs(path: Path, *cases: str) -> dict[str, float]:
-    """Keep the same times for some operators and cases."""
-    times = {"plain": 2e-3, "compiled": 1e-3}
-    lines = [json.dumps({"machine": machine(), "case": case, "seconds": times}) for case in cases]
-    path.write_text("\n".join(lines))
-    return times
-
-
 def test_measured_products_and_attention_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Block(nn.Module):
         """Self-attention of a map's tokens."""
@@ -228,6 +220,13 @@ def test_measured_products_and_attention_are_shown(tmp_path: Path, monkeypatch: 
     shown = report.measured_products() | report.measured_attention()
     cases = {key.replace("product of a map ", "product whole map, ").partition(" ")[2] for key in keys}
     assert set(shown) == cases and all(case in str(report) for case in cases)
-    write_costs(tmp_path / "costs.jsonl", "product about 40 rows, 64->999 float32", "attention 9 of 9 heads 16->16")
+    times = {"plain": 2e-3, "compiled": 1e-3}
+    others = (
+        "product about 40 rows, 64->999 float32",
+        "attention 9 of 9 heads 16->16 float32, about 8 queries, 9 keys",
+    )
+    lines = [json.dumps({"machine": machine(), "case": case, "seconds": times}) for case in others]
+    (tmp_path / "costs.jsonl").write_text("\n".join(lines))
     monkeypatch.setattr(measured, "costs", CostTable())
+    assert set(measured.costs.entries()) == set(others)
     assert report.measured_products() == {} and report.measured_attention() == {}, "of another network"

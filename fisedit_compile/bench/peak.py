@@ -1,4 +1,4 @@
-"""What the machine reaches in products of large matrices: what else it computes cannot be faster."""
+"""What the machine reaches in products of large matrices: the measure of what else it computes."""
 
 from __future__ import annotations
 
