@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given
@@ -12,21 +10,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from fisedit_compile.native import attention as native
-from fisedit_compile.native.compiling import DTYPES, NotCompiledError, load_library
+from fisedit_compile.native.compiling import DTYPES, NotCompiledError
 
 from tolerances import assert_near
 
+pytestmark = pytest.mark.usefixtures("compiler")
 KINDS = tuple(DTYPES)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compiler() -> Iterator[None]:
-    """Nothing to test without one."""
-    try:
-        load_library("attention")
-    except NotCompiledError as error:
-        pytest.skip(str(error))
-    yield
 
 
 def exact(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from fisedit_compile.native import attention, norm, products, tiles
-from fisedit_compile.native.compiling import DTYPES, NotCompiledError, load_library
+from fisedit_compile.native.compiling import DTYPES
 
+pytestmark = pytest.mark.usefixtures("compiler")
 #: How each module checks its code anew.
 CHECKS: dict[str, Callable[[], object]] = {
     f"{module.__name__.rpartition('.')[2]} {dtype}": lambda module=module, dtype=dtype: check(module, dtype)
@@ -23,16 +24,6 @@ CHECKS: dict[str, Callable[[], object]] = {
 def check(module: ModuleType, dtype: torch.dtype) -> object:
     known = module._function if module is attention else module._library
     return known.__wrapped__(dtype)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compiler() -> Iterator[None]:
-    """Nothing to test without one."""
-    try:
-        load_library("norm")
-    except NotCompiledError as error:
-        pytest.skip(str(error))
-    yield
 
 
 @pytest.fixture
