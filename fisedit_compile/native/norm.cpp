@@ -1,7 +1,8 @@
 // Group norm of rows with statistics that are updated: sums of each row, totals of the mixed map, and the norm itself.
 // What PyTorch computes by ten operators over the rows each, these compute by reading them once.
 
-constexpr int64_t LONGEST = 1 << 14; // channels for which a thread keeps scales and shifts on its stack
+// CHANNELS is defined by whoever compiles this: for so many a thread keeps scales and shifts on its stack.
+
 // Rows that a thread takes at a time at least.
 constexpr int64_t SHARE = 16;
 
@@ -52,7 +53,7 @@ extern "C" void totals(const float *before, const float *recorded, const float *
 }
 
 // Normalised rows [batch, count, groups * width]: center [batch, groups], sums [batch, 2, groups] of elements of a group,
-// weight and bias [groups * width] or null. Channels are at most LONGEST.
+// weight and bias [groups * width] or null. Channels are at most CHANNELS.
 extern "C" void normalise(const Number *rows, const float *center, const float *sums, const Number *weight,
                           const Number *bias, float eps, double elements, Number *out, int64_t batch, int64_t count,
                           int64_t groups, int64_t width, int threads) {
@@ -60,7 +61,7 @@ extern "C" void normalise(const Number *rows, const float *center, const float *
   const int wanted = threads_for(batch * count, threads);
 #pragma omp parallel num_threads(wanted)
   for (int64_t sample = 0; sample < batch; ++sample) {
-    float scale[LONGEST], shift[LONGEST];
+    float scale[CHANNELS], shift[CHANNELS];
     for (int64_t group = 0; group < groups; ++group) {
       const double offset = sums[2 * sample * groups + group] / elements;
       const double square = sums[(2 * sample + 1) * groups + group] / elements;

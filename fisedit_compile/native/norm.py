@@ -39,7 +39,7 @@ def _is_right(library: ctypes.CDLL, dtype: torch.dtype) -> bool:
 def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
     """The compiled code for a dtype, once it was compared with exact results; None where there is none."""
     try:
-        library = load_library("norm", *DTYPES[dtype][0])
+        library = load_library("norm", *DTYPES[dtype][0], f"CHANNELS={CHANNELS}")
     except NotCompiledError as error:
         logger.info("group norms are computed by PyTorch alone: %s", error)
         return None
