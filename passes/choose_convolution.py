@@ -66,6 +66,8 @@ def refusal(node: fx.Node, stencil: Stencil, constant: set[fx.Node], way: str) -
     if weight.meta["val"].device.type == "cuda":
         return "tiles are made for processors" if way == "tiles" else None
     domain = stencil.source
+    if domain != stencil.target:
+        return "its output is active at other positions than its input"
     if domain.height % SIDE or domain.width % SIDE:
         return "the map has an odd height or width"
     if way == "tiles" and weight.meta["val"].dtype not in (torch.float32, torch.float64):
@@ -77,7 +79,7 @@ def refusal(node: fx.Node, stencil: Stencil, constant: set[fx.Node], way: str) -
 
 def tile_stencils(domain: Domain) -> tuple[Stencil, Stencil]:
     """How tiles read their patches, and how rows read their tiles."""
-    tiles = Domain(domain.height // SIDE, domain.width // SIDE)
+    tiles = Domain(domain.height // SIDE, domain.width // SIDE, domain.cover.of_tiles(SIDE))
     sizes = {"kernel": PATCH, "stride": SIDE, "padding": 1, "dilation": 1}
     parameters = {
         f"{name}_{axis}": size

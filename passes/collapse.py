@@ -91,7 +91,7 @@ def collapse(graph_module: fx.GraphModule, opaque: Opaque, report: Report) -> fx
     for node, value in zip(results, output.args[0], strict=True):
         node.meta.update(val=value.meta["val"], origin=node.name)
         if (spatial := spatial_of(value)) is not None:
-            node.meta["spatial"] = spatial
+            node.meta["spatial"] = spatial.at()  # what happens to positions inside is not looked at
     call.meta["origin"] = call.name
     for position in opaque.changed:
         inputs[position].meta["changed"] = True

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from fisedit_compile.runtime.cover import WHOLE, Cover
 from fisedit_compile.runtime.spec import Domain
 
 BATCH, HEIGHT, WIDTH, SPACE, CHANNEL = "batch", "height", "width", "space", "channel"
@@ -55,6 +56,10 @@ class Spatial:
     def row_dim(self, dim: int) -> int:
         """Dimension of the rows that holds the logical channel dimension ``dim``."""
         return 2 + self.channel_dims.index(dim)
+
+    def at(self, cover: Cover = WHOLE) -> Spatial:
+        """The same size and dimensions at another place of the mask."""
+        return Spatial(Domain(self.domain.height, self.domain.width, cover), self.dims)
 
     def with_dims(self, dims: tuple[str, ...]) -> Spatial:
         """The same domain with other dimensions."""

@@ -1,11 +1,13 @@
 """Find which values are spatial, at which resolution, with which dimensions.
 
-Why: every later pass asks this of its operands. Nothing is rewritten here.
+Why: every later pass asks this of its operands. Equal sizes do not mean equal places: where positions were cut, moved or
+joined, a domain has a cover of its own (movement.py).
 
 Before: no annotations
 After:  ``node.meta["spatial"] = Spatial(domain, dims)`` on spatial values (``"spatial_outputs"``, a list, on nodes
         with several outputs), ``node.meta["origin"]`` on every node, and ``node.meta["dense_reason"]`` on operators
-        that read a spatial value and stay dense.
+        that read a spatial value and stay dense. Where values from different places meet, and where an output lies
+        at another place than it is masked at, ``alias(x)`` is x at the other place.
 
 Conditions for an input to be spatial:
 1. It is a floating tensor of rank 4 with more than one position, and not a parameter; or it is one of the tokens that
@@ -17,13 +19,15 @@ Conditions for an input to be spatial:
 
 An operator's output is spatial when its family's inference rule says so. Where a rule gives its reason, behind an
 operator that no rule knows, and further on behind values that are not spatial but were made from one, recognise.py
-tells. A graph that returns a value about which it cannot tell has no annotations: it stays dense, with the reason.
+tells. Values of one size from different places meet where both are active: attention may have queries from elsewhere.
+A graph that returns a value about which it cannot tell has no annotations: it stays dense, with the reason.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import fx
@@ -36,11 +40,16 @@ from fisedit_compile.passes.domain_graph import (
     reads_channels_last,
 )
 from fisedit_compile.passes.family import Family
-from fisedit_compile.passes.ir import reads_spatial, shape_of, spatial_of, unknown
+from fisedit_compile.passes.geometry import Geometry, Places
+from fisedit_compile.passes.ir import insert_call, reads_spatial, shape_of, spatial_of, unknown
 from fisedit_compile.passes.layouts import HEIGHT, NCHW, NHWC, TOKENS, WIDTH, Spatial
+from fisedit_compile.passes.movement import Movement
+from fisedit_compile.passes.moves import SPLITS, joined_axis, read_crops
 from fisedit_compile.passes.program import InputInfo
 from fisedit_compile.passes.recognise import Recogniser
 from fisedit_compile.passes.report import Report
+from fisedit_compile.passes.sparsify_attention import FAMILY as ATTENTION
+from fisedit_compile.passes.sparsify_layout import ALIAS, JOINS
 from fisedit_compile.passes.targets import RESOLUTION_CHANGES, aten
 from fisedit_compile.runtime.spec import Domain
 
@@ -103,8 +112,67 @@ def find_resolutions(derived: Sequence[fx.Node], batch: int, domains: set[Domain
             domains.add(domain)
 
 
+def _meet(node: fx.Node, movement: Movement, derived: dict[fx.Node, None]) -> None:
+    """Bring operands of one size to one place: what a row operator reads has the same rows."""
+    operands = [value for value in dict.fromkeys(node.all_input_nodes) if spatial_of(value) is not None]
+    if ATTENTION.matches(node.target):
+        operands = [value for value in operands if value is not node.args[0]]
+    if node.target in JOINS:
+        known = spatial_of(operands[0]) if operands else None
+        if known is None or joined_axis(node, known) is not None:
+            return
+    places: dict[Domain, list[fx.Node]] = {}
+    for value in operands:
+        places.setdefault(_domain(value).whole, []).append(value)
+    for size, values in places.items():
+        if len({_domain(value) for value in values}) < 2:
+            continue
+        met = movement.places.met(size, [movement.geometry(value) for value in values])
+        for value in values:
+            if _domain(value).cover != met.cover:
+                node.replace_input_with(value, _at(value, node, met, movement, derived))
+
+
+def _at(
+    value: fx.Node, reader: fx.Node, geometry: Geometry, movement: Movement, derived: dict[fx.Node, None]
+) -> fx.Node:
+    """A value at another place, for one reader."""
+    spatial = spatial_of(value)
+    assert spatial is not None
+    node = insert_call(reader, ALIAS, value)
+    node.meta["spatial"] = spatial.at(geometry.cover)
+    node.meta["origin"] = node.name
+    movement.put(node, geometry)
+    derived[node] = None
+    return node
+
+
+def _domain(node: fx.Node) -> Domain:
+    spatial = spatial_of(node)
+    assert spatial is not None
+    return spatial.domain
+
+
+def _mask_outputs(graph: fx.Graph, movement: Movement, derived: dict[fx.Node, None]) -> None:
+    """Bring each output to the place at which it is masked."""
+    output = next(iter(reversed(graph.nodes)))
+    for value in output.all_input_nodes:
+        spatial = spatial_of(value)
+        if spatial is None or value.op == "placeholder":
+            continue
+        geometry = movement.geometry(value)
+        cover = movement.places.output(geometry, spatial.domain.whole)
+        if cover != spatial.domain.cover:
+            output.replace_input_with(value, _at(value, output, replace(geometry, cover=cover), movement, derived))
+
+
 def _annotate(
-    node: fx.Node, families: Sequence[Family], batch: int, domains: set[Domain], recogniser: Recogniser
+    node: fx.Node,
+    families: Sequence[Family],
+    batch: int,
+    domains: set[Domain],
+    recogniser: Recogniser,
+    movement: Movement,
 ) -> None:
     """Annotate a node that reads a spatial value."""
     family = next((family for family in families if family.matches(node.target)), None)
@@ -113,12 +181,36 @@ def _annotate(
         inferred = f"its batch is not {batch}"
     if isinstance(inferred, list):
         node.meta["spatial_outputs"] = inferred
+        domains.update(layout.domain.whole for layout in inferred)
     elif isinstance(inferred, Spatial):
-        node.meta["spatial"] = inferred
-        domains.add(inferred.domain)
+        node.meta["spatial"] = movement.place(node, inferred, inferred=True)
+        domains.add(inferred.domain.whole)
     else:
         node.meta["dense_reason"] = inferred
-        recogniser.recognise(node)
+        _recognise(node, recogniser, movement)
+
+
+def _recognise(node: fx.Node, recogniser: Recogniser, movement: Movement) -> None:
+    """Annotate a node that is computed densely, if it is a map."""
+    recogniser.recognise(node)
+    layout = spatial_of(node)
+    if layout is not None:
+        node.meta["spatial"] = movement.place(node, layout, inferred=False)
+
+
+def _annotate_output(getter: fx.Node, source: fx.Node, outputs: Sequence[Spatial], movement: Movement) -> None:
+    """Annotate one of the outputs of a node that has several."""
+    number = getter.args[1]
+    assert isinstance(number, int)
+    layout, whole = outputs[number], source.args[0]
+    spatial = spatial_of(whole)
+    assert isinstance(whole, fx.Node) and spatial is not None
+    crops = read_crops(source, spatial) if source.target in SPLITS else None
+    geometry = movement.geometry(whole)
+    if crops is not None:
+        geometry = movement.cropped(whole, crops[number], layout.domain)
+    movement.put(getter, geometry)
+    getter.meta["spatial"] = layout.at(geometry.cover)
 
 
 def _no_input(graph: fx.Graph, infos: Sequence[InputInfo]) -> str:
@@ -169,24 +261,32 @@ def propagate_domains(
             _forget(node)
         if node.op == "call_function" and any(value in derived for value in node.all_input_nodes):
             derived[node] = None
-    batch = shape_of(inputs[0])[0] if inputs else 0
-    find_resolutions(list(derived), batch, domains)
-    recogniser = Recogniser(derived, batch, domains)
-    for node in derived:
-        if node in inputs:
-            continue
-        source = node.args[0] if node.target is operator.getitem else None
-        outputs = source.meta.get("spatial_outputs") if isinstance(source, fx.Node) else None
-        if outputs is not None:
-            node.meta["spatial"] = outputs[node.args[1]]
-        elif node.target is not operator.getitem and reads_spatial(node):
-            _annotate(node, families, batch, domains, recogniser)
-        else:
-            node.meta["dense_reason"] = BEHIND
-            recogniser.recognise(node)
     if not inputs:
         report.dense_reason = _no_input(graph, infos)
-    _check_outputs(graph, recogniser.doubtful, report)
+    else:
+        batch = shape_of(inputs[0])[0]
+        find_resolutions(list(derived), batch, domains)
+        movement = Movement(Places(max(map(_domain, inputs), key=lambda domain: domain.size)), derived)
+        for node in inputs:
+            movement.input(node)
+        recogniser = Recogniser(derived, batch, domains)
+        for node in [node for node in derived if node not in inputs]:
+            source = node.args[0] if node.target is operator.getitem else None
+            outputs = source.meta.get("spatial_outputs") if isinstance(source, fx.Node) else None
+            if outputs is not None:
+                assert isinstance(source, fx.Node)
+                _annotate_output(node, source, outputs, movement)
+            elif node.target is not operator.getitem and reads_spatial(node):
+                _meet(node, movement, derived)
+                _annotate(node, families, batch, domains, recogniser, movement)
+            else:
+                node.meta["dense_reason"] = BEHIND
+                _recognise(node, recogniser, movement)
+        _check_outputs(graph, recogniser.doubtful, report)
+        if report.dense_reason is None:
+            _mask_outputs(graph, movement, derived)
+            for node, reason in movement.lost.items():
+                report.lose(NAME, node, reason)
     report.matches[NAME] += len(inputs)
     for source, target, data in domain_graph(graph).edges(data=True):
         report.connections[str(source), str(target), data["kind"]] += 1

@@ -88,7 +88,7 @@ def _agrees(reader: fx.Node, value: fx.Node, candidate: Spatial, dims: tuple[str
     if reader.target in ANCHORS - PADS and reader.args[0] is value:
         return dims == NCHW if len(dims) == 4 else dims[1] == CHANNEL
     if is_elementwise(reader.target) or reader.target in JOINS:
-        others = [other for other in map(spatial_of, reader.all_input_nodes) if other is not None]
+        others = [other.at() for other in map(spatial_of, reader.all_input_nodes) if other is not None]
         same_rank = [other for other in others if len(other.dims) == len(dims)]
         return any(other == candidate.with_dims(dims) for other in same_rank) if same_rank else None
     return None
@@ -173,8 +173,9 @@ class Recogniser:
             return None
         sources = _sources(node, self._derived)
         for source in sources:
-            if shape_of(source) == shape_of(node) and spatial_of(source) in candidates:
-                return spatial_of(source)
+            known = spatial_of(source)
+            if known is not None and shape_of(source) == shape_of(node) and known.at() in candidates:
+                return known.at()
         support = {candidate: _supported(node, candidate) for candidate in candidates}
         chosen = [candidate for candidate in candidates if support[candidate]]
         if not chosen and len(candidates) == 1 and support[candidates[0]] is None:

@@ -42,6 +42,7 @@ class Report:
         matches: rewrites by pass name.
         misses: rules that did not apply, each with its reason.
         dense_nodes: nodes that stay dense although they read or make a spatial value.
+        lost: operators behind which it is not known where positions lie on the mask, so that all of them are active.
         mac_counts: one entry for each convolution, linear layer, matrix product and attention.
         sites: what one recorded call stores.
         seconds: time spent by pass name.
@@ -54,6 +55,7 @@ class Report:
     matches: Counter[str] = field(default_factory=Counter)
     misses: list[Miss] = field(default_factory=list)
     dense_nodes: list[Miss] = field(default_factory=list)
+    lost: list[Miss] = field(default_factory=list)
     mac_counts: list[MacCount] = field(default_factory=list)
     sites: tuple[Site, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
@@ -73,6 +75,10 @@ class Report:
     def stays_dense(self, node: fx.Node, reason: str) -> None:
         """Note that ``node`` runs densely."""
         self.dense_nodes.append(Miss("densify", node.name, str(node.target), reason))
+
+    def lose(self, pass_name: str, node: fx.Node, reason: str) -> None:
+        """Note that it is not known how ``node`` moves positions."""
+        self.lost.append(Miss(pass_name, node.name, str(node.target), reason))
 
     @property
     def total_macs(self) -> int:

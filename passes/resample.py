@@ -10,9 +10,9 @@ Before: ``y = upsample_bilinear2d(x, ...)`` After: ``y = to_map(sum(mul(gather_t
 Before: ``y = pixel_shuffle(x, f)``         After: ``y = to_map(pixel_select(gather_taps(x rows), subposition, f))``
 
 Conditions:
-1. x is spatial with dimensions (batch, channel, height, width).
+1. x is spatial with dimensions (batch, channel, height, width); what is padded may have others.
 2. Pooling does not round its output size up while it counts padding.
-3. A pad adds to height and width only, and removes nothing.
+3. A pad adds to height and width only; only one of a constant removes positions.
 4. A pooling leaves more than one position: what it makes of a whole map is no map, and meets maps by broadcasting.
 5. An adaptive pooling divides both sizes evenly, into windows of at most 64 positions.
 """
@@ -20,6 +20,7 @@ Conditions:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from torch import fx
 from fisedit_compile.passes.arguments import pair, read_arguments
 from fisedit_compile.passes.family import Family, Inferred, rewrite_family
 from fisedit_compile.passes.ir import RowsBuilder, shape_of, spatial_of
-from fisedit_compile.passes.layouts import NCHW, Spatial
+from fisedit_compile.passes.layouts import HEIGHT, NCHW, WIDTH, Spatial
 from fisedit_compile.passes.report import Report
 from fisedit_compile.passes.targets import aten
 from fisedit_compile.runtime.spec import Domain, Stencil
@@ -75,8 +76,25 @@ def _window(source: Domain, target: Domain, given: dict[str, Any]) -> Stencil:
     )
 
 
-def read_stencil(node: fx.Node, source: Domain, target: Domain) -> Stencil | str:
-    """The stencil of a resampling node, or the reason why it has none."""
+def read_pad(node: fx.Node, dims: Sequence[str]) -> tuple[dict[str, tuple[int, int]], str] | str:
+    """What a pad adds in front and behind by the name of the dimension, and its mode; or why rows cannot be padded."""
+    given = read_arguments(node)
+    amounts = [int(amount) for amount in given["padding" if "padding" in given else "pad"]]
+    mode = PADS[node.target] or str(given["mode"])
+    pairs = list(zip(amounts[::2], amounts[1::2], strict=True))
+    named = {HEIGHT: (0, 0), WIDTH: (0, 0)}
+    for name, added in zip(reversed(dims), pairs, strict=False):
+        if name in named:
+            named[name] = added
+        elif any(added):
+            return "it pads other dimensions than height and width"
+    if mode != "constant" and min(amounts, default=0) < 0:
+        return f"a pad of mode {mode} that removes positions"
+    return named, mode
+
+
+def read_stencil(node: fx.Node, source: Domain, target: Domain, dims: Sequence[str] = NCHW) -> Stencil | str:
+    """The stencil of a resampling node whose input has the given dimensions, or the reason why it has none."""
     given = read_arguments(node)
     if node.target in POOLS and target.size == 1:
         return "it pools the whole map"
@@ -91,12 +109,11 @@ def read_stencil(node: fx.Node, source: Domain, target: Domain) -> Stencil | str
         factor = int(given.get("upscale_factor") or given["downscale_factor"])
         return Stencil.of(SHUFFLES[node.target], source, target, factor=factor)
     if node.target in PADS:
-        amounts = [int(amount) for amount in given["padding" if "padding" in given else "pad"]]
-        mode = PADS[node.target] or str(given["mode"])
-        if any(amounts[4:]) or len(amounts) < 2 or min(amounts) < 0:
-            return "it pads other dimensions than height and width, or removes positions"
-        left, right, top, bottom = (*amounts, 0, 0)[:4]
-        return Stencil.of("pad", source, target, left=left, right=right, top=top, bottom=bottom, mode=mode)
+        pad = read_pad(node, dims)
+        if isinstance(pad, str):
+            return pad
+        (top, bottom), (left, right) = pad[0][HEIGHT], pad[0][WIDTH]
+        return Stencil.of("pad", source, target, left=left, right=right, top=top, bottom=bottom, mode=pad[1])
     if node.target is aten.adaptive_avg_pool2d.default:
         if source.height % target.height or source.width % target.width:
             return "an adaptive pooling with windows of different sizes"
@@ -110,13 +127,15 @@ def read_stencil(node: fx.Node, source: Domain, target: Domain) -> Stencil | str
 
 
 def infer(node: fx.Node) -> Inferred:
-    """NCHW at the resolution of the output."""
+    """The layout of the input at the resolution of the output."""
     spatial = spatial_of(node.args[0])
-    if spatial is None or spatial.dims != NCHW:
+    padded = node.target in PADS and spatial is not None and spatial.space_rank == 2
+    if spatial is None or not (padded or spatial.dims == NCHW):
         return "the input is not a spatial value with dimensions (batch, channel, height, width)"
-    target = Domain(*shape_of(node)[2:])
-    stencil = read_stencil(node, spatial.domain, target)
-    return stencil if isinstance(stencil, str) else Spatial(target, NCHW)
+    sizes = shape_of(node)
+    target = Domain(*(sizes[dim] for dim in spatial.space_dims))
+    stencil = read_stencil(node, spatial.domain, target, spatial.dims)
+    return stencil if isinstance(stencil, str) else Spatial(target, spatial.dims)
 
 
 def _average(node: fx.Node, builder: RowsBuilder, taps: fx.Node, stencil: Stencil) -> fx.Node:
@@ -136,7 +155,7 @@ def rewrite(node: fx.Node, builder: RowsBuilder) -> str | None:
     assert isinstance(x, fx.Node)
     source, target = spatial_of(x), spatial_of(node)
     assert source is not None and target is not None
-    stencil = read_stencil(node, source.domain, target.domain)
+    stencil = read_stencil(node, source.domain, target.domain, source.dims)
     assert isinstance(stencil, Stencil)
     fill = 0.0
     if node.target is aten.max_pool2d.default:

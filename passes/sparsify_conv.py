@@ -44,6 +44,23 @@ class Convolution:
     groups: int
     transposed: bool
 
+    def stencil(self, source: Domain, target: Domain) -> Stencil:
+        """Which positions each output position reads."""
+        kernel = shape_of(self.weight)[2:]
+        return Stencil.of(
+            "transposed" if self.transposed else "window",
+            source,
+            target,
+            kernel_height=kernel[0],
+            kernel_width=kernel[1],
+            stride_y=self.stride[0],
+            stride_x=self.stride[1],
+            padding_y=self.padding[0],
+            padding_x=self.padding[1],
+            dilation_y=self.dilation[0],
+            dilation_x=self.dilation[1],
+        )
+
 
 def read_convolution(node: fx.Node) -> Convolution | str:
     """Read the arguments of a convolution node, or say why it is not a two-dimensional one."""
@@ -90,19 +107,7 @@ def rewrite(node: fx.Node, builder: RowsBuilder) -> str | None:
         weight = builder.call(aten.reshape.default, convolution.weight, list(weight_shape[:2]))
         builder.replace(builder.call(aten.linear.default, rows, weight, convolution.bias))
         return None
-    stencil = Stencil.of(
-        "transposed" if convolution.transposed else "window",
-        source.domain,
-        target.domain,
-        kernel_height=kernel[0],
-        kernel_width=kernel[1],
-        stride_y=convolution.stride[0],
-        stride_x=convolution.stride[1],
-        padding_y=convolution.padding[0],
-        padding_x=convolution.padding[1],
-        dilation_y=convolution.dilation[0],
-        dilation_x=convolution.dilation[1],
-    )
+    stencil = convolution.stencil(source.domain, target.domain)
     packed = builder.call(
         torch.ops.fisedit.pack_conv_weight.default, convolution.weight, convolution.transposed, convolution.groups
     )

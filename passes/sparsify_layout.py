@@ -9,11 +9,12 @@ Before: ``y = view(x, [B, HW, heads, D])``
 After:  ``y = to_map(reshape(to_rows(x), [B, -1, heads, D]))``
 Before: ``y = cat([x, z], 1)``           After: ``y = to_map(cat([to_rows(x), to_rows(z)], 2))``
 Before: ``a, b = chunk(x, 2, -1)``       After: ``a, b = to_map of chunk(to_rows(x), 2, 2)``
+What is cut, joined or turned along height and width, or has them exchanged: moves.py.
 
 Conditions:
 1. Every dimension group keeps positions, samples and channels apart (see layouts.reshape_layout), or cuts the map
    into square patches or puts them together (see patches.py). Writes into channels: writes.py.
-2. What is joined, cut, overwritten, squeezed or expanded is a channel dimension.
+2. What is overwritten, squeezed or expanded is a channel dimension; what is joined or cut is one, or height or width.
 3. All joined values have the same dimensions, also a value and what is written into it; one that is not spatial has
    its full size.
 """
@@ -29,18 +30,38 @@ from fisedit_compile.passes.arguments import read_arguments
 from fisedit_compile.passes.family import Family, Inferred, rewrite_family
 from fisedit_compile.passes.ir import RowsBuilder, shape_of, spatial_of
 from fisedit_compile.passes.layouts import CHANNEL, Spatial, check_dims, reshape_layout
+from fisedit_compile.passes.moves import (
+    CROPS,
+    SPLITS,
+    TURNS,
+    in_place,
+    infer_crops,
+    joined_axis,
+    moved_rows,
+    read_crops,
+    read_turn,
+    rewrite_crops,
+    rewrite_turn,
+    transposed,
+    with_rows_first,
+)
+from fisedit_compile.passes.moves import infer_join as infer_space_join
+from fisedit_compile.passes.moves import rewrite_join as rewrite_space_join
 from fisedit_compile.passes.patches import reshape_patches, rewrite_patches
 from fisedit_compile.passes.report import Report
 from fisedit_compile.passes.targets import RESHAPES, aten
 from fisedit_compile.passes.writes import WRITES, infer_write, rewrite_write
+from fisedit_compile.runtime.spec import Stencil
 
 NAME = "sparsify_layout"
 PERMUTES = {aten.permute.default, aten.transpose.int, aten.movedim.int, aten.movedim.intlist}
 SQUEEZES = {aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default}
 JOINS = {aten.cat.default, aten.stack.default, aten.concat.default}
-CUTS = {aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int}
-SLICES = {aten.slice.Tensor, aten.select.int, aten.narrow.default}
-TARGETS = RESHAPES | PERMUTES | SQUEEZES | JOINS | CUTS | SLICES | WRITES | {aten.expand.default}
+CUTS = SPLITS | {aten.unbind.int}
+SLICES = CROPS | {aten.select.int}
+#: The same value at another place of the mask: propagate_domains puts it where values from different places meet.
+ALIAS = aten.alias.default
+TARGETS = RESHAPES | PERMUTES | SQUEEZES | JOINS | CUTS | SLICES | WRITES | TURNS | {aten.expand.default, ALIAS}
 
 
 def permutation(node: fx.Node, rank: int) -> tuple[int, ...]:
@@ -64,8 +85,13 @@ def permutation(node: fx.Node, rank: int) -> tuple[int, ...]:
 
 def _infer_shape_change(node: fx.Node, spatial: Spatial) -> Inferred:
     target, before, after = node.target, shape_of(node.args[0]), shape_of(node)  # type: ignore[arg-type]
+    if target is ALIAS:
+        return spatial
+    if target in TURNS:
+        tables = read_turn(node, spatial)
+        return tables if isinstance(tables, str) else spatial
     if target in PERMUTES:
-        return spatial.with_dims(tuple(spatial.dims[dim] for dim in permutation(node, len(before))))
+        return with_rows_first(spatial.with_dims(tuple(spatial.dims[dim] for dim in permutation(node, len(before)))))
     if target is aten.unsqueeze.default:
         dims = list(spatial.dims)
         dims.insert(int(node.args[1]) % (len(before) + 1), CHANNEL)  # type: ignore[arg-type]
@@ -92,6 +118,8 @@ def _infer_join(node: fx.Node) -> Inferred:
     values, given = node.args[0], read_arguments(node)
     assert isinstance(values, (list, tuple))
     known = [spatial for value in values if (spatial := spatial_of(value)) is not None]
+    if axis := joined_axis(node, known[0]):
+        return infer_space_join(node, axis)
     if any(spatial != known[0] for spatial in known):
         return "the joined values lie on different resolutions or have their dimensions in different order"
     rank, stacking = len(known[0].dims), node.target is aten.stack.default
@@ -106,6 +134,8 @@ def _infer_join(node: fx.Node) -> Inferred:
 
 
 def _infer_cut(node: fx.Node, spatial: Spatial) -> Inferred:
+    if node.target in SPLITS | CROPS and (crops := read_crops(node, spatial)) is not None:
+        return infer_crops(crops, node, spatial)
     dim = int(read_arguments(node)["dim"]) % len(spatial.dims)
     if spatial.dims[dim] != CHANNEL:
         return "it cuts along positions or samples"
@@ -133,10 +163,19 @@ def _rewrite_shape_change(node: fx.Node, builder: RowsBuilder) -> None:
     assert isinstance(x, fx.Node)
     source, target = spatial_of(x), spatial_of(node)
     assert source is not None and target is not None
-    if source.domain != target.domain:
+    if node.target in TURNS:
+        rewrite_turn(node, builder)
+        return
+    if node.target is ALIAS:
+        builder.replace(moved_rows(builder, x, in_place(source.domain, target.domain)))
+        return
+    if node.target in PERMUTES and transposed([source.dims[dim] for dim in permutation(node, len(source.dims))]):
+        rows = moved_rows(builder, x, Stencil.of("transposition", source.domain, target.domain))
+    elif source.domain != target.domain:
         rewrite_patches(node, builder)
         return
-    rows = builder.rows(x)
+    else:
+        rows = builder.rows(x)
     before = [shape_of(x)[dim] for dim in source.channel_dims]
     after = [shape_of(node)[dim] for dim in target.channel_dims]
     if node.target in PERMUTES:
@@ -156,6 +195,9 @@ def _rewrite_join(node: fx.Node, builder: RowsBuilder) -> str | None:
     values = node.args[0]
     assert isinstance(values, (list, tuple))
     spatial = next(spatial for value in values if (spatial := spatial_of(value)) is not None)
+    if axis := joined_axis(node, spatial):
+        rewrite_space_join(node, builder, axis)
+        return None
     converted: list[fx.Node] = []
     for value in values:
         assert isinstance(value, fx.Node)
@@ -178,6 +220,9 @@ def _rewrite_cut(node: fx.Node, builder: RowsBuilder) -> str | None:
     assert isinstance(x, fx.Node)
     source = spatial_of(x)
     assert source is not None
+    if node.target in SPLITS | CROPS and (crops := read_crops(node, source)) is not None:
+        rewrite_crops(crops, node, builder)
+        return None
     given: dict[str, Any] = read_arguments(node)
     given["dim"] = source.row_dim(int(given["dim"]) % len(source.dims))
     output = builder.call(node.target, builder.rows(x), *list(given.values())[1:])

@@ -65,15 +65,17 @@ def prepare_mask(mask: MaskLike) -> Tensor:
 
 
 def reduce_mask(mask: Tensor, domain: Domain) -> Tensor:
-    """Bring a mask to a resolution: a position is active when any mask cell it covers is active.
+    """Bring a mask to a domain: a position is active when any mask cell it covers is active.
 
     Args:
-        mask: bool ``[batch, height, width]``.
-        domain: the resolution; coarser or finer than the mask.
+        mask: bool ``[batch, height, width]``; for a domain with a cover of its own, at the mask domain of its program.
+        domain: coarser or finer than the mask.
 
     Returns:
         bool ``[batch, domain.height, domain.width]``.
     """
+    if not domain.cover.whole:
+        return domain.cover.active(mask)
     if mask.shape[-2:] == (domain.height, domain.width):
         return mask
     # A batch as channels: adaptive pooling treats both alike, and takes three dimensions.

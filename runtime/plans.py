@@ -193,8 +193,10 @@ def _tap_positions(stencil: Stencil, index: Tensor) -> tuple[Tensor, Tensor | No
     outside; and float32 weights [b, N, K] or None."""
     batch, rows = index.shape
     width, size = stencil.source.width, stencil.source.size
-    vertical, horizontal = axis_taps(stencil)
     row, column = index // stencil.target.width, index % stencil.target.width
+    if stencil.kind == "transposition":
+        return (column * width + row)[..., None], None
+    vertical, horizontal = axis_taps(stencil)
     # An outside coordinate on either axis must leave the map: add so much that the clamp below catches the sum.
     start = torch.where(vertical.source == OUTSIDE, size, vertical.source * width)[row]  # [b, N, taps y]
     step = torch.where(horizontal.source == OUTSIDE, size, horizontal.source)[column]  # [b, N, taps x]

@@ -6,23 +6,35 @@ from dataclasses import dataclass
 
 import torch
 
-Parameter = int | float | str | bool
+from fisedit_compile.runtime.cover import WHOLE, Cover
+
+Parameter = int | float | str | bool | tuple[int, ...]
 
 
 @dataclass(frozen=True, order=True)
 class Domain:
-    """A spatial resolution; a position in it is the row-major number ``y * width + x``."""
+    """A spatial resolution; a position in it is the row-major number ``y * width + x``.
+
+    ``cover`` says which mask cells its positions cover. Domains of one size with different covers are different places.
+    """
 
     height: int
     width: int
+    cover: Cover = WHOLE
 
     @property
     def size(self) -> int:
         """Number of positions."""
         return self.height * self.width
 
+    @property
+    def whole(self) -> Domain:
+        """The domain of this size whose positions are shares of the whole map."""
+        return Domain(self.height, self.width)
+
     def __str__(self) -> str:
-        return f"{self.height}x{self.width}"
+        size = f"{self.height}x{self.width}"
+        return size if self.cover.whole else f"{size} moved {self.cover.digest[:4]}"
 
 
 @dataclass(frozen=True)
@@ -30,7 +42,8 @@ class Stencil:
     """How each position of ``target`` reads positions of ``source``: one tap for each position it reads.
 
     ``kind`` is ``window`` (convolution, pooling), ``transposed`` (transposed convolution), ``nearest``, ``bilinear``,
-    ``pad``, ``pixel_shuffle`` or ``pixel_unshuffle``; ``parameters`` are sorted name-value pairs of that kind.
+    ``pad``, ``pixel_shuffle``, ``pixel_unshuffle``, ``table`` (each row and each column reads one, given by number, -1:
+    outside) or ``transposition`` (rows are columns); ``parameters`` are sorted name-value pairs of that kind.
     """
 
     kind: str
@@ -48,7 +61,9 @@ class Stencil:
 
     def integer(self, name: str) -> int:
         """The parameter ``name`` as an int."""
-        return int(self[name])
+        value = self[name]
+        assert not isinstance(value, tuple)
+        return int(value)
 
     @property
     def taps(self) -> int:

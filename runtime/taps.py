@@ -137,6 +137,12 @@ def _pixel_unshuffle(stencil: Stencil, axis: str, source: int, target: int) -> A
     return AxisTaps(_bounded(torch.arange(target)[:, None] * factor + torch.arange(factor), source))
 
 
+def _table(stencil: Stencil, axis: str, source: int, target: int) -> AxisTaps:
+    numbers = stencil["rows" if axis == "y" else "columns"]
+    assert isinstance(numbers, tuple) and len(numbers) == target
+    return AxisTaps(_bounded(torch.tensor(numbers).view(target, 1), source))
+
+
 _GEOMETRY: dict[str, Callable[[Stencil, str, int, int], AxisTaps]] = {
     "window": _window,
     "transposed": _transposed,
@@ -146,4 +152,5 @@ _GEOMETRY: dict[str, Callable[[Stencil, str, int, int], AxisTaps]] = {
     "pad": _pad,
     "pixel_shuffle": _pixel_shuffle,
     "pixel_unshuffle": _pixel_unshuffle,
+    "table": _table,
 }
