@@ -3,7 +3,8 @@
 A network is traced with ``torch.export``, which the package itself does not use, and interpreted node by node.  Every
 operator runs densely on whole maps; after each one, positions outside the active set get their recorded value back.
 The resolution of a value is recognised from its shape, so that test networks use heights, widths, their products,
-channel counts and token counts that differ from each other.
+channel counts and token counts that differ from each other.  Which positions of it are active is not decided by its
+resolution, but by what they stand for: see ``canvas.py``.
 
 Only values computed from a spatial input can be spatial.  A value is spatial when its first dimension is the batch and
 two neighbouring dimensions are a known height and width, or one dimension is their product; when the heads of an
@@ -21,6 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
+
+from fields import Field, input_field
+from fields_of_graph import FieldFinder, permutation
 
 aten = torch.ops.aten
 
@@ -119,12 +123,15 @@ def locate(
 
 @dataclass
 class Recording:
-    """What one call computed: every node's value, and the statistics its group norms used."""
+    """What one call computed: every node's value, and the statistics its group norms used.
+
+    ``active`` are the active positions of each result of each node, None where it has no positions.
+    """
 
     values: dict[str, Any]
     statistics: dict[str, tuple[Tensor, Tensor]]
     outputs: tuple[Tensor, ...]
-    active: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    active: dict[str, tuple[Tensor | None, ...]] = field(default_factory=dict)
 
 
 def height_and_width(value: Tensor) -> tuple[int, int]:
@@ -188,6 +195,8 @@ class Reference:
         channels_last: whether those are ``[B, H, W, C]`` instead of ``[B, C, H, W]``.
         tokens: their resolution (H, W), when they are ``[B, H * W, C]``.
         norm: ``"exact"``, or ``"cached"`` for group norms that keep the recorded statistics.
+        graph: the network as a graph of operators, with ``meta["val"]`` on every node; made from ``model`` otherwise.
+        maps: every value of rank 4 that is made from a map is one, ``[B, C, H, W]``, whatever its sizes.
     """
 
     def __init__(
@@ -198,12 +207,15 @@ class Reference:
         norm: str = "exact",
         channels_last: bool = False,
         tokens: tuple[int, int] | None = None,
+        graph: fx.GraphModule | None = None,
+        maps: bool = False,
     ) -> None:
-        with torch.no_grad():
-            program = torch.export.export(model, tuple(inputs), strict=False).run_decompositions({})
-        # Without the guards function, which is no operator.
-        self.module = program.module(check_guards=False)
-        self.norm = norm
+        if graph is None:
+            with torch.no_grad():
+                program = torch.export.export(model, tuple(inputs), strict=False).run_decompositions({})
+            # Without the guards function, which is no operator.
+            graph = program.module(check_guards=False)
+        self.module, self.norm, self.maps = graph, norm, maps
         self.nodes = list(self.module.graph.nodes)
         placeholders = [node for node in self.nodes if node.op == "placeholder"]
         assert len(placeholders) == len(inputs), "networks under test take tensors by position only"
@@ -212,8 +224,9 @@ class Reference:
         sizes = [tokens or height_and_width(value) for value in maps]
         self.finest = max(sizes, key=lambda size: size[0] * size[1])
         self.places = self._find_places({placeholders[position] for position in spatial}, set(sizes))
-        results = flatten_nodes(self.module.graph.output_node().args[0])
-        self.outputs = [(self.places.get(node.name, (None,))[0], node.meta["val"].dim()) for node in results]
+        self.fields = self._find_fields({placeholders[position] for position in spatial})
+        self.results = flatten_nodes(self.module.graph.output_node().args[0])
+        self.outputs = [(self.places.get(node.name, (None,))[0], node.meta["val"].dim()) for node in self.results]
 
     def _find_places(
         self, sources: set[fx.Node], resolutions: set[tuple[int, int]]
@@ -226,21 +239,48 @@ class Reference:
             if node not in derived or node.op != "call_function":
                 continue
             results = [value for value in flatten(node.meta.get("val")) if value.dim() == 4]
-            cuts = node.target is aten.slice.Tensor and tuple(node.args[0].meta["val"].shape[2:]) in resolutions
-            if cuts or any(name in str(node.target) for name in RESAMPLING):
+            if self._leads_to_a_resolution(node, resolutions):
                 resolutions |= {height_and_width(value) for value in results}
         self.resolutions = sorted(resolutions)
         places: dict[str, tuple[Place | None, ...]] = {}
         joins: set[tuple[int, int, int, int]] = set()
         for node in self.nodes:
-            if node not in derived or node.meta.get("val") is None:  # assertions have no value
+            if node not in derived or node.op == "output" or node.meta.get("val") is None:  # assertions have none
                 continue
             if node.target is aten.cat.default:
                 joins |= self._joins(node, places)
             places[node.name] = tuple(
-                locate(value.shape, self.batch, self.resolutions, sorted(joins)) for value in flatten(node.meta["val"])
+                Place(*height_and_width(value), 2, flattened=False)
+                if self.maps and value.dim() == 4
+                else locate(value.shape, self.batch, self.resolutions, sorted(joins))
+                for value in flatten(node.meta["val"])
             )
         return places
+
+    @staticmethod
+    def _leads_to_a_resolution(node: fx.Node, resolutions: set[tuple[int, int]]) -> bool:
+        """Whether the result of a node may have a resolution that no value had before."""
+        if any(name in str(node.target) for name in RESAMPLING):
+            return True
+        first = node.args[0] if node.args else None
+        first = first[0] if isinstance(first, (tuple, list)) and first else first
+        value = first.meta.get("val") if isinstance(first, fx.Node) else None
+        if not isinstance(value, Tensor) or value.dim() != 4 or height_and_width(value) not in resolutions:
+            return False
+        joins = node.target is aten.cat.default and node.args[1:] and node.args[1] % 4 > 1
+        return joins or permutation(node) == [0, 1, 3, 2] or node.target is aten.slice.Tensor
+
+    def _find_fields(self, sources: set[fx.Node]) -> dict[str, tuple[Field, ...]]:
+        """What the positions of each value stand for."""
+        finder = FieldFinder(self.places, self.finest)
+        for node in self.nodes:
+            if node in sources:
+                place = self.places[node.name][0]
+                assert place is not None
+                finder.fields[node.name] = (input_field(place.height, place.width, self.finest),)
+            elif node.name in self.places:
+                finder.add(node, flatten(node.meta["val"]))
+        return finder.fields
 
     @staticmethod
     def _joins(node: fx.Node, places: dict[str, tuple[Place | None, ...]]) -> set[tuple[int, int, int, int]]:
@@ -255,13 +295,35 @@ class Reference:
         place = found[known[0]]
         return {(place.height, place.width, sum(lengths[: known[0]]), sum(lengths[known[0] + 1 :]))}
 
-    def active(self, mask: Tensor) -> dict[tuple[int, int], Tensor]:
-        """Active positions ``[B, h, w]`` of every resolution, for a mask ``[H, W]`` or ``[Bm, H, W]``."""
+    def prepared(self, mask: Tensor) -> Tensor:
+        """A mask ``[H, W]`` or ``[Bm, H, W]`` of any resolution as booleans ``[B, h, w]`` of the finest input's."""
         mask = mask.float() > 0
         mask = mask if mask.dim() == 3 else mask[None]
         assert self.batch % mask.shape[0] == 0
-        fine = reduce_mask(mask, *self.finest).repeat(self.batch // mask.shape[0], 1, 1)
-        return {resolution: reduce_mask(fine, *resolution) for resolution in self.resolutions}
+        return reduce_mask(mask, *self.finest).repeat(self.batch // mask.shape[0], 1, 1)
+
+    def active(self, mask: Tensor) -> dict[str, tuple[Tensor | None, ...]]:
+        """Active positions ``[B, h, w]`` of each result of each node, for a mask ``[H, W]`` or ``[Bm, H, W]``."""
+        fine = self.prepared(mask)
+        return {
+            name: tuple(field.active(fine) if field.placed else None for field in fields)
+            for name, fields in self.fields.items()
+        }
+
+    def returned(self, mask: Tensor) -> list[Tensor | None]:
+        """For each output, the positions ``[B, h, w]`` that may change; None if it has none."""
+        active, fine = self.active(mask), self.prepared(mask)
+        return [
+            None if place is None else active[node.name][0] & self.allowed(self.fields[node.name][0], fine)
+            for node, (place, _) in zip(self.results, self.outputs, strict=True)
+        ]
+
+    def allowed(self, field: Field, fine: Tensor) -> Tensor:
+        """The positions ``[B, h, w]`` of an output that the user's mask lets change: all, if it is not the picture."""
+        alike = (field.height, field.width) == self.finest
+        if any(sheet.is_whole or (alike and sheet.ends_near(*self.finest)) for sheet in field.sheets):
+            return reduce_mask(fine, field.height, field.width)
+        return torch.ones((len(fine), field.height, field.width), dtype=torch.bool)
 
     def with_norm(self, norm: str) -> Reference:
         """The same traced network under another ``norm`` option."""
@@ -271,10 +333,9 @@ class Reference:
 
     def inside(self, mask: Tensor) -> list[Tensor | None]:
         """For each output, a boolean that broadcasts against it and is True in the active set; None if not spatial."""
-        active = self.active(mask)
         return [
-            None if place is None else place.view(active[place.height, place.width], rank)
-            for place, rank in self.outputs
+            None if place is None or returned is None else place.view(returned, rank)
+            for returned, (place, rank) in zip(self.returned(mask), self.outputs, strict=True)
         ]
 
     def record(self, inputs: Sequence[Tensor]) -> Recording:
@@ -285,28 +346,32 @@ class Reference:
         """The masked run; its result can itself be edited. Without a mask, a dense run."""
         if mask is None:
             return self.record(inputs)
-        active = self.active(mask)
-        if not any(map(torch.any, active.values())):
+        if not self.prepared(mask).any():
             return recording
-        return self._run(inputs, recording, active)
+        edited = self._run(inputs, recording, self.active(mask))
+        kept = zip(edited.outputs, recording.outputs, self.inside(mask), strict=True)
+        edited.outputs = tuple(
+            new if inside is None else new.clone().copy_(torch.where(inside, new, old)) for new, old, inside in kept
+        )
+        return edited
 
-    def keep(self, name: str, new: Any, recorded: Any, active: dict[tuple[int, int], Tensor]) -> Any:
+    def keep(self, name: str, new: Any, recorded: Any, active: Sequence[Tensor | None]) -> Any:
         """Put the recorded value of a node back outside the active set."""
         if isinstance(new, (tuple, list)):
-            pieces = zip(new, recorded, self.places[name], strict=True)
-            return tuple(self._keep_one(piece, old, place, active) for piece, old, place in pieces)
-        return self._keep_one(new, recorded, self.places[name][0], active)
+            pieces = zip(new, recorded, self.places[name], active, strict=True)
+            return tuple(self._keep_one(*piece) for piece in pieces)
+        return self._keep_one(new, recorded, self.places[name][0], active[0])
 
     @staticmethod
-    def _keep_one(new: Tensor, recorded: Tensor, place: Place | None, active: dict[tuple[int, int], Tensor]) -> Tensor:
-        if place is None:
+    def _keep_one(new: Tensor, recorded: Tensor, place: Place | None, active: Tensor | None) -> Tensor:
+        if place is None or active is None:
             return new
-        kept = torch.where(place.view(active[place.height, place.width], new.dim()), new, recorded)
+        kept = torch.where(place.view(active, new.dim()), new, recorded)
         return new.clone().copy_(kept)  # with the strides of the operator's result, which a later view relies on
 
     @torch.no_grad()
     def _run(
-        self, inputs: Sequence[Tensor], recording: Recording | None, active: dict[tuple[int, int], Tensor]
+        self, inputs: Sequence[Tensor], recording: Recording | None, active: dict[str, tuple[Tensor | None, ...]]
     ) -> Recording:
         values: dict[str, Any] = {}
         statistics: dict[str, tuple[Tensor, Tensor]] = {}
@@ -322,7 +387,7 @@ class Reference:
             else:
                 value = self._call(node, values, statistics, recording)
             if recording is not None and node.name in self.places:
-                value = self.keep(node.name, value, recording.values[node.name], active)
+                value = self.keep(node.name, value, recording.values[node.name], active[node.name])
             values[node.name] = value
         raise AssertionError("a graph ends with its output")
 

@@ -1,0 +1,168 @@
+"""What must hold for an edit of a network that moves positions, counted position by position.
+
+Networks are compiled straight from their graph, as the backend does behind Dynamo, so that thousands are tried in
+minutes; ``compile_with_dynamo`` takes the user's way.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+import fisedit_compile as fisedit
+from fisedit_compile.config import Options
+from fisedit_compile.passes import InputInfo, build_program
+
+from judge import Verdict, judge
+from moving_networks import MovingNetwork
+from reference import Recording, Reference, flatten
+from tolerances import assert_identical, assert_near
+
+sys.path.insert(0, str(Path(__file__).parent / "passes"))
+from execution import Edit, record
+
+#: Records a call with the first picture and returns its outputs, and a function that edits it.
+Editing = tuple[tuple[Tensor, ...], Callable[[Tensor, Tensor], tuple[Tensor, ...]]]
+
+
+@dataclass
+class Counts:
+    """Positions of what was checked, over all networks.
+
+    Attributes:
+        values, positions: of the values of the networks.
+        active: computed by an edit, for one mask each.
+        right: equal to the dense network on the mixed picture, beforehand.
+        owed: must be right, as they depend on the mask and on nothing outside of it.
+        idle: active, although nothing that they depend on can change.
+        united: of those, active because values with different canvases met or were joined.
+        returned: of outputs, those that are right and may have changed.
+    """
+
+    networks: int = 0
+    values: int = 0
+    positions: int = 0
+    active: int = 0
+    right: int = 0
+    owed: int = 0
+    idle: int = 0
+    united: int = 0
+    returned: int = 0
+
+    def add(self, other: Counts) -> None:
+        """Count these as well."""
+        for name in (item.name for item in fields(self)):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+
+class Tried:
+    """A network with its reference, a recording, an edit by a mask, and the dense network on the mixed picture."""
+
+    def __init__(self, network: MovingNetwork, mask: Tensor, dtype: torch.dtype = torch.float64) -> None:
+        self.network, self.mask, self.dtype = network, mask, dtype
+        weights = network.weights(dtype)
+        self.first, self.second = network.picture(0, dtype), network.picture(1, dtype)
+        self.reference = Reference(network.graph, (self.first, *weights), graph=network.graph, maps=True)
+        mixed = torch.where(mask, self.second, self.first)
+        self.recording: Recording = self.reference.record((self.first, *weights))
+        self.edited: Recording = self.reference.edit(self.recording, (self.second, *weights), mask)
+        self.dense: Recording = self.reference.record((mixed, *weights))
+        self.verdicts: dict[str, Verdict] = judge(self.reference, mask)
+
+    def check_reference(self) -> Counts:
+        """The definition by itself: the masked reference against the dense network, every value of the graph."""
+        counts = Counts(networks=1)
+        for name, verdict in self.verdicts.items():
+            what = f"value {name} of {self.network}"
+            self._compare(self.edited.values[name], self.dense.values[name], verdict.right, f"{what}, right positions")
+            missed = int((verdict.owed & ~verdict.right).sum())
+            assert missed == 0, f"{missed} positions inside the mask are not right: {what}"
+            counts.values += 1
+            counts.positions += verdict.right.numel()
+            for kind in ("active", "right", "owed", "idle"):
+                setattr(counts, kind, getattr(counts, kind) + int(getattr(verdict, kind).sum()))
+            counts.united += int((verdict.idle & ~self._by_one_sheet(name)).sum())
+        return counts
+
+    def _by_one_sheet(self, name: str) -> Tensor:
+        """Positions that the first sheet alone makes active."""
+        return self.reference.fields[name][0].covers[0].touch(self.reference.prepared(self.mask))
+
+    def check_outputs(self, editing: Editing) -> Counts:
+        """The four properties of a compiled network's outputs."""
+        recorded, edit = editing
+        outputs = edit(self.second, self.mask)
+        counts = Counts()
+        allowed = self.reference.returned(self.mask)
+        fine = self.reference.prepared(self.mask)
+        for number, node in enumerate(self.reference.results):
+            what = f"output {number} of {self.network}"
+            field, verdict, inside = self.reference.fields[node.name][0], self.verdicts[node.name], allowed[number]
+            assert inside is not None
+            output, wanted = outputs[number], self.edited.outputs[number]
+            assert_near(recorded[number], self.recording.outputs[number], f"recording, {what}", self.dtype)
+            may = self.reference.allowed(field, fine)
+            right = torch.where(inside, verdict.right, ~field.touched(fine))
+            self._compare(output, self.dense.outputs[number], right, f"dense network, {what}")
+            missed = int((verdict.owed & may & ~right).sum())
+            assert missed == 0, f"{missed} positions inside the mask are not right: {what}"
+            outside = ~inside[:, None].expand(output.shape)
+            assert_identical(output[outside], recorded[number][outside], f"outside, {what}")
+            assert_near(output, wanted, f"masked reference, {what}", self.dtype)
+            counts.returned += int((right & inside).sum())
+        return counts
+
+    def _compare(self, actual: Tensor, expected: Tensor, where: Tensor, what: str) -> None:
+        kept = where[:, None].expand(actual.shape)
+        assert_near(torch.where(kept, actual, expected), expected, what, self.dtype)
+
+
+def compile_graph(network: MovingNetwork, dtype: torch.dtype = torch.float32, **options: Any) -> Editing:
+    """Compile a network's graph and record the first picture."""
+    graph = fx.GraphModule({}, fx.Graph())
+    names: dict[fx.Node, fx.Node] = {}
+    output = graph.graph.graph_copy(network.graph.graph, names)
+    for old, new in names.items():
+        new.meta = dict(old.meta)
+    graph.graph.output(output)
+    infos = [InputInfo("user", "x")]
+    infos += [InputInfo("parameter", f"weight_{number}") for number in range(len(network.shapes) - 1)]
+    program = build_program(graph, infos, Options(**options))
+    weights = network.weights(dtype)
+    base = record(program, [network.picture(0, dtype), *weights])
+
+    def edit(picture: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        return Edit(program, base, [picture, *weights], mask[None]).run()
+
+    return base.outputs, edit
+
+
+def compile_with_dynamo(network: MovingNetwork, **options: Any) -> Editing:
+    """Compile a network by ``torch.compile`` and record the first picture."""
+    torch.compiler.reset()
+    runtime = fisedit.Runtime()
+    module: Any = torch.compile(network.module(), backend="fisedit", options={"runtime": runtime, **options})
+    with torch.no_grad(), runtime.record("base"):
+        recorded = flatten(module(network.picture(0)))
+
+    def edit(picture: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        with torch.no_grad(), runtime.edit("base", mask=mask):
+            return flatten(module(picture))
+
+    return recorded, edit
+
+
+def check(network: MovingNetwork, mask: Tensor, compilers: Sequence[Callable[[MovingNetwork], Editing]]) -> Counts:
+    """Everything of one network and mask: the definition in double precision, compiled networks in single."""
+    counts = Tried(network, mask).check_reference()
+    if compilers:
+        tried = Tried(network, mask, torch.float32)
+        for compile_network in compilers:
+            counts.add(tried.check_outputs(compile_network(network)))
+    return counts
