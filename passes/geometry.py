@@ -8,7 +8,7 @@ a position is active whenever everything that it depends on is inside the mask, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -99,23 +99,22 @@ class Places:
 
     def met(self, domain: Domain, geometries: Sequence[Geometry]) -> Geometry:
         """That of what is made of several values position by position: active where any of them is."""
-        first = geometries[0]
-        if all(other is first for other in geometries):
-            return first
         if any(geometry.unknown for geometry in geometries):
             return self.unknown(domain)
-        places = _distinct([place for geometry in geometries for place in geometry.places])
-        cone = tuple(without_contained([term for geometry in geometries for term in geometry.cone]))[:MOST_TERMS]
-        if len({geometry.cover for geometry in geometries}) == 1:
-            return Geometry(places, cone, first.cover)
-        if len(places) == 1:
-            return self.made(domain, places, cone)
+        places = [place for geometry in geometries for place in geometry.places]
+        return self.made(domain, places, [term for geometry in geometries for term in geometry.cone])
+
+    def both(self, domain: Domain, geometries: Sequence[Geometry]) -> Geometry:
+        """Where all positions are active that are so in any of several values, by closure too."""
+        met = self.met(domain, geometries)
         terms = [term for geometry in geometries for term in self.terms(geometry, domain)]
-        return Geometry(places, cone, self._cover(domain, terms))
+        return met if met.unknown else replace(met, cover=self._cover(domain, terms))
 
     def with_everything(self, geometry: Geometry, domain: Domain) -> Geometry:
         """The same places of what depends on all cells."""
-        return Geometry(geometry.places, self.everything(domain), geometry.cover)
+        if geometry.unknown:
+            return geometry
+        return self.made(domain, geometry.places, self.everything(domain))
 
     def windowed(
         self,

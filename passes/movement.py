@@ -126,23 +126,25 @@ class Movement:
         if moved is not None:
             return moved
         domain = layout.domain.whole
-        operands = [value for value in node.all_input_nodes if spatial_of(value) is not None]
-        here = [value for value in operands if _size(value) == domain]
-        others = any(value in self._derived and spatial_of(value) is None for value in node.all_input_nodes)
+        here = [value for value in _maps(node) if _size(value) == domain]
         if ATTENTION.matches(node.target) and here and node.args[0] is here[0]:
-            return self._of_everything(self.geometry(here[0]), domain)
+            return self.places.with_everything(self.geometry(here[0]), domain)
         stays = inferred or is_elementwise(node.target) or node.target in IN_PLACE or LINEAR.matches(node.target)
         if stays and here:
-            found = self.places.met(domain, [self.geometry(value) for value in here])
-            # Statistics, and what is no map, depend on everything.
-            mixes = node.target in IN_PLACE or others or len(here) < len(operands)
-            return self._of_everything(found, domain) if mixes else found
+            return self.met(node, here)
         if node.target in PRODUCTS and (kept := _row_operand(node, layout)) is not None:
-            return self._of_everything(self.geometry(kept), domain)
+            return self.places.with_everything(self.geometry(kept), domain)
         return self._tried(node, layout)
 
-    def _of_everything(self, geometry: Geometry, domain: Domain) -> Geometry:
-        return geometry if geometry.unknown else self.places.with_everything(geometry, domain)
+    def met(self, node: fx.Node, operands: Sequence[fx.Node]) -> Geometry:
+        """That of what an operator makes of maps of one size, position by position.
+
+        Statistics, and operands that are no such maps but were made from one, depend on everything.
+        """
+        domain = _size(operands[0])
+        found = self.places.met(domain, [self.geometry(value) for value in operands])
+        others = any(value in self._derived and value not in operands for value in node.all_input_nodes)
+        return self.places.with_everything(found, domain) if others or node.target in IN_PLACE else found
 
     def _moved(self, node: fx.Node, layout: Spatial) -> Geometry | None:
         """The geometry of what resizes or moves by a rule; None for anything else."""
@@ -302,7 +304,7 @@ class Movement:
         everything = self.places.everything(domain)
         if any(_size(source) != domain for source in found.sources):
             geometries = [self.places.resized(geometry, domain, everything) for geometry in geometries]
-        return self._of_everything(self.places.met(domain, geometries), domain)
+        return self.places.with_everything(self.places.met(domain, geometries), domain)
 
 
 def window_stencil(
@@ -334,6 +336,11 @@ def _size(node: Any) -> Domain:
     spatial = spatial_of(node)
     assert spatial is not None
     return spatial.domain.whole
+
+
+def _maps(node: fx.Node) -> list[fx.Node]:
+    """The operands of a node that are maps."""
+    return [value for value in dict.fromkeys(node.all_input_nodes) if spatial_of(value) is not None]
 
 
 def _row_operand(node: fx.Node, layout: Spatial) -> fx.Node | None:

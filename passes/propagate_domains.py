@@ -50,7 +50,8 @@ from fisedit_compile.passes.recognise import Recogniser
 from fisedit_compile.passes.report import Report
 from fisedit_compile.passes.sparsify_attention import FAMILY as ATTENTION
 from fisedit_compile.passes.sparsify_layout import ALIAS, JOINS
-from fisedit_compile.passes.targets import RESOLUTION_CHANGES, aten
+from fisedit_compile.passes.sparsify_norm import TARGETS as NORMS
+from fisedit_compile.passes.targets import RESOLUTION_CHANGES, aten, is_elementwise
 from fisedit_compile.runtime.spec import Domain
 
 NAME = "propagate_domains"
@@ -113,24 +114,46 @@ def find_resolutions(derived: Sequence[fx.Node], batch: int, domains: set[Domain
 
 
 def _meet(node: fx.Node, movement: Movement, derived: dict[fx.Node, None]) -> None:
-    """Bring operands of one size to one place: what a row operator reads has the same rows."""
+    """Bring operands of one size to the place of the result: what a row operator reads has the rows that it makes."""
     operands = [value for value in dict.fromkeys(node.all_input_nodes) if spatial_of(value) is not None]
     if ATTENTION.matches(node.target):
-        operands = [value for value in operands if value is not node.args[0]]
-    if node.target in JOINS:
-        known = spatial_of(operands[0]) if operands else None
-        if known is None or joined_axis(node, known) is not None:
-            return
-    places: dict[Domain, list[fx.Node]] = {}
+        _meet_keys(node, [value for value in operands if value is not node.args[0]], movement, derived)
+        operands = [value for value in operands if value is node.args[0]]
+    elif node.target in JOINS and (known := spatial_of(operands[0])) is not None and joined_axis(node, known):
+        return
+    elif node.target in NORMS or not (len(operands) > 1 or is_elementwise(node.target)):
+        return
+    sizes: dict[Domain, list[fx.Node]] = {}
     for value in operands:
-        places.setdefault(_domain(value).whole, []).append(value)
-    for size, values in places.items():
-        if len({_domain(value) for value in values}) < 2:
-            continue
-        met = movement.places.met(size, [movement.geometry(value) for value in values])
+        sizes.setdefault(_domain(value).whole, []).append(value)
+    for values in sizes.values():
+        met = movement.met(node, values)
         for value in values:
             if _domain(value).cover != met.cover:
                 node.replace_input_with(value, _at(value, node, met, movement, derived))
+
+
+def _meet_keys(node: fx.Node, operands: list[fx.Node], movement: Movement, derived: dict[fx.Node, None]) -> None:
+    """Bring keys and values to one place, at which both have all their active positions."""
+    if len({_domain(value) for value in operands}) < 2 or len({_domain(value).whole for value in operands}) > 1:
+        return
+    size = _domain(operands[0]).whole
+    both = movement.places.both(size, [movement.geometry(value) for value in operands])
+    for value in operands:
+        if _domain(value).cover != both.cover:
+            node.replace_input_with(value, _at(value, node, both, movement, derived))
+
+
+def _settle(node: fx.Node, movement: Movement, derived: dict[fx.Node, None]) -> None:
+    """Bring statistics' results, which have the rows of their operand, to their own place."""
+    source, spatial = spatial_of(node.args[0]), spatial_of(node)
+    if node.target not in NORMS or source is None or spatial is None or source.domain == spatial.domain:
+        return
+    geometry = movement.geometry(node)
+    node.meta["spatial"] = source
+    node.replace_all_uses_with(
+        _at(node, node.next, geometry, movement, derived), delete_user_cb=lambda user: user.target is not ALIAS
+    )
 
 
 def _at(
@@ -279,6 +302,7 @@ def propagate_domains(
             elif node.target is not operator.getitem and reads_spatial(node):
                 _meet(node, movement, derived)
                 _annotate(node, families, batch, domains, recogniser, movement)
+                _settle(node, movement, derived)
             else:
                 node.meta["dense_reason"] = BEHIND
                 _recognise(node, recogniser, movement)

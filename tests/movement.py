@@ -106,7 +106,12 @@ def resized(reads: Tensor) -> Move:
 
 
 def interpolation_reads(size: int, target: int, taps: Sequence[int], aligned: bool, scale: float | None) -> Tensor:
-    """The positions that bilinear (taps 0, 1) and bicubic (-1 to 2) name, whatever their weights are."""
+    """The positions that bilinear (taps 0, 1) and bicubic (-1 to 2) name, whatever their weights are.
+
+    Along an axis that keeps its size, PyTorch's bilinear resize is a copy, also with a scale factor.
+    """
+    if size == target and len(taps) == 2:
+        return torch.eye(size, dtype=torch.bool)
     reads = torch.zeros((target, size), dtype=torch.bool)
     for position in range(target):
         if aligned:
