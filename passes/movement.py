@@ -191,8 +191,8 @@ class Movement:
             self.geometry(x),
             domain.whole,
             reads,
-            lambda canvas: canvas.taken(tables[0]),
-            lambda canvas: canvas.taken(tables[1]),
+            lambda canvas: _taken(canvas, tables[0]),
+            lambda canvas: _taken(canvas, tables[1]),
         )
 
     def _transposed(self, x: fx.Node) -> Geometry:
@@ -336,6 +336,13 @@ def _size(node: Any) -> Domain:
     spatial = spatial_of(node)
     assert spatial is not None
     return spatial.domain.whole
+
+
+def _taken(canvas: Canvas, table: Sequence[int]) -> Canvas:
+    """What a table leaves of a canvas; one that turns all positions around turns their insides as well."""
+    if list(table) == list(range(int(canvas.size)))[::-1]:
+        return canvas.reversed()
+    return canvas.taken(table)
 
 
 def _maps(node: fx.Node) -> list[fx.Node]:
