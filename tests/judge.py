@@ -22,13 +22,15 @@ class Verdict:
         active: whether it was computed.
         right: whether it equals the dense network on the mixed picture.
         owed: whether it must be right: it depends on the mask, and on nothing outside of it.
-        idle: computed, although nothing that it depends on can change.
+        idle: computed, although it depends on cells and none of them is in the mask.
+        lent: computed, although it depends on nothing: padding that holds the place of its edge.
     """
 
     active: Tensor
     right: Tensor
     owed: Tensor
     idle: Tensor
+    lent: Tensor
 
 
 def judge(reference: Reference, mask: Tensor) -> dict[str, Verdict]:
@@ -48,5 +50,6 @@ def judge(reference: Reference, mask: Tensor) -> dict[str, Verdict]:
             right[name, number] = torch.where(computed, ~wrong, ~touched)
             if number == 0:
                 owed = field.dependent & ~field.touched(~fine)
-                verdicts[name] = Verdict(computed, right[name, 0], owed, computed & ~touched)
+                idle, lent = computed & field.dependent & ~touched, computed & ~field.dependent
+                verdicts[name] = Verdict(computed, right[name, 0], owed, idle, lent)
     return verdicts

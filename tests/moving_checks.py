@@ -40,8 +40,8 @@ class Counts:
         active: computed by an edit, for one mask each.
         right: equal to the dense network on the mixed picture, beforehand.
         owed: must be right, as they depend on the mask and on nothing outside of it.
-        idle: active, although nothing that they depend on can change.
-        united: of those, active because values with different canvases met or were joined.
+        idle: active, although they depend on cells and none of them is in the mask.
+        lent: active, although they depend on nothing: padding that holds the place of its edge.
         returned: of outputs, those that are right and may have changed.
     """
 
@@ -52,7 +52,7 @@ class Counts:
     right: int = 0
     owed: int = 0
     idle: int = 0
-    united: int = 0
+    lent: int = 0
     returned: int = 0
 
     def add(self, other: Counts) -> None:
@@ -64,11 +64,10 @@ class Counts:
 class Tried:
     """A network with its reference, a recording, an edit by a mask, and the dense network on the mixed picture."""
 
-    def __init__(self, network: MovingNetwork, mask: Tensor, dtype: torch.dtype = torch.float64) -> None:
-        self.network, self.mask, self.dtype = network, mask, dtype
+    def __init__(self, network: MovingNetwork, mask: Tensor, reference: Reference, dtype: torch.dtype) -> None:
+        self.network, self.mask, self.reference, self.dtype = network, mask, reference, dtype
         weights = network.weights(dtype)
         self.first, self.second = network.picture(0, dtype), network.picture(1, dtype)
-        self.reference = Reference(network.graph, (self.first, *weights), graph=network.graph, maps=True)
         mixed = torch.where(mask, self.second, self.first)
         self.recording: Recording = self.reference.record((self.first, *weights))
         self.edited: Recording = self.reference.edit(self.recording, (self.second, *weights), mask)
@@ -85,14 +84,9 @@ class Tried:
             assert missed == 0, f"{missed} positions inside the mask are not right: {what}"
             counts.values += 1
             counts.positions += verdict.right.numel()
-            for kind in ("active", "right", "owed", "idle"):
+            for kind in ("active", "right", "owed", "idle", "lent"):
                 setattr(counts, kind, getattr(counts, kind) + int(getattr(verdict, kind).sum()))
-            counts.united += int((verdict.idle & ~self._by_one_sheet(name)).sum())
         return counts
-
-    def _by_one_sheet(self, name: str) -> Tensor:
-        """Positions that the first sheet alone makes active."""
-        return self.reference.fields[name][0].covers[0].touch(self.reference.prepared(self.mask))
 
     def check_outputs(self, editing: Editing) -> Counts:
         """The four properties of a compiled network's outputs."""
@@ -121,6 +115,12 @@ class Tried:
     def _compare(self, actual: Tensor, expected: Tensor, where: Tensor, what: str) -> None:
         kept = where[:, None].expand(actual.shape)
         assert_near(torch.where(kept, actual, expected), expected, what, self.dtype)
+
+
+def reference_of(network: MovingNetwork) -> Reference:
+    """The masked reference of a network, for any data type."""
+    inputs = (network.picture(0), *network.weights())
+    return Reference(network.graph, inputs, graph=network.graph, maps=True)
 
 
 def compile_graph(network: MovingNetwork, dtype: torch.dtype = torch.float32, **options: Any) -> Editing:
@@ -160,9 +160,10 @@ def compile_with_dynamo(network: MovingNetwork, **options: Any) -> Editing:
 
 def check(network: MovingNetwork, mask: Tensor, compilers: Sequence[Callable[[MovingNetwork], Editing]]) -> Counts:
     """Everything of one network and mask: the definition in double precision, compiled networks in single."""
-    counts = Tried(network, mask).check_reference()
+    reference = reference_of(network)
+    counts = Tried(network, mask, reference, torch.float64).check_reference()
     if compilers:
-        tried = Tried(network, mask, torch.float32)
+        tried = Tried(network, mask, reference, torch.float32)
         for compile_network in compilers:
             counts.add(tried.check_outputs(compile_network(network)))
     return counts

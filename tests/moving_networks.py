@@ -113,7 +113,7 @@ class WithWeights(nn.Module):
 
 @dataclass
 class Writer:
-    """Appends operators to a graph; each runs on fake tensors, so that sizes are known."""
+    """Appends operators to a graph; each runs once, on zeros, so that sizes are known."""
 
     choices: Choices
     graph: fx.Graph = field(default_factory=fx.Graph)
@@ -121,6 +121,7 @@ class Writer:
     shapes: list[tuple[int, ...]] = field(default_factory=list)
     steps: list[str] = field(default_factory=list)
     maps: list[fx.Node] = field(default_factory=list)
+    values: dict[fx.Node, Tensor] = field(default_factory=dict)
 
     def input(self, name: str, *shape: int) -> fx.Node:
         """A graph input, placed behind the others."""
@@ -130,9 +131,13 @@ class Writer:
                 node = self.graph.placeholder(name)
         else:
             node = self.graph.placeholder(name)
-        with self.mode:
-            node.meta["val"] = torch.empty(shape)
         self.shapes.append(shape)
+        return self._noted(node, torch.zeros(shape))
+
+    def _noted(self, node: fx.Node, value: Tensor) -> fx.Node:
+        with self.mode:
+            node.meta["val"] = torch.empty(value.shape)
+        self.values[node] = value
         return node
 
     def weight(self, *shape: int) -> fx.Node:
@@ -142,10 +147,8 @@ class Writer:
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """A call of an operator with one result."""
         node = self.graph.call_function(target, args, kwargs)
-        given = fx.node.map_arg((args, kwargs), lambda value: value.meta["val"])
-        with self.mode, torch.no_grad():
-            node.meta["val"] = target(*given[0], **given[1])
-        return node
+        given: Any = fx.node.map_arg((args, kwargs), lambda value: self.values[value])
+        return self._noted(node, target(*given[0], **given[1]))
 
     def size(self, x: fx.Node) -> tuple[int, int]:
         """Height and width of a map."""
