@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from canvas import Sheet, join, meet
 from fields import Field, Link, cones_of
 from movement import Moves, arguments_of, moves_of
+from places import Place
 
 #: Operators that leave every position where it is and read nothing else: next to those that PyTorch calls pointwise.
 LAYOUT = {
@@ -26,19 +27,7 @@ OPERAND = {"baddbmm": 1, "addmm": 1, "addbmm": 1}
 PRODUCTS = {"bmm", "matmul", "mm", "einsum", "scaled_dot_product_attention", *OPERAND}
 
 
-class Place(Protocol):
-    """Where a value keeps its positions (``reference.Place``)."""
-
-    height: int
-    width: int
-    dimension: int
-    flattened: bool
-    folds: int
-    before: int
-    after: int
-
-
-Source = tuple[str, int, Field, "Place | None"]
+Source = tuple[str, int, Field, Place | None]
 
 
 def name_of(node: fx.Node) -> str:

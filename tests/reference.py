@@ -21,10 +21,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional
 
 from fields import Field, input_field
 from fields_of_graph import FieldFinder, permutation
+from places import AmbiguousShapeError, Place, locate
+
+__all__ = ["AmbiguousShapeError", "Place", "Recording", "Reference", "flatten", "locate", "reduce_mask"]
 
 aten = torch.ops.aten
 
@@ -40,10 +42,6 @@ RESAMPLING = (
 )
 
 
-class AmbiguousShapeError(AssertionError):
-    """A shape fits two resolutions: the test network must use sizes that differ from each other."""
-
-
 def covering(fine: int, coarse: int) -> Tensor:
     """``[coarse, fine]`` booleans: whether a coarse cell covers a fine one, also when there are more coarse cells."""
     first = [cell * fine // coarse for cell in range(coarse)]
@@ -57,68 +55,6 @@ def reduce_mask(mask: Tensor, height: int, width: int) -> Tensor:
     rows = covering(mask.shape[1], height).double()
     columns = covering(mask.shape[2], width).double()
     return (rows @ mask.double() @ columns.T) > 0
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a value keeps its space.
-
-    ``dimension`` is the first spatial one; ``folds`` is how many heads are folded into the batch; ``before`` and
-    ``after`` are how many tokens that are no positions are joined with flattened ones, and always active.
-    """
-
-    height: int
-    width: int
-    dimension: int
-    flattened: bool
-    folds: int = 1
-    before: int = 0
-    after: int = 0
-
-    def view(self, mask: Tensor, rank: int) -> Tensor:
-        """The mask ``[B, height, width]`` in a shape that broadcasts against the value."""
-        if self.flattened:
-            mask = functional.pad(mask.flatten(1), (self.before, self.after), value=True)
-        mask = mask.repeat_interleave(self.folds, dim=0)
-        before = (1,) * (self.dimension - 1)
-        after = (1,) * (rank - self.dimension - (1 if self.flattened else 2))
-        return mask.reshape(mask.shape[0], *before, *mask.shape[1:], *after)
-
-
-def locate(
-    shape: Sequence[int],
-    batch: int,
-    resolutions: Sequence[tuple[int, int]],
-    joined: Sequence[tuple[int, int, int, int]] = (),
-) -> Place | None:
-    """Recognise the spatial dimensions of a value from its shape; None for a value that is not spatial."""
-    rank = len(shape)
-    if rank < 2:
-        return None
-    found = [
-        Place(height, width, dimension, flattened=False)
-        for height, width in resolutions
-        for dimension in range(1, rank - 1)
-        if shape[0] == batch and tuple(shape[dimension : dimension + 2]) == (height, width)
-    ]
-    folded = rank == 3 and shape[0] % batch == 0
-    if not found and (shape[0] == batch or folded):
-        found = [
-            Place(height, width, dimension, flattened=True, folds=shape[0] // batch)
-            for height, width in resolutions
-            for dimension in range(1, rank)
-            if height * width > 1 and shape[dimension] == height * width
-        ]
-    if not found and shape[0] == batch:
-        found = [
-            Place(height, width, dimension, flattened=True, before=before, after=after)
-            for height, width, before, after in joined
-            for dimension in range(1, rank)
-            if shape[dimension] == before + height * width + after
-        ]
-    if len({(place.height, place.width, place.before) for place in found}) > 1:
-        raise AmbiguousShapeError(f"shape {tuple(shape)} fits {found}")
-    return found[0] if found else None  # attention scores are [..., queries, keys]: the queries come first
 
 
 @dataclass
@@ -196,7 +132,7 @@ class Reference:
         tokens: their resolution (H, W), when they are ``[B, H * W, C]``.
         norm: ``"exact"``, or ``"cached"`` for group norms that keep the recorded statistics.
         graph: the network as a graph of operators, with ``meta["val"]`` on every node; made from ``model`` otherwise.
-        maps: every value of rank 4 that is made from a map is one, ``[B, C, H, W]``, whatever its sizes.
+        maps: the values that have positions are those of rank 4, ``[B, C, H, W]``, whatever their sizes.
     """
 
     def __init__(
@@ -249,13 +185,13 @@ class Reference:
                 continue
             if node.target is aten.cat.default:
                 joins |= self._joins(node, places)
-            places[node.name] = tuple(
-                Place(*height_and_width(value), 2, flattened=False)
-                if self.maps and value.dim() == 4
-                else locate(value.shape, self.batch, self.resolutions, sorted(joins))
-                for value in flatten(node.meta["val"])
-            )
+            places[node.name] = tuple(self._place(value, sorted(joins)) for value in flatten(node.meta["val"]))
         return places
+
+    def _place(self, value: Tensor, joins: Sequence[tuple[int, int, int, int]]) -> Place | None:
+        if self.maps:
+            return Place(*height_and_width(value), 2, flattened=False) if value.dim() == 4 else None
+        return locate(value.shape, self.batch, self.resolutions, joins)
 
     @staticmethod
     def _leads_to_a_resolution(node: fx.Node, resolutions: set[tuple[int, int]]) -> bool:

@@ -28,6 +28,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=1000, help="number of networks")
     parser.add_argument("--seed", type=int, default=0, help="of the first network")
     parser.add_argument("--only", choices=("definition", "graph", "dynamo"), default="graph", help="what is compared")
+    parser.add_argument("--joined", action="store_true", help="with attention and norms")
     parser.add_argument("--keep-going", action="store_true", help="count the networks that fail instead of stopping")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -35,7 +36,7 @@ def main() -> int:
     counts, failed, started = Counts(), [], time.perf_counter()
     for seed in range(arguments.seed, arguments.seed + arguments.count):
         choices = Seeded(seed)
-        network = draw(choices)
+        network = draw(choices, arguments.joined)
         mask = network.mask(choices)
         try:
             counts.add(check(network, mask, compilers))
@@ -44,6 +45,8 @@ def main() -> int:
             if not arguments.keep_going:
                 print(f"seed {seed} failed\n{network}\nmask {describe(mask)}\n{error}")
                 break
+        if (seed - arguments.seed + 1) % 100 == 0:
+            print(f"{seed - arguments.seed + 1} tried, {len(failed)} failed: {counts}", flush=True)
     seconds = time.perf_counter() - started
     print(f"{counts}\n{len(failed)} failed of {counts.networks + len(failed)} networks, {seconds:.0f} s")
     print(f"seeds of those that failed: {failed}" if failed else "no mismatch")

@@ -39,12 +39,12 @@ class Drawn:
         return self.data.draw(strategies.sampled_from(list(values)))
 
 
-def counted(seeds: range, *compilers: Callable[..., Any]) -> Counts:
+def counted(seeds: range, *compilers: Callable[..., Any], joined: bool = False) -> Counts:
     """Networks of some seeds, checked."""
     counts = Counts()
     for seed in seeds:
         choices = Seeded(seed)
-        network = draw(choices)
+        network = draw(choices, joined)
         counts.add(check(network, network.mask(choices), compilers))
     return counts
 
@@ -59,6 +59,12 @@ def test_the_definition_by_itself() -> None:
 def test_compiled_graphs() -> None:
     counts = counted(range(1000, 1400 if THOROUGH else 1030), compile_graph)
     assert counts.returned > 30 * counts.networks
+
+
+def test_attention_and_norms_join_in() -> None:
+    """What reads the whole map is right nowhere; outside it is the recording, and everywhere the reference."""
+    counts = counted(range(3000, 3200 if THOROUGH else 3015), compile_graph, joined=True)
+    assert counts.networks > 10
 
 
 def test_compiled_as_users_do() -> None:
