@@ -42,6 +42,11 @@ WINDOW_POOLS = {
 }
 #: What mixes positions and keeps each one's place.
 IN_PLACE = SOFTMAXES | NORMS | {aten.cumsum.default, aten.log_softmax.int}
+#: What works along one dimension, the order of its values and their places included.
+ALONG_A_DIMENSION = {
+    "argmax", "argmin", "argsort", "cummax", "cummin", "cumprod", "kthvalue", "max", "median", "min", "mode", "msort",
+    "nanmedian", "sort", "topk",
+}  # fmt: skip
 PRODUCTS = {aten.matmul.default, aten.bmm.default}
 
 
@@ -88,6 +93,8 @@ class Movement:
         self._derived = derived
         self._geometries: dict[fx.Node, Geometry] = {}
         self._probe = MovementProbe(derived)
+        #: (value, reader) -> the value at the reader's place, as an earlier run left it.
+        self.aliases: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
         #: Values behind operators of which it is not known how they move positions, with the reason.
         self.lost: dict[fx.Node, str] = {}
 
@@ -132,6 +139,8 @@ class Movement:
         stays = inferred or is_elementwise(node.target) or node.target in IN_PLACE or LINEAR.matches(node.target)
         if stays and here:
             return self.met(node, here)
+        if (within := _along_channels(node)) is not None and _size(within) == domain:
+            return self.met(node, [within])
         if node.target in PRODUCTS and (kept := _row_operand(node, layout)) is not None:
             return self.places.with_everything(self.geometry(kept), domain)
         return self._tried(node, layout)
@@ -143,7 +152,8 @@ class Movement:
         """
         domain = _size(operands[0])
         found = self.places.met(domain, [self.geometry(value) for value in operands])
-        others = any(value in self._derived and value not in operands for value in node.all_input_nodes)
+        reads = node.all_input_nodes if node.target is not operator.getitem else ()
+        others = any(value in self._derived and value not in operands for value in reads)
         return self.places.with_everything(found, domain) if others or node.target in IN_PLACE else found
 
     def _moved(self, node: fx.Node, layout: Spatial) -> Geometry | None:
@@ -348,6 +358,18 @@ def _taken(canvas: Canvas, table: Sequence[int]) -> Canvas:
 def _maps(node: fx.Node) -> list[fx.Node]:
     """The operands of a node that are maps."""
     return [value for value in dict.fromkeys(node.all_input_nodes) if spatial_of(value) is not None]
+
+
+def _along_channels(node: fx.Node) -> fx.Node | None:
+    """The map of which an operator, or the one of which this is a result, orders or selects channels."""
+    maker = node.args[0] if node.target is operator.getitem else node
+    if not isinstance(maker, fx.Node) or getattr(maker.target, "_opname", "") not in ALONG_A_DIMENSION:
+        return None
+    x, spatial = maker.args[0], spatial_of(maker.args[0])
+    dim = read_arguments(maker).get("dim")
+    if not isinstance(x, fx.Node) or spatial is None or not isinstance(dim, int):
+        return None
+    return x if dim % len(spatial.dims) in spatial.channel_dims else None
 
 
 def _row_operand(node: fx.Node, layout: Spatial) -> fx.Node | None:

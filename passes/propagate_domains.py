@@ -162,12 +162,23 @@ def _at(
     """A value at another place, for one reader."""
     spatial = spatial_of(value)
     assert spatial is not None
-    node = insert_call(reader, ALIAS, value)
+    node = movement.aliases.get((value, reader)) or insert_call(reader, ALIAS, value)
     node.meta["spatial"] = spatial.at(geometry.cover)
     node.meta["origin"] = node.name
     movement.put(node, geometry)
     derived[node] = None
     return node
+
+
+def _take_aliases(graph: fx.Graph) -> dict[tuple[fx.Node, fx.Node], fx.Node]:
+    """What an earlier run left: (value, reader) -> the value at the reader's place, which nobody reads now."""
+    found = {}
+    for node in graph.nodes:
+        if node.target is ALIAS:
+            source, readers = node.args[0], list(node.users)
+            node.replace_all_uses_with(source)
+            found.update({(source, reader): node for reader in readers})
+    return found
 
 
 def _domain(node: fx.Node) -> Domain:
@@ -275,6 +286,7 @@ def propagate_domains(
 ) -> fx.GraphModule:
     """Run the pass in place and return the module."""
     graph = graph_module.graph
+    earlier = _take_aliases(graph)
     inputs = find_spatial_inputs(graph, infos, report)
     domains = {spatial.domain for node in inputs if (spatial := spatial_of(node))}
     derived = dict.fromkeys(inputs)
@@ -290,6 +302,7 @@ def propagate_domains(
         batch = shape_of(inputs[0])[0]
         find_resolutions(list(derived), batch, domains)
         movement = Movement(Places(max(map(_domain, inputs), key=lambda domain: domain.size)), derived)
+        movement.aliases = earlier
         for node in inputs:
             movement.input(node)
         recogniser = Recogniser(derived, batch, domains)
@@ -309,6 +322,9 @@ def propagate_domains(
         _check_outputs(graph, recogniser.doubtful, report)
         if report.dense_reason is None:
             _mask_outputs(graph, movement, derived)
+            for node in earlier.values():
+                if not node.users:
+                    graph.erase_node(node)
             for node, reason in movement.lost.items():
                 report.lose(NAME, node, reason)
     report.matches[NAME] += len(inputs)

@@ -165,7 +165,8 @@ def check_masked(
         dense: the same computation on the graph's inputs; run on the picture mixed by the mask.
         height_dim, flat: where the output has its positions.
         batch: how many different masks.
-        target: resolution of the output, when it is not that of the picture.
+        target: size of the output, when it is not that of the picture. Where its positions lie is what the program says;
+            the tests of networks that move positions compare that with the reference.
         sparse: whether nothing may stay dense.
     """
     program = compile_graph(builder, output, options=options)
@@ -176,10 +177,12 @@ def check_masked(
     second = random_inputs(builder, 2, fixed=first)
     base = record(program, first)
     assert_near(base.outputs[0], dense(*first), "record", dtype)
+    domain = next(site.domain for site in program.sites if site.name == "output:0")
+    assert domain is not None and domain.whole == (target or program.mask_domain)
     for seed in range(2):
         mask = some_mask(program.mask_domain, batch, seed)
         mixed = mix(second[0], first[0], mask)
-        coarse = reduce_mask(mask, target or program.mask_domain)
+        coarse = reduce_mask(mask, domain)
         expected = mix(dense(mixed, *second[1:]), dense(*first), coarse, height_dim, flat)
         (result,) = Edit(program, base, second, mask).run()
         assert_near(result, expected, "edit", dtype)

@@ -40,7 +40,7 @@ def test_data_flow_has_an_edge_for_each_use_lists_included() -> None:
         (lambda b, x: b.call(aten.softmax.int, x, -1), False),
         (lambda b, x: b.call(aten.matmul.default, x, b.parameter(4, 4)), False),
         (lambda b, x: b.call(aten.mean.dim, x, [1], True), False),
-        (lambda b, x: b.call(aten.flip.default, x, [3]), False),
+        (lambda b, x: b.call(aten.flip.default, x, [3]), True),
     ],
 )
 def test_only_elementwise_and_layout_operators_lead_to_an_anchor(path, reaches) -> None:

@@ -139,7 +139,7 @@ def test_a_pixel_unshuffle_puts_taps_into_channels() -> None:
 
 @pytest.mark.parametrize(
     ("target", "arguments"),
-    [(MAXIMUM, ([2],)), (NEAREST, ([8, 10], None)), (aten.constant_pad_nd.default, ([1, 1],)), (ADAPTIVE, ([1, 1],))],
+    [(MAXIMUM, ([2],)), (NEAREST, ([8, 10], None)), (ADAPTIVE, ([1, 1],))],
 )
 @pytest.mark.parametrize("dims", ["bhwc", "bcwh", None])
 def test_condition_1_the_input_is_a_picture(target, arguments, dims) -> None:
@@ -150,7 +150,31 @@ def test_condition_1_the_input_is_a_picture(target, arguments, dims) -> None:
     ]
 
 
-PADDED = "it pads other dimensions than height and width, or removes positions"
+@pytest.mark.parametrize("dims", ["bsc", None])
+def test_condition_1_what_is_padded_has_rows_and_columns(dims) -> None:
+    builder = GraphBuilder()
+    x = builder.input(2, 20, 6, spatial=dims)
+    assert refused(resample, FAMILY, builder, builder.call(aten.constant_pad_nd.default, x, [0, 0, 1, 1])) == [
+        "the input is not a spatial value with dimensions (batch, channel, height, width)"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("dims", "amounts"), [("bhwc", [0, 0, 1, 2, -1, 3]), ("bchw", [1, 2, -1, 3]), ("bchw", [1, 2])]
+)
+def test_a_pad_may_have_any_dimensions_and_remove_positions(dims, amounts) -> None:
+    builder = GraphBuilder()
+    node = builder.call(aten.constant_pad_nd.default, builder.input(2, 5, 4, 6, spatial=dims), amounts)
+    module, _ = run(builder, node)
+    sizes = dict(zip(dims, (2, 5, 4, 6), strict=True))
+    source = Domain(sizes["h"], sizes["w"])
+    top, bottom = (-1, 3) if len(amounts) > 2 else (0, 0)
+    target = Domain(source.height + top + bottom, source.width + 3)
+    stencil = Stencil.of("pad", source, target, left=1, right=2, top=top, bottom=bottom, mode="constant")
+    assert spell(outputs(module)[0]) == ("to_map", ("aten.select.int", taps(stencil), 2, 0))
+
+
+PADDED = "it pads other dimensions than height and width"
 
 
 @pytest.mark.parametrize(
@@ -158,8 +182,7 @@ PADDED = "it pads other dimensions than height and width, or removes positions"
     [
         (AVERAGE, ([2], [2], [1], True), "the output size is rounded up while padding is counted"),
         (aten.constant_pad_nd.default, ([0, 0, 0, 0, 1, 1],), PADDED),
-        (aten.constant_pad_nd.default, ([1, -1],), PADDED),
-        (aten.pad.default, ([1, 1, -1, 2],), PADDED),
+        (aten.pad.default, ([1, 1, -1, 2], "circular"), "a pad of mode circular that removes positions"),
         (ADAPTIVE, ([2, 2],), "an adaptive pooling with windows of different sizes"),
         (ADAPTIVE, ([10, 8],), "an adaptive pooling with windows of different sizes"),
     ],

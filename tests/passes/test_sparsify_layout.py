@@ -187,7 +187,11 @@ def reasons(builder: GraphBuilder, node) -> list[str]:
         ),
         ((1, 20, 6), "bsc", (aten.squeeze.dim, 0), "the batch dimension is lost"),
         # 2. Channels only
-        ((2, 6, 5, 4), "bchw", (aten.chunk.default, 2, 2), "it cuts along positions or samples"),
+        ((2, 20, 6), "bsc", (aten.slice.Tensor, 1, 0, 4), "it cuts along positions or samples"),
+        ((2, 6, 5, 1), "bchw", (aten.slice.Tensor, 2, 0, 1), "it cuts out single positions"),
+        ((2, 20, 6), "bsc", (aten.flip.default, [1]), "it turns samples, or rows and columns as one"),
+        ((2, 6, 5, 4), "bchw", (aten.flip.default, [0, 3]), "it turns samples, or rows and columns as one"),
+        ((2, 6, 5, 4), "bchw", (aten.roll.default, [3]), "it rolls all dimensions as one"),
         ((2, 6, 5, 4), "bchw", (aten.slice.Tensor, 0, 0, 1), "it cuts along positions or samples"),
         ((2, 6, 5, 4), "bchw", (aten.select.int, 3, 0), "it cuts along positions or samples"),
         ((2, 6, 5, 4), "bchw", (aten.unbind.int, 0), "it cuts along positions or samples"),
@@ -209,6 +213,7 @@ def test_condition_2_an_example_that_is_spatial_is_not_enough() -> None:
 
 ORDER = "the joined values lie on different resolutions or have their dimensions in different order"
 ALONG = "values are joined along positions or samples"
+MAPS = "values are joined along positions, and not all of them are maps with the same dimensions"
 
 
 @pytest.mark.parametrize(
@@ -216,7 +221,7 @@ ALONG = "values are joined along positions or samples"
     [
         (("bchw", (2, 6, 5, 4)), ("bcwh", (2, 6, 5, 4)), 1, ORDER),
         (("bchw", (2, 6, 5, 4)), (None, (2, 6, 5, 4)), 0, ALONG),
-        (("bchw", (2, 6, 5, 4)), ("bchw", (2, 6, 5, 4)), -1, ALONG),
+        (("bchw", (2, 6, 5, 4)), (None, (2, 6, 5, 4)), -1, MAPS),
         (("bchw", (2, 6, 5, 4)), (None, (0,)), 1, "the joined values differ in rank"),
     ],
 )

@@ -76,6 +76,10 @@ OPERATORS: dict[str, Operator] = {
 }
 
 
+#: Operators that move positions, and with them what a mask allows to change; a skip around them keeps the picture's place.
+MOVES: dict[str, Operator] = {"flipped": lambda mask: mask.flip(1), "rolled": lambda mask: mask.roll(2, 2)}
+
+
 class Around(nn.Module):
     """A convolution, the operator, and what reads it: nothing, an activation and a skip, or a convolution."""
 
@@ -107,8 +111,11 @@ def draw(size: tuple[int, ...], seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def check_promises(module: nn.Module, size: tuple[int, int, int, int]) -> None:
-    """Full mask: dense. Outside a mask: the recording, bit by bit. Unchanged inputs: the recording."""
+def check_promises(module: nn.Module, size: tuple[int, int, int, int], moved: Operator = lambda mask: mask) -> None:
+    """Full mask: dense. Outside a mask: the recording, bit by bit. Unchanged inputs: the recording.
+
+    ``moved`` tells from the mask ``[B, H, W]`` which positions of the output may change.
+    """
     batch, _, height, width = size
     runtime = fisedit.Runtime()
     network = compiled(module, runtime, convolution="rows")  # a mask of everything runs the sparse graph, too
@@ -121,7 +128,7 @@ def check_promises(module: nn.Module, size: tuple[int, int, int, int]) -> None:
     mask[0, height - 1, 0] = False
     with runtime.edit("base", mask=mask):
         edited = network(new)
-    outside = ~mask[:, None].expand(size)
+    outside = ~moved(mask)[:, None].expand(size)
     assert_identical(edited[outside], recorded[outside], "outside the mask")
     assert not torch.equal(edited, recorded), "the edit changed nothing at all"
     with runtime.edit("base", mask=torch.ones(height, width)):
@@ -137,7 +144,8 @@ def test_equal_sizes(name: str, behind: str) -> None:
     """All sizes for what returns the value itself, which nothing but its making tells apart; two for the others."""
     for size in SIZES if behind == "nothing" else SIZES[:3:2]:
         torch.compiler.reset()
-        check_promises(build(OPERATORS[name], size[1], behind), size)
+        moved = {} if behind == "skip" or name not in MOVES else {"moved": MOVES[name]}
+        check_promises(build(OPERATORS[name], size[1], behind), size, **moved)
 
 
 class Doubled(nn.Module):
