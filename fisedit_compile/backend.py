@@ -152,6 +152,7 @@ def _build(
         logger.info("%s runs as a whole: %s", label, opaque.reason)
         digest = structural_hash(gm, infos, f"{surroundings} {_given(traced)}")
     program: Program = build_program(traced.gm, infos, options, opaque)
+    _warn_of_lost_positions(label, program)
     digest = hashlib.sha256(f"{digest} {program.sites}".encode()).hexdigest()
     reason = program.report.dense_reason or (opaque.reason if opaque is not None else None)
     identity = GraphIdentity(digest, label, infos, traced.numbers, traced.constants, reason, traced.steady)
@@ -161,6 +162,21 @@ def _build(
     devices = [value.device for value in inputs.values if isinstance(value, StaticTensor)]
     capturer = capturer_for(devices) if options.cuda_graphs else None
     return Executable(gm, program, runtime, identity, options.lowering, capturer)
+
+
+def _warn_of_lost_positions(label: str, program: Program) -> None:
+    lost = program.report.lost
+    if lost:
+        first = lost[0]
+        logger.warning(
+            "%s moves positions in a way that is not known, at %d of its operators, the first of which is %s (%s): all "
+            "positions behind them are computed, and edits save no time there. Pictures are right. fisedit.explain lists "
+            "them.",
+            label,
+            len(lost),
+            first.target,
+            first.reason,
+        )
 
 
 def _given(traced: TracedGraph) -> list[str]:

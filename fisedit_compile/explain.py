@@ -151,6 +151,12 @@ class ExplainReport:
         return [miss for program in self.programs for miss in program.report.misses]
 
     @property
+    def lost(self) -> list[Miss]:
+        """Operators behind which it is not known where positions lie on the mask, with the reason: all of them count as
+        active there, so that nothing behind saves time."""
+        return [miss for program in self.programs for miss in program.report.lost]
+
+    @property
     def dense_nodes(self) -> list[Miss]:
         """Operators on feature maps that run densely, each with its reason; and graphs that do as a whole."""
         nodes = [miss for program in self.programs for miss in program.report.dense_nodes]
@@ -265,7 +271,11 @@ class ExplainReport:
         for name in dict.fromkeys((*seconds, *matches, *missed)):
             passes.add_row(name, str(matches[name]), str(missed[name]), f"{seconds[name]:.2f}")
         tables.append(passes)
-        for title, found in (("Dense", self.dense_nodes), ("Rules that did not apply", self.misses)):
+        for title, found in (
+            ("Where positions go is not known: all behind them are active", self.lost),
+            ("Dense", self.dense_nodes),
+            ("Rules that did not apply", self.misses),
+        ):
             reasons = Counter((miss.target, miss.reason) for miss in found)
             first = {(miss.target, miss.reason): miss.node for miss in reversed(found)}
             if reasons:

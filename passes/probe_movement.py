@@ -242,23 +242,24 @@ class _Run:
             for other in node.all_input_nodes
             if not self._probe.is_derived(other)
         }
-        numbers = torch.arange(source.size).view(source.height, source.width)
-        if len(chosen) == 1:
-            # Each position by itself: shows what moved.
-            marked, seen = self._patterns(chosen, values, numbers, source.size)
-            tables = _tables(marked, seen, source)
-            if tables is not None:
-                return (None if source == target and tables == _identity(target) else tables,)
-            if source == target:
-                return (None,) if _depends(marked, seen, numbers) else "its positions do not stay where they are"
         coarse = _coarse(source, target)
-        if coarse is None:
+        if source != target and coarse is not None and self._keeps(chosen, values, source, target, coarse):
+            return (None,)
+        numbers = torch.arange(source.size).view(source.height, source.width)
+        marked, seen = self._patterns(chosen, values, numbers, source.size)
+        if len(chosen) == 1 and (tables := _tables(marked, seen, source)) is not None:
+            return (None if source == target and tables == _identity(target) else tables,)
+        if source != target:
             return "it changes the size, and no rule says how"
+        return (None,) if _depends(marked, seen, numbers) else "its positions do not stay where they are"
+
+    def _keeps(
+        self, chosen: Sequence[fx.Node], values: dict[fx.Node, Tensor], source: Domain, target: Domain, coarse: Domain
+    ) -> bool:
+        """Whether each position of a result of another size depends on its own cell of the coarser size."""
         cells = torch.arange(coarse.size).view(coarse.height, coarse.width)
-        fine = _spread(cells, source)
-        marked, seen = self._patterns(chosen, values, fine, coarse.size)
-        stays = _depends(marked, seen, _spread(cells, target))
-        return (None,) if stays else "its positions do not stay where they are"
+        marked, seen = self._patterns(chosen, values, _spread(cells, source), coarse.size)
+        return _depends(marked, seen, _spread(cells, target))
 
     def _patterns(
         self, chosen: Sequence[fx.Node], values: dict[fx.Node, Tensor], numbers: Tensor, count: int
