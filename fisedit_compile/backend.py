@@ -27,6 +27,7 @@ from fisedit_compile.executable import Executable, GraphIdentity
 from fisedit_compile.forms import StaticTensor
 from fisedit_compile.passes import InputInfo, Program, build_program, disabled_passes
 from fisedit_compile.passes.labels import declare_content
+from fisedit_compile.passes.literals import spell_literals
 from fisedit_compile.replay import capturer_for
 from fisedit_compile.runtime import PhaseSource, Runtime, default_runtime
 from fisedit_compile.tracing import TracedGraph, trace
@@ -210,6 +211,7 @@ def fisedit(
     if not isinstance(runtime, PhaseSource):
         raise OptionError(f"option runtime must be a fisedit_compile.Runtime, got a {type(runtime).__name__}")
     parsed = replace(parsed, disabled_passes=disabled_passes(parsed))
+    spell_literals(gm)
     surroundings = _surroundings(example_inputs, parsed)
     infos = declare_content(describe_inputs(gm, example_inputs), parsed.content)
     label = _label(infos, example_inputs)
