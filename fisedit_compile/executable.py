@@ -21,6 +21,7 @@ from fisedit_compile.picking import picker
 from fisedit_compile.prologues import InvariantMemo, prologues
 from fisedit_compile.replay import Capturer, ReplayedGraph, Roles
 from fisedit_compile.runtime import EditPhase, PhaseSource, PlanSpec, ProgramKey, RecordedCall, RecordPhase, Site
+from fisedit_compile.runtime.fingerprint import content_identity, has_identity
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +106,8 @@ class Executable:
         self._hoisted = weakref.WeakKeyDictionary()
         self._invariants: weakref.WeakKeyDictionary[EditPhase, dict[ProgramKey, InvariantMemo]]
         self._invariants = weakref.WeakKeyDictionary()
+        # Which of the held inputs have no identity: the first call tells, on whose types Dynamo guards.
+        self._replaceable: tuple[int, ...] | None = None
         self._key: ProgramKey | None = None
         self._warned = False
         if program is not None and self._sparse:
@@ -147,7 +150,15 @@ class Executable:
             return self._edit(phase, key, parameters, arguments)
 
     def _program_key(self, held: Sequence[Tensor]) -> ProgramKey:
-        identities = tuple(map(id, held))
+        if self._replaceable is None:
+            kinds = [info.kind for info in self.identity.input_infos if info.kind in ("parameter", "state")]
+            self._replaceable = tuple(
+                at for at, kind in enumerate(kinds) if kind == "parameter" and not has_identity(held[at])
+            )
+        numbers: list[int | str] = list(map(id, held))
+        for at in self._replaceable:
+            numbers[at] = content_identity(held[at])
+        identities = tuple(numbers)
         key = self._key
         if key is None or key.parameters != identities:
             key = self._key = ProgramKey(self.identity.graph_hash, identities, self.identity.label)

@@ -30,12 +30,13 @@ class ProgramKey:
 
     Attributes:
         graph_hash: equal for graphs of equal structure and shapes.
-        parameters: ``id`` of every parameter.
+        parameters: ``id`` of every parameter; of buffers and the like, which are replaced by equal ones, what
+            ``fingerprint.content_identity`` says.
         label: the graph in words (its input shapes), for messages only.
     """
 
     graph_hash: str
-    parameters: tuple[int, ...]
+    parameters: tuple[int | str, ...]
     label: str = field(default="", compare=False)
 
     def __str__(self) -> str:
@@ -126,7 +127,7 @@ class Base:
         if any(known.graph_hash == key.graph_hash for known in self.recordings):
             return WeightsChangedError(
                 f"base {self.name!r} was recorded with other parameters of {key}: the network, or some of its "
-                f"parameters, were replaced since; record the base again with this network"
+                f"parameters or buffers, were replaced since; record the base again with this network"
             )
         if key.label and any(known.label == key.label for known in self.recordings):
             return CallMismatchError(
