@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -20,17 +21,19 @@ from fisedit_compile.description import (
     break_reason,
     describe,
     describe_inputs,
+    fixed_sizes,
     placeholders,
 )
 from fisedit_compile.errors import OptionError
 from fisedit_compile.executable import Executable, GraphIdentity
 from fisedit_compile.forms import StaticTensor
 from fisedit_compile.passes import InputInfo, Program, build_program, disabled_passes
+from fisedit_compile.passes.canonicalize import idle_source
 from fisedit_compile.passes.labels import declare_content
 from fisedit_compile.passes.literals import spell_literals
 from fisedit_compile.replay import capturer_for
 from fisedit_compile.runtime import PhaseSource, Runtime, default_runtime
-from fisedit_compile.tracing import TracedGraph, trace
+from fisedit_compile.tracing import trace
 
 logger = logging.getLogger(__name__)
 
@@ -48,32 +51,44 @@ def _describe(value: object) -> str:
     return type(value).__name__
 
 
-def structural_hash(graph_module: fx.GraphModule, infos: Sequence[InputInfo], extra: str = "") -> str:
+def structural_hash(
+    graph_module: fx.GraphModule,
+    infos: Sequence[InputInfo],
+    extra: str = "",
+    fixed: Mapping[fx.Node, Any] | None = None,
+) -> str:
     """A hash of a traced graph: its operators, how they are connected, shapes, dtypes and constants.
 
-    Names of nodes and inputs that tracing made constant do not count: the same network gets the same hash whether or
-    not Dynamo made its sizes dynamic. ``extra`` is hashed as well.
+    Names of nodes, inputs that tracing made constant and operators that do nothing but copy do not count: the same
+    network gets the same hash whether or not Dynamo made its sizes dynamic, and however its inputs lie in memory.
+    ``extra`` is hashed as well. ``fixed``: nodes that stand for constants, where tracing has not replaced them.
     """
     digest = hashlib.sha256(extra.encode())
     numbers: dict[fx.Node, str] = {}
-    inputs = iter(infos)
+    inputs, counted = iter(infos), itertools.count()
+    constants = fixed or {}
 
     def lookup(node: fx.Node) -> Any:
-        return _Reference(numbers[node])
+        return constants[node] if node in constants else _Reference(numbers[node])
 
     for node in graph_module.graph.nodes:
         value = node.meta.get("val")
-        if node.op == "placeholder":
-            info = next(inputs)
+        info = next(inputs) if node.op == "placeholder" else None
+        if node in constants:
+            continue
+        if info is not None:
             if "val" in node.meta and isinstance(value, (bool, int, float, type(None))):
                 continue
             text = f"input {info.kind}"
         elif node.op == "get_attr":
             text = f"constant {_content(getattr(graph_module, str(node.target)))}"
+        elif isinstance(source := idle_source(node), fx.Node):
+            numbers[node] = numbers[source]
+            continue
         else:
             arguments = fx.map_arg((node.args, node.kwargs), lookup)
             text = f"{node.op} {_target_name(node.target)} {arguments}"
-        numbers[node] = f"%{len(numbers)}"
+        numbers[node] = f"%{next(counted)}"
         digest.update(f"{text} -> {_describe(value)}\n".encode())
     return digest.hexdigest()
 
@@ -144,14 +159,14 @@ def _build(
             traced = trace(gm, inputs)
     except UntraceableGraph as error:
         infos = declare_content(inputs.infos, options.content)
-        return _stays_dense(gm, infos, runtime, label, f"{surroundings} {inputs.values}", error)
+        return _stays_dense(gm, infos, runtime, label, f"{surroundings} {_given(inputs.values)}", error)
     opaque, infos = traced.opaque, declare_content(traced.input_infos, options.content)
     # Hashed before the passes, which work on this very graph.
     if opaque is None:
         digest = structural_hash(traced.gm, infos, surroundings)
     else:
         logger.info("%s runs as a whole: %s", label, opaque.reason)
-        digest = structural_hash(gm, infos, f"{surroundings} {_given(traced)}")
+        digest = structural_hash(gm, infos, f"{surroundings} {_given(inputs.values)}", fixed_sizes(gm))
     program: Program = build_program(traced.gm, infos, options, opaque)
     digest = hashlib.sha256(f"{digest} {program.sites}".encode()).hexdigest()
     reason = program.report.dense_reason or (opaque.reason if opaque is not None else None)
@@ -164,10 +179,11 @@ def _build(
     return Executable(gm, program, runtime, identity, options.lowering, capturer)
 
 
-def _given(traced: TracedGraph) -> list[str]:
-    """The inputs of a graph in words: the values of those that tracing has fixed, the forms of the others."""
-    values = [node.meta.get("val") for node in placeholders(traced.gm.graph)]
-    return [repr(value) if at in traced.constants else _describe(value) for at, value in enumerate(values)]
+def _given(values: Sequence[Any]) -> list[str]:
+    """The forms of the inputs of a graph in words. Strides are none of them, and sizes are those of tensors: which
+    inputs stand for sizes, and what strides are, differs where PyTorch's compiler made several graphs of a network."""
+    tensors = (value for value in values if isinstance(value, StaticTensor))
+    return [f"{value.shape} {value.dtype} {value.device.type}" for value in tensors]
 
 
 def _stays_dense(
@@ -179,7 +195,8 @@ def _stays_dense(
     error: UntraceableGraph,
 ) -> Executable:
     logger.info("%s stays dense: %s", label, error)
-    identity = GraphIdentity(structural_hash(gm, infos, surroundings), label, infos, dense_reason=str(error))
+    digest = structural_hash(gm, infos, surroundings, fixed_sizes(gm))
+    identity = GraphIdentity(digest, label, infos, dense_reason=str(error))
     return Executable(gm, None, runtime, identity)
 
 

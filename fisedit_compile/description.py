@@ -119,6 +119,24 @@ def _given(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple
     return values, numbers
 
 
+def fixed_sizes(gm: fx.GraphModule) -> dict[fx.Node, Any]:
+    """The nodes of a Dynamo graph that stand for sizes or strides, or are computed from some, and their values: a graph
+    that was made after a size, or a stride, had changed has such nodes in place of numbers. To be asked when all sizes
+    are guarded on."""
+    symbols = private.size_symbols(placeholders(gm.graph))
+    found: dict[fx.Node, Any] = {}
+    for node in gm.graph.nodes:
+        value = node.meta.get("example_value")
+        sizes = value if isinstance(value, torch.Size) else (value,)
+        symbolic = [private.is_symbolic(size) for size in sizes]
+        if not all(isinstance(size, int) or of for size, of in zip(sizes, symbolic, strict=True)):
+            continue
+        if all(private.is_made_of_sizes(size, symbols) for size, of in zip(sizes, symbolic, strict=True) if of):
+            numbers = [private.hint_of(size) if of else size for size, of in zip(sizes, symbolic, strict=True)]
+            found[node] = torch.Size(numbers) if isinstance(value, torch.Size) else numbers[0]
+    return found
+
+
 def _returned(gm: fx.GraphModule) -> tuple[StaticTensor, ...] | None:
     """What the graph returns; None when something of it is no tensor of known sizes."""
     (results,) = next(node for node in gm.graph.nodes if node.op == "output").args

@@ -301,6 +301,7 @@ class Executable:
         outputs = list(results[: program.output_count])
         for number in self._borrowed:
             outputs[number] = outputs[number].clone()
+        outputs = [call.like(name, output) for name, output in zip(self._output_names, outputs, strict=True)]
         if phase.saving:
             updated = phase.updated_sites(call, self._sites, results[program.output_count :], plan)
             phase.commit(key, updated, self._sites, self._protected(arguments, outputs))

@@ -61,9 +61,9 @@ __all__ = [
     "ENTER_AUTOCAST", "EXIT_AUTOCAST", "INTEGERS_CHOOSE_GRAPHS", "SET_GRAD_ENABLED", "UNTRACEABLE", "FakeTensor",
     "FakeTensorMode", "FunctionalTrace", "HigherOrderOperator", "OpOverload", "OptimizedModule", "compile_forward",
     "compile_frozen", "compile_settings", "compile_with_inductor", "compiling", "dynamo_limits",
-    "end_failed_capture", "hint_of", "input_source", "is_changed", "is_module_state", "is_numpy", "is_size",
-    "is_symbolic", "is_wrapped_number", "keep_sizes", "rename_placeholder", "size_symbols", "strict_recompiles",
-    "trace_functional",
+    "end_failed_capture", "hint_of", "input_source", "is_changed", "is_made_of_sizes", "is_module_state", "is_numpy",
+    "is_size", "is_symbolic", "is_wrapped_number", "keep_sizes", "rename_node", "rename_placeholder", "size_symbols",
+    "strict_recompiles", "trace_functional",
 ]  # fmt: skip
 
 
@@ -168,6 +168,11 @@ def is_numpy(placeholder: fx.Node) -> bool:
     return isinstance(_source(placeholder), NumpyTensorSource)
 
 
+def rename_node(node: fx.Node, name: str) -> None:
+    """Give a node a name, or one made from it when the graph has that name already."""
+    node._rename(name)
+
+
 def rename_placeholder(placeholder: fx.Node, name: str) -> None:
     """Give a placeholder a name, or one made from it when the graph has that name already."""
     placeholder._rename(name)
@@ -203,6 +208,11 @@ def size_symbols(placeholders: Sequence[fx.Node]) -> set[Any]:
 def is_size(value: torch.SymInt, symbols: set[Any]) -> bool:
     """Whether a dynamic number is a size of a tensor input, or computed from some."""
     return bool(free_symbols(value) & symbols)
+
+
+def is_made_of_sizes(value: torch.SymInt, symbols: set[Any]) -> bool:
+    """Whether a dynamic number depends on sizes of tensor inputs only."""
+    return free_symbols(value) <= symbols
 
 
 def keep_sizes(*values: Any) -> None:

@@ -81,6 +81,15 @@ class RecordedCall(Mapping[str, Tensor]):
         """The same tensors with a counter of its own, for one edit call; what it brings to the device goes with it."""
         return RecordedCall(self._tensors, self.scalars, self.lane)
 
+    def like(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor with the strides of the recorded one, not counted as loaded, where that takes no copy: those of
+        dimensions of one element mean nothing, but PyTorch's compiler makes a graph for each set of strides."""
+        wanted = self._tensors[name].stride()
+        if tensor.shape != self._tensors[name].shape or tensor.stride() == wanted:
+            return tensor
+        meant = [(now, then) for size, now, then in zip(tensor.shape, tensor.stride(), wanted, strict=True) if size > 1]
+        return tensor.as_strided(tensor.shape, wanted) if all(now == then for now, then in meant) else tensor
+
     def stored(self) -> Iterable[Tensor]:
         """The tensors as they are kept, not counted as loaded; they may lie on the host."""
         return self._tensors.values()
