@@ -131,9 +131,14 @@ def _label(infos: Sequence[InputInfo], example_inputs: Sequence[Any]) -> str:
     return f"the graph of {', '.join(parts)}" if parts else "the graph without tensor inputs"
 
 
+def _devices(example_inputs: Sequence[Any]) -> list[str]:
+    """The types of device that tensors are on."""
+    return sorted({value.device.type for value in example_inputs if isinstance(value, Tensor)})
+
+
 def _autocast(example_inputs: Sequence[Any]) -> list[str]:
     """Where autocast is on, and to what."""
-    devices = sorted({value.device.type for value in example_inputs if isinstance(value, Tensor)})
+    devices = _devices(example_inputs)
     return [
         f"{device} {str(torch.get_autocast_dtype(device)).removeprefix('torch.')}"
         for device in devices
@@ -222,7 +227,7 @@ def fisedit(
     Raises:
         OptionError: an option is unknown or has an invalid value.
     """
-    runtime, parsed = parse_options(mode, options)
+    runtime, parsed = parse_options(mode, options, _devices(example_inputs))
     if runtime is None:
         runtime = default_runtime()
     if not isinstance(runtime, PhaseSource):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -109,6 +110,11 @@ class Executable:
         # Which of the held inputs have no identity: the first call tells, on whose types Dynamo guards.
         self._replaceable: tuple[int, ...] | None = None
         self._key: ProgramKey | None = None
+        # Recordings of one graph serve all ways of running it; what its prologue computes depends on the way.
+        self._prologue_hash = ""
+        if program is not None and program.prologue is not None:
+            text = f"{identity.graph_hash} {program.prologue.graph}"
+            self._prologue_hash = hashlib.sha256(text.encode()).hexdigest()
         self._warned = False
         if program is not None and self._sparse:
             every_valid = lowering == "inductor" or capturer is not None
@@ -316,7 +322,10 @@ class Executable:
         if key not in known or isinstance(phase, RecordPhase):
             parameters = self._prologue_parameters(arguments)
             known[key] = prologues.get(
-                key, parameters, phase.fingerprint(key), lambda: self._graph("prologue")(*arguments)
+                replace(key, graph_hash=self._prologue_hash),
+                parameters,
+                phase.fingerprint(key),
+                lambda: self._graph("prologue")(*arguments),
             )
         return known[key]
 

@@ -62,8 +62,8 @@ __all__ = [
     "FakeTensorMode", "FunctionalTrace", "HigherOrderOperator", "OpOverload", "OptimizedModule", "compile_forward",
     "compile_frozen", "compile_settings", "compile_with_inductor", "compiling", "dynamo_limits",
     "end_failed_capture", "hint_of", "input_source", "is_changed", "is_made_of_sizes", "is_module_state", "is_numpy",
-    "is_size", "is_symbolic", "is_wrapped_number", "keep_sizes", "rename_node", "rename_placeholder", "size_symbols",
-    "strict_recompiles", "trace_functional",
+    "is_size", "is_symbolic", "is_wrapped_number", "keep_sizes", "rename_node", "size_symbols", "strict_recompiles",
+    "trace_functional",
 ]  # fmt: skip
 
 
@@ -171,12 +171,8 @@ def is_numpy(placeholder: fx.Node) -> bool:
 def rename_node(node: fx.Node, name: str) -> None:
     """Give a node a name, or one made from it when the graph has that name already."""
     node._rename(name)
-
-
-def rename_placeholder(placeholder: fx.Node, name: str) -> None:
-    """Give a placeholder a name, or one made from it when the graph has that name already."""
-    placeholder._rename(name)
-    placeholder.target = placeholder.name
+    if node.op == "placeholder":
+        node.target = node.name
 
 
 def is_wrapped_number(placeholder: fx.Node) -> bool:

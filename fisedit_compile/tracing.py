@@ -223,10 +223,10 @@ def _name_inputs(graph: fx.Graph, values: Sequence[Any]) -> None:
     number = 0
     for node, value in zip(placeholders(graph), values, strict=True):
         if isinstance(value, DYNAMIC):
-            private.rename_placeholder(node, f"input_{number}")
+            private.rename_node(node, f"input_{number}")
             number += 1
         else:
-            private.rename_placeholder(node, "constant")
+            private.rename_node(node, "constant")
             node.meta["val"] = value
 
 

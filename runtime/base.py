@@ -236,8 +236,10 @@ def write_rows(stored: Tensor, site: Site, rows: Tensor, index: Tensor, valid: T
         return copy
     position = index.expand(batch, count)
     sample = torch.arange(batch, device=rows.device)[:, None]
-    width = mapped.shape[2]
-    where = (sample, position) if site.space_rank == 1 else (sample, position // width, position % width)
+    where: tuple[Tensor, ...] = (sample, position)
+    if site.space_rank == 2:
+        width = mapped.shape[2]
+        where = (sample, position // width, position % width)
     values = rows.to(copy.dtype)
     if valid is not None:
         chosen = valid.expand(batch, count).reshape(batch, count, *(1,) * (rows.dim() - 2))
