@@ -18,6 +18,7 @@ from fisedit_compile.config import Options, parse_options
 from fisedit_compile.description import (
     GraphInputs,
     UntraceableGraph,
+    break_before,
     break_reason,
     describe,
     describe_inputs,
@@ -156,7 +157,13 @@ def _surroundings(example_inputs: Sequence[Any], options: Options) -> str:
 
 
 def _build(
-    gm: fx.GraphModule, inputs: GraphInputs, runtime: PhaseSource, label: str, surroundings: str, options: Options
+    gm: fx.GraphModule,
+    inputs: GraphInputs,
+    runtime: PhaseSource,
+    label: str,
+    surroundings: str,
+    options: Options,
+    resumed: str | None,
 ) -> Executable:
     """Trace a graph and make its program."""
     try:
@@ -164,7 +171,7 @@ def _build(
             traced = trace(gm, inputs)
     except UntraceableGraph as error:
         infos = declare_content(inputs.infos, options.content)
-        return _stays_dense(gm, infos, runtime, label, f"{surroundings} {_given(inputs.values)}", error)
+        return _stays_dense(gm, infos, runtime, label, f"{surroundings} {_given(inputs.values)}", error, resumed)
     opaque, infos = traced.opaque, declare_content(traced.input_infos, options.content)
     # Hashed before the passes, which work on this very graph.
     if opaque is None:
@@ -175,7 +182,7 @@ def _build(
     program: Program = build_program(traced.gm, infos, options, opaque)
     digest = hashlib.sha256(f"{digest} {program.sites}".encode()).hexdigest()
     reason = program.report.dense_reason or (opaque.reason if opaque is not None else None)
-    identity = GraphIdentity(digest, label, infos, traced.numbers, traced.constants, reason, traced.steady)
+    identity = GraphIdentity(digest, label, infos, traced.numbers, traced.constants, reason, traced.steady, resumed)
     if opaque is not None:
         # What surrounds it is little, and it may do what cannot be captured.
         return Executable(gm, program, runtime, identity)
@@ -198,10 +205,11 @@ def _stays_dense(
     label: str,
     surroundings: str,
     error: UntraceableGraph,
+    resumed: str | None,
 ) -> Executable:
     logger.info("%s stays dense: %s", label, error)
     digest = structural_hash(gm, infos, surroundings, fixed_sizes(gm))
-    identity = GraphIdentity(digest, label, infos, dense_reason=str(error))
+    identity = GraphIdentity(digest, label, infos, dense_reason=str(error), resumed=resumed)
     return Executable(gm, None, runtime, identity)
 
 
@@ -235,22 +243,23 @@ def fisedit(
     parsed = replace(parsed, disabled_passes=disabled_passes(parsed))
     spell_literals(gm)
     surroundings = _surroundings(example_inputs, parsed)
+    resumed = break_before()
     infos = declare_content(describe_inputs(gm, example_inputs), parsed.content)
     label = _label(infos, example_inputs)
     if reason := break_reason(gm):
         logger.warning(
             "%s is not the whole network, PyTorch's compiler broke it off: %s. What runs between graphs is computed "
             "densely and not masked, and masks are applied at the resolution of each graph's inputs: positions outside "
-            "the mask may change. fullgraph=True shows where.",
+            "the mask may change.",
             label,
             reason,
         )
     try:
         inputs = describe(gm, example_inputs)
     except UntraceableGraph as error:
-        dense = _stays_dense(gm, infos, runtime, label, surroundings + _shapes(example_inputs), error)
+        dense = _stays_dense(gm, infos, runtime, label, surroundings + _shapes(example_inputs), error, resumed)
         return CompiledGraph(gm, runtime, lambda: dense)
-    compiled = CompiledGraph(gm, runtime, lambda: _build(gm, inputs, runtime, label, surroundings, parsed))
+    compiled = CompiledGraph(gm, runtime, lambda: _build(gm, inputs, runtime, label, surroundings, parsed, resumed))
     if inputs.numbers:
         # Fixing a number adds a guard, which Dynamo takes only while it compiles.
         _ = compiled.executable

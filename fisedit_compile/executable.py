@@ -37,6 +37,14 @@ NOT_LINED_UP = (
     "each token) the calls cannot be lined up with recorded ones: use those outside of record, edit and edit sessions"
 )
 
+BEHIND_A_BREAK = (
+    "PyTorch's compiler broke the network off in {line}, and makes another graph of the rest where a number that "
+    "Python reads from a tensor there (item(), int(...), the size of what nonzero() finds) differs from call to call. "
+    "Compute with tensors in that line (x.amax() in place of x.max().item(), a sum or torch.where in place of "
+    "nonzero()); if the number is one that you give, give it as a tensor; or call the network outside of record, edit "
+    "and edit sessions"
+)
+
 
 @dataclass(frozen=True)
 class GraphIdentity:
@@ -50,6 +58,7 @@ class GraphIdentity:
         constants: positions of inputs that tracing has fixed; they are guarded on and need no comparison.
         dense_reason: why it runs densely as a whole; None when it does not.
         steady: positions of those Python numbers that must not change from call to call.
+        resumed: the line in which PyTorch's compiler broke off the graph before this one; None when it is the first.
     """
 
     graph_hash: str
@@ -59,6 +68,7 @@ class GraphIdentity:
     constants: frozenset[int] = frozenset()
     dense_reason: str | None = None
     steady: tuple[int, ...] = ()
+    resumed: str | None = None
 
     def positions(self, *kinds: str) -> tuple[int, ...]:
         """Positions of the inputs of these kinds."""
@@ -180,6 +190,11 @@ class Executable:
         for position, first, now in zip(self.identity.steady, before, values, strict=True):
             if first != now:
                 name = self.identity.input_infos[position].name
+                if self.identity.resumed is not None:
+                    raise ScalarMismatchError(
+                        f"a Python number of {self.identity.label} changed from {first} to {now} between calls; "
+                        f"{BEHIND_A_BREAK.format(line=self.identity.resumed)}"
+                    )
                 raise ScalarMismatchError(
                     f"the Python number {name} changed from {first} to {now} between calls; {PASS_A_TENSOR}"
                 )
@@ -258,6 +273,12 @@ class Executable:
         try:
             return phase.begin(key, parameters, self._scalars(arguments), dense)
         except CallMismatchError as error:
+            if self.identity.resumed is not None:
+                # What the runtime advises, it takes for the only graph of the network.
+                raise CallMismatchError(
+                    f"the calls of {self.identity.label} do not line up with those of base {phase.base.name!r}; "
+                    f"{BEHIND_A_BREAK.format(line=self.identity.resumed)}"
+                ) from error
             if self.identity.numbers:
                 names = ", ".join(self.identity.input_infos[position].name for position in self.identity.numbers)
                 error.add_note(f"{names} came as a Python number; {PASS_A_TENSOR}")

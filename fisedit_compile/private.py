@@ -27,6 +27,7 @@ from torch._dynamo.convert_frame import compile_lock
 from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
 from torch._dynamo.source import ConstantSource, NumpyTensorSource
+from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import TracingContext
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses import fake_tensor
@@ -59,9 +60,9 @@ GRAPHS = 64
 
 __all__ = [
     "ENTER_AUTOCAST", "EXIT_AUTOCAST", "INTEGERS_CHOOSE_GRAPHS", "SET_GRAD_ENABLED", "UNTRACEABLE", "FakeTensor",
-    "FakeTensorMode", "FunctionalTrace", "HigherOrderOperator", "OpOverload", "OptimizedModule", "compile_forward",
-    "compile_frozen", "compile_settings", "compile_with_inductor", "compiling", "dynamo_limits",
-    "end_failed_capture", "hint_of", "input_source", "is_changed", "is_made_of_sizes", "is_module_state", "is_numpy",
+    "FakeTensorMode", "FunctionalTrace", "HigherOrderOperator", "OpOverload", "OptimizedModule", "code_in_work",
+    "compile_forward", "compile_frozen", "compile_settings", "compile_with_inductor", "compiling", "dynamo_limits",
+    "end_failed_capture", "free_symbols", "hint_of", "input_source", "is_changed", "is_module_state", "is_numpy",
     "is_size", "is_symbolic", "is_wrapped_number", "keep_sizes", "rename_node", "size_symbols", "strict_recompiles",
     "trace_functional",
 ]  # fmt: skip
@@ -163,6 +164,14 @@ def is_changed(placeholder: fx.Node) -> bool:
     return isinstance(value, Tensor) and not value.is_inference() and value._version > 0
 
 
+def code_in_work() -> Any:
+    """The code object that Dynamo compiles now in this thread; None outside of Dynamo."""
+    try:
+        return InstructionTranslator.current_tx().f_code
+    except AttributeError:
+        return None
+
+
 def is_numpy(placeholder: fx.Node) -> bool:
     """Whether a graph input is a numpy number or array, which Dynamo makes a new tensor of at every call."""
     return isinstance(_source(placeholder), NumpyTensorSource)
@@ -204,11 +213,6 @@ def size_symbols(placeholders: Sequence[fx.Node]) -> set[Any]:
 def is_size(value: torch.SymInt, symbols: set[Any]) -> bool:
     """Whether a dynamic number is a size of a tensor input, or computed from some."""
     return bool(free_symbols(value) & symbols)
-
-
-def is_made_of_sizes(value: torch.SymInt, symbols: set[Any]) -> bool:
-    """Whether a dynamic number depends on sizes of tensor inputs only."""
-    return free_symbols(value) <= symbols
 
 
 def keep_sizes(*values: Any) -> None:

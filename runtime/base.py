@@ -141,8 +141,8 @@ class Base:
         if key.label and any(known.label == key.label for known in self.recordings):
             return CallMismatchError(
                 f"base {self.name!r} has no calls of this version of {key}, but of another one: an option, a layer or "
-                f"a number of the network (such as the scale of an adapter) was changed since; record again, also "
-                f"after changing it back"
+                f"a number of the network (such as the scale of an adapter) was changed since, or a cache that it "
+                f"fills at its first call was empty when it was recorded; record again, also after changing it back"
             )
         return CallMismatchError(
             f"base {self.name!r} has no calls of {key}; it holds {self.describe()}. Edit with the network, "

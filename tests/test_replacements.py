@@ -79,7 +79,7 @@ class Dropped(nn.Module):
         Dropped(lambda x: torch.dropout(x, 0.5, False)),
         Dropped(lambda x: torch.dropout(x, p=0.5, train=False)),
     ],
-    ids=str,
+    ids=["dropout", "no probability", "several", "in place", "function", "keywords", "operator", "its keywords"],
 )
 @torch.no_grad()
 def test_what_comes_behind_an_idle_dropout_may_be_in_place(module: nn.Module) -> None:

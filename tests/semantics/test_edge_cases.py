@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fisedit_compile as fisedit
+from fisedit_compile.prologues import prologues
 
 from harness import compiled
 from tolerances import assert_identical, assert_near
@@ -79,6 +80,7 @@ def test_two_lowerings_of_one_network_share_recordings_but_no_weights(first: str
     names = [first, "plain" if first == "inductor" else "inductor"]
     networks = [compiled(module, runtime, lowering=name, convolution="tiles", packing=True) for name in names]
     results = []
+    prologues.clear()
     for name, network in zip(names, networks, strict=True):
         with runtime.record(name):
             assert_near(network(picture(0)), module(picture(0)), "recorded")
@@ -87,3 +89,4 @@ def test_two_lowerings_of_one_network_share_recordings_but_no_weights(first: str
                 results.append(network(picture(1)))
     for result in results:
         assert_near(result, results[0], "edited")
+    assert len(prologues) == 2
