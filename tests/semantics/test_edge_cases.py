@@ -90,3 +90,29 @@ def test_two_lowerings_of_one_network_share_recordings_but_no_weights(first: str
     for result in results:
         assert_near(result, results[0], "edited")
     assert len(prologues) == 2
+
+
+class Queried(nn.Module):
+    """Masks made of queries and a map, as segmentation networks do."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1).requires_grad_(False)
+        self.queries = nn.Parameter(torch.randn(1, 5, channels), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        queries = self.queries.expand(x.shape[0], -1, -1)
+        return torch.einsum("bqc,bchw->bqhw", queries, self.conv(x))
+
+
+@torch.no_grad()
+def test_masks_of_queries_are_masked_also_where_channels_are_as_many_as_rows() -> None:
+    runtime, mask = fisedit.Runtime(), torch.zeros(4, 6, dtype=torch.bool)
+    mask[1:3, 2:5] = True
+    network = compiled(Queried(4), runtime)
+    with runtime.record("base"):
+        recorded = network(torch.randn(2, 4, 4, 6))
+    with runtime.edit("base", mask=mask):
+        edited = network(torch.randn(2, 4, 4, 6))
+    assert_identical(edited[..., ~mask], recorded[..., ~mask], "outside the mask")
+    assert runtime.stats.calls["edit"] == 1
