@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,19 +18,23 @@ from fisedit_compile.config import Options, parse_options
 from fisedit_compile.description import (
     GraphInputs,
     UntraceableGraph,
+    break_before,
     break_reason,
     describe,
     describe_inputs,
+    fixed_sizes,
     placeholders,
 )
 from fisedit_compile.errors import OptionError
 from fisedit_compile.executable import Executable, GraphIdentity
 from fisedit_compile.forms import StaticTensor
 from fisedit_compile.passes import InputInfo, Program, build_program, disabled_passes
+from fisedit_compile.passes.canonicalize import idle_source
 from fisedit_compile.passes.labels import declare_content
+from fisedit_compile.passes.literals import spell_literals
 from fisedit_compile.replay import capturer_for
 from fisedit_compile.runtime import PhaseSource, Runtime, default_runtime
-from fisedit_compile.tracing import TracedGraph, trace
+from fisedit_compile.tracing import trace
 
 logger = logging.getLogger(__name__)
 
@@ -47,32 +52,44 @@ def _describe(value: object) -> str:
     return type(value).__name__
 
 
-def structural_hash(graph_module: fx.GraphModule, infos: Sequence[InputInfo], extra: str = "") -> str:
+def structural_hash(
+    graph_module: fx.GraphModule,
+    infos: Sequence[InputInfo],
+    extra: str = "",
+    fixed: Mapping[fx.Node, Any] | None = None,
+) -> str:
     """A hash of a traced graph: its operators, how they are connected, shapes, dtypes and constants.
 
-    Names of nodes and inputs that tracing made constant do not count: the same network gets the same hash whether or
-    not Dynamo made its sizes dynamic. ``extra`` is hashed as well.
+    Names of nodes, inputs that tracing made constant and operators that do nothing but copy do not count: the same
+    network gets the same hash whether or not Dynamo made its sizes dynamic, and however its inputs lie in memory.
+    ``extra`` is hashed as well. ``fixed``: nodes that stand for constants, where tracing has not replaced them.
     """
     digest = hashlib.sha256(extra.encode())
     numbers: dict[fx.Node, str] = {}
-    inputs = iter(infos)
+    inputs, counted = iter(infos), itertools.count()
+    constants = fixed or {}
 
     def lookup(node: fx.Node) -> Any:
-        return _Reference(numbers[node])
+        return constants[node] if node in constants else _Reference(numbers[node])
 
     for node in graph_module.graph.nodes:
         value = node.meta.get("val")
-        if node.op == "placeholder":
-            info = next(inputs)
+        info = next(inputs) if node.op == "placeholder" else None
+        if node in constants:
+            continue
+        if info is not None:
             if "val" in node.meta and isinstance(value, (bool, int, float, type(None))):
                 continue
             text = f"input {info.kind}"
         elif node.op == "get_attr":
             text = f"constant {_content(getattr(graph_module, str(node.target)))}"
+        elif isinstance(source := idle_source(node), fx.Node):
+            numbers[node] = numbers[source]
+            continue
         else:
             arguments = fx.map_arg((node.args, node.kwargs), lookup)
             text = f"{node.op} {_target_name(node.target)} {arguments}"
-        numbers[node] = f"%{len(numbers)}"
+        numbers[node] = f"%{next(counted)}"
         digest.update(f"{text} -> {_describe(value)}\n".encode())
     return digest.hexdigest()
 
@@ -115,9 +132,14 @@ def _label(infos: Sequence[InputInfo], example_inputs: Sequence[Any]) -> str:
     return f"the graph of {', '.join(parts)}" if parts else "the graph without tensor inputs"
 
 
+def _devices(example_inputs: Sequence[Any]) -> list[str]:
+    """The types of device that tensors are on."""
+    return sorted({value.device.type for value in example_inputs if isinstance(value, Tensor)})
+
+
 def _autocast(example_inputs: Sequence[Any]) -> list[str]:
     """Where autocast is on, and to what."""
-    devices = sorted({value.device.type for value in example_inputs if isinstance(value, Tensor)})
+    devices = _devices(example_inputs)
     return [
         f"{device} {str(torch.get_autocast_dtype(device)).removeprefix('torch.')}"
         for device in devices
@@ -135,7 +157,13 @@ def _surroundings(example_inputs: Sequence[Any], options: Options) -> str:
 
 
 def _build(
-    gm: fx.GraphModule, inputs: GraphInputs, runtime: PhaseSource, label: str, surroundings: str, options: Options
+    gm: fx.GraphModule,
+    inputs: GraphInputs,
+    runtime: PhaseSource,
+    label: str,
+    surroundings: str,
+    options: Options,
+    resumed: str | None,
 ) -> Executable:
     """Trace a graph and make its program."""
     try:
@@ -143,19 +171,19 @@ def _build(
             traced = trace(gm, inputs)
     except UntraceableGraph as error:
         infos = declare_content(inputs.infos, options.content)
-        return _stays_dense(gm, infos, runtime, label, f"{surroundings} {inputs.values}", error)
+        return _stays_dense(gm, infos, runtime, label, f"{surroundings} {_given(inputs.values)}", error, resumed)
     opaque, infos = traced.opaque, declare_content(traced.input_infos, options.content)
     # Hashed before the passes, which work on this very graph.
     if opaque is None:
         digest = structural_hash(traced.gm, infos, surroundings)
     else:
         logger.info("%s runs as a whole: %s", label, opaque.reason)
-        digest = structural_hash(gm, infos, f"{surroundings} {_given(traced)}")
+        digest = structural_hash(gm, infos, f"{surroundings} {_given(inputs.values)}", fixed_sizes(gm))
     program: Program = build_program(traced.gm, infos, options, opaque)
     _warn_of_lost_positions(label, program)
     digest = hashlib.sha256(f"{digest} {program.sites}".encode()).hexdigest()
     reason = program.report.dense_reason or (opaque.reason if opaque is not None else None)
-    identity = GraphIdentity(digest, label, infos, traced.numbers, traced.constants, reason, traced.steady)
+    identity = GraphIdentity(digest, label, infos, traced.numbers, traced.constants, reason, traced.steady, resumed)
     if opaque is not None:
         # What surrounds it is little, and it may do what cannot be captured.
         return Executable(gm, program, runtime, identity)
@@ -179,10 +207,11 @@ def _warn_of_lost_positions(label: str, program: Program) -> None:
         )
 
 
-def _given(traced: TracedGraph) -> list[str]:
-    """The inputs of a graph in words: the values of those that tracing has fixed, the forms of the others."""
-    values = [node.meta.get("val") for node in placeholders(traced.gm.graph)]
-    return [repr(value) if at in traced.constants else _describe(value) for at, value in enumerate(values)]
+def _given(values: Sequence[Any]) -> list[str]:
+    """The forms of the inputs of a graph in words. Strides are none of them, and sizes are those of tensors: which
+    inputs stand for sizes, and what strides are, differs where PyTorch's compiler made several graphs of a network."""
+    tensors = (value for value in values if isinstance(value, StaticTensor))
+    return [f"{value.shape} {value.dtype} {value.device.type}" for value in tensors]
 
 
 def _stays_dense(
@@ -192,9 +221,11 @@ def _stays_dense(
     label: str,
     surroundings: str,
     error: UntraceableGraph,
+    resumed: str | None,
 ) -> Executable:
     logger.info("%s stays dense: %s", label, error)
-    identity = GraphIdentity(structural_hash(gm, infos, surroundings), label, infos, dense_reason=str(error))
+    digest = structural_hash(gm, infos, surroundings, fixed_sizes(gm))
+    identity = GraphIdentity(digest, label, infos, dense_reason=str(error), resumed=resumed)
     return Executable(gm, None, runtime, identity)
 
 
@@ -220,29 +251,31 @@ def fisedit(
     Raises:
         OptionError: an option is unknown or has an invalid value.
     """
-    runtime, parsed = parse_options(mode, options)
+    runtime, parsed = parse_options(mode, options, _devices(example_inputs))
     if runtime is None:
         runtime = default_runtime()
     if not isinstance(runtime, PhaseSource):
         raise OptionError(f"option runtime must be a fisedit_compile.Runtime, got a {type(runtime).__name__}")
     parsed = replace(parsed, disabled_passes=disabled_passes(parsed))
+    spell_literals(gm)
     surroundings = _surroundings(example_inputs, parsed)
+    resumed = break_before()
     infos = declare_content(describe_inputs(gm, example_inputs), parsed.content)
     label = _label(infos, example_inputs)
     if reason := break_reason(gm):
         logger.warning(
             "%s is not the whole network, PyTorch's compiler broke it off: %s. What runs between graphs is computed "
             "densely and not masked, and masks are applied at the resolution of each graph's inputs: positions outside "
-            "the mask may change. fullgraph=True shows where.",
+            "the mask may change.",
             label,
             reason,
         )
     try:
         inputs = describe(gm, example_inputs)
     except UntraceableGraph as error:
-        dense = _stays_dense(gm, infos, runtime, label, surroundings + _shapes(example_inputs), error)
+        dense = _stays_dense(gm, infos, runtime, label, surroundings + _shapes(example_inputs), error, resumed)
         return CompiledGraph(gm, runtime, lambda: dense)
-    compiled = CompiledGraph(gm, runtime, lambda: _build(gm, inputs, runtime, label, surroundings, parsed))
+    compiled = CompiledGraph(gm, runtime, lambda: _build(gm, inputs, runtime, label, surroundings, parsed, resumed))
     if inputs.numbers:
         # Fixing a number adds a guard, which Dynamo takes only while it compiles.
         _ = compiled.executable

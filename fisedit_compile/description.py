@@ -60,11 +60,21 @@ def placeholders(graph: fx.Graph) -> list[fx.Node]:
 
 
 def break_reason(gm: fx.GraphModule) -> str | None:
-    """Why Dynamo ended a graph before the network does, in one line; None when it did not."""
+    """Why Dynamo ended a graph before the network does, and in which line, in words; None when it did not."""
     reason = getattr(gm, "compile_subgraph_reason", None)
     if reason is None or not reason.graph_break:
         return None
-    return str(reason.reason).strip().partition("\n")[0]
+    words = str(reason.reason).strip().partition("\n")[0]
+    stack = getattr(reason, "user_stack", None)
+    return f"{words} (line {stack[-1].lineno} of {stack[-1].filename}: {stack[-1].line})" if stack else words
+
+
+def break_before() -> str | None:
+    """The line in which the graph before the one that Dynamo compiles now was broken off, in words; None when it is
+    the first one of its function."""
+    code = private.code_in_work()
+    found = re.fullmatch(r"torch_dynamo_resume_in_.*_at_(\d+)", code.co_name) if code is not None else None
+    return f"line {found[1]} of {code.co_filename}" if found else None
 
 
 def describe_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[InputInfo, ...]:
@@ -117,6 +127,24 @@ def _given(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple
         else:
             raise UntraceableGraph(f"input {position} is a {type(value).__name__}")
     return values, numbers
+
+
+def fixed_sizes(gm: fx.GraphModule) -> dict[fx.Node, Any]:
+    """The nodes of a Dynamo graph that stand for sizes or strides, or are computed from some, and their values: a graph
+    that was made after a size, or a stride, had changed has such nodes in place of numbers. To be asked when all sizes
+    are guarded on."""
+    symbols = private.size_symbols(placeholders(gm.graph))
+    found: dict[fx.Node, Any] = {}
+    for node in gm.graph.nodes:
+        value = node.meta.get("example_value")
+        sizes = value if isinstance(value, torch.Size) else (value,)
+        symbolic = [private.is_symbolic(size) for size in sizes]
+        if not all(isinstance(size, int) or of for size, of in zip(sizes, symbolic, strict=True)):
+            continue
+        if all(private.free_symbols(size) <= symbols for size, of in zip(sizes, symbolic, strict=True) if of):
+            numbers = [private.hint_of(size) if of else size for size, of in zip(sizes, symbolic, strict=True)]
+            found[node] = torch.Size(numbers) if isinstance(value, torch.Size) else numbers[0]
+    return found
 
 
 def _returned(gm: fx.GraphModule) -> tuple[StaticTensor, ...] | None:

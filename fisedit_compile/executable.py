@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from fisedit_compile.picking import picker
 from fisedit_compile.prologues import InvariantMemo, prologues
 from fisedit_compile.replay import Capturer, ReplayedGraph, Roles
 from fisedit_compile.runtime import EditPhase, PhaseSource, PlanSpec, ProgramKey, RecordedCall, RecordPhase, Site
+from fisedit_compile.runtime.fingerprint import content_identity, has_identity
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,14 @@ PASS_A_TENSOR = (
 NOT_LINED_UP = (
     "this graph runs densely and is not masked; of networks that choose by their data what to compute (an expert for "
     "each token) the calls cannot be lined up with recorded ones: use those outside of record, edit and edit sessions"
+)
+
+BEHIND_A_BREAK = (
+    "PyTorch's compiler broke the network off in {line}, and makes another graph of the rest where a number that "
+    "Python reads from a tensor there (item(), int(...), the size of what nonzero() finds) differs from call to call. "
+    "Compute with tensors in that line (x.amax() in place of x.max().item(), a sum or torch.where in place of "
+    "nonzero()); if the number is one that you give, give it as a tensor; or call the network outside of record, edit "
+    "and edit sessions"
 )
 
 
@@ -48,6 +58,7 @@ class GraphIdentity:
         constants: positions of inputs that tracing has fixed; they are guarded on and need no comparison.
         dense_reason: why it runs densely as a whole; None when it does not.
         steady: positions of those Python numbers that must not change from call to call.
+        resumed: the line in which PyTorch's compiler broke off the graph before this one; None when it is the first.
     """
 
     graph_hash: str
@@ -57,6 +68,7 @@ class GraphIdentity:
     constants: frozenset[int] = frozenset()
     dense_reason: str | None = None
     steady: tuple[int, ...] = ()
+    resumed: str | None = None
 
     def positions(self, *kinds: str) -> tuple[int, ...]:
         """Positions of the inputs of these kinds."""
@@ -105,7 +117,14 @@ class Executable:
         self._hoisted = weakref.WeakKeyDictionary()
         self._invariants: weakref.WeakKeyDictionary[EditPhase, dict[ProgramKey, InvariantMemo]]
         self._invariants = weakref.WeakKeyDictionary()
+        # Which of the held inputs have no identity: the first call tells, on whose types Dynamo guards.
+        self._replaceable: tuple[int, ...] | None = None
         self._key: ProgramKey | None = None
+        # Recordings of one graph serve all ways of running it; what its prologue computes depends on the way.
+        self._prologue_hash = ""
+        if program is not None and program.prologue is not None:
+            text = f"{identity.graph_hash} {program.prologue.graph}"
+            self._prologue_hash = hashlib.sha256(text.encode()).hexdigest()
         self._warned = False
         if program is not None and self._sparse:
             every_valid = lowering == "inductor" or capturer is not None
@@ -147,7 +166,15 @@ class Executable:
             return self._edit(phase, key, parameters, arguments)
 
     def _program_key(self, held: Sequence[Tensor]) -> ProgramKey:
-        identities = tuple(map(id, held))
+        if self._replaceable is None:
+            kinds = [info.kind for info in self.identity.input_infos if info.kind in ("parameter", "state")]
+            self._replaceable = tuple(
+                at for at, kind in enumerate(kinds) if kind == "parameter" and not has_identity(held[at])
+            )
+        numbers: list[int | str] = list(map(id, held))
+        for at in self._replaceable:
+            numbers[at] = content_identity(held[at])
+        identities = tuple(numbers)
         key = self._key
         if key is None or key.parameters != identities:
             key = self._key = ProgramKey(self.identity.graph_hash, identities, self.identity.label)
@@ -163,6 +190,11 @@ class Executable:
         for position, first, now in zip(self.identity.steady, before, values, strict=True):
             if first != now:
                 name = self.identity.input_infos[position].name
+                if self.identity.resumed is not None:
+                    raise ScalarMismatchError(
+                        f"a Python number of {self.identity.label} changed from {first} to {now} between calls; "
+                        f"{BEHIND_A_BREAK.format(line=self.identity.resumed)}"
+                    )
                 raise ScalarMismatchError(
                     f"the Python number {name} changed from {first} to {now} between calls; {PASS_A_TENSOR}"
                 )
@@ -241,6 +273,12 @@ class Executable:
         try:
             return phase.begin(key, parameters, self._scalars(arguments), dense)
         except CallMismatchError as error:
+            if self.identity.resumed is not None:
+                # What the runtime advises, it takes for the only graph of the network.
+                raise CallMismatchError(
+                    f"the calls of {self.identity.label} do not line up with those of base {phase.base.name!r}; "
+                    f"{BEHIND_A_BREAK.format(line=self.identity.resumed)}"
+                ) from error
             if self.identity.numbers:
                 names = ", ".join(self.identity.input_infos[position].name for position in self.identity.numbers)
                 error.add_note(f"{names} came as a Python number; {PASS_A_TENSOR}")
@@ -290,6 +328,7 @@ class Executable:
         outputs = list(results[: program.output_count])
         for number in self._borrowed:
             outputs[number] = outputs[number].clone()
+        outputs = [call.like(name, output) for name, output in zip(self._output_names, outputs, strict=True)]
         if phase.saving:
             updated = phase.updated_sites(call, self._sites, results[program.output_count :], plan)
             phase.commit(key, updated, self._sites, self._protected(arguments, outputs))
@@ -304,7 +343,10 @@ class Executable:
         if key not in known or isinstance(phase, RecordPhase):
             parameters = self._prologue_parameters(arguments)
             known[key] = prologues.get(
-                key, parameters, phase.fingerprint(key), lambda: self._graph("prologue")(*arguments)
+                replace(key, graph_hash=self._prologue_hash),
+                parameters,
+                phase.fingerprint(key),
+                lambda: self._graph("prologue")(*arguments),
             )
         return known[key]
 

@@ -375,7 +375,8 @@ def explain(model: Any, *args: Any, **kwargs: Any) -> ExplainReport:
         OptionError: one of the module's options is unknown or has an invalid value.
     """
     settings = private.compile_settings(model, "fisedit") if isinstance(model, private.OptimizedModule) else {}
-    _, options = parse_options(settings.get("mode"), settings.get("options"))
+    devices = {value.device.type for value in (*args, *kwargs.values()) if isinstance(value, Tensor)}
+    _, options = parse_options(settings.get("mode"), settings.get("options"), devices)
     return explain_with(options, model, *args, **kwargs)
 
 

@@ -24,6 +24,7 @@ from fisedit_compile.ops import IMPLEMENTATIONS
 from fisedit_compile.ops.attention import attend
 from fisedit_compile.ops.maps import convolve
 from fisedit_compile.passes.deferred import copy_graph
+from fisedit_compile.passes.literals import spell_literals
 from fisedit_compile.passes.program import GraphInput
 from fisedit_compile.runtime.spec import Domain, PlanInput
 
@@ -64,6 +65,7 @@ def lower_plain(graph_module: fx.GraphModule) -> Lowered:
     for node in lowered.graph.nodes:
         if node.op == "call_function":
             node.target = faster.get(node.target, node.target)
+    spell_literals(lowered)
     # The module itself would look its code up at every call.
     fx.GraphModule.recompile(lowered)
     return lowered.forward

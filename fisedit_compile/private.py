@@ -27,6 +27,7 @@ from torch._dynamo.convert_frame import compile_lock
 from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
 from torch._dynamo.source import ConstantSource, NumpyTensorSource
+from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import TracingContext
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses import fake_tensor
@@ -59,10 +60,10 @@ GRAPHS = 64
 
 __all__ = [
     "ENTER_AUTOCAST", "EXIT_AUTOCAST", "INTEGERS_CHOOSE_GRAPHS", "SET_GRAD_ENABLED", "UNTRACEABLE", "FakeTensor",
-    "FakeTensorMode", "FunctionalTrace", "HigherOrderOperator", "OpOverload", "OptimizedModule", "compile_forward",
-    "compile_frozen", "compile_settings", "compile_with_inductor", "compiling", "dynamo_limits",
-    "end_failed_capture", "hint_of", "input_source", "is_changed", "is_module_state", "is_numpy", "is_size",
-    "is_symbolic", "is_wrapped_number", "keep_sizes", "rename_placeholder", "size_symbols", "strict_recompiles",
+    "FakeTensorMode", "FunctionalTrace", "HigherOrderOperator", "OpOverload", "OptimizedModule", "code_in_work",
+    "compile_forward", "compile_frozen", "compile_settings", "compile_with_inductor", "compiling", "dynamo_limits",
+    "end_failed_capture", "free_symbols", "hint_of", "input_source", "is_changed", "is_module_state", "is_numpy",
+    "is_size", "is_symbolic", "is_wrapped_number", "keep_sizes", "rename_node", "size_symbols", "strict_recompiles",
     "trace_functional",
 ]  # fmt: skip
 
@@ -163,15 +164,24 @@ def is_changed(placeholder: fx.Node) -> bool:
     return isinstance(value, Tensor) and not value.is_inference() and value._version > 0
 
 
+def code_in_work() -> Any:
+    """The code object that Dynamo compiles now in this thread; None outside of Dynamo."""
+    try:
+        return InstructionTranslator.current_tx().f_code
+    except AttributeError:
+        return None
+
+
 def is_numpy(placeholder: fx.Node) -> bool:
     """Whether a graph input is a numpy number or array, which Dynamo makes a new tensor of at every call."""
     return isinstance(_source(placeholder), NumpyTensorSource)
 
 
-def rename_placeholder(placeholder: fx.Node, name: str) -> None:
-    """Give a placeholder a name, or one made from it when the graph has that name already."""
-    placeholder._rename(name)
-    placeholder.target = placeholder.name
+def rename_node(node: fx.Node, name: str) -> None:
+    """Give a node a name, or one made from it when the graph has that name already."""
+    node._rename(name)
+    if node.op == "placeholder":
+        node.target = node.name
 
 
 def is_wrapped_number(placeholder: fx.Node) -> bool:

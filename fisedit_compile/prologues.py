@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fisedit_compile.runtime import Fingerprint, ProgramKey
+from fisedit_compile.runtime.fingerprint import has_identity
 
 #: Graphs whose hoisted tensors are kept; the one used longest ago goes first.
 KEPT = 8
@@ -24,7 +25,8 @@ KEPT = 8
 
 @dataclass(frozen=True)
 class _Entry:
-    """Hoisted tensors, and what tells whether they still belong to the parameters."""
+    """Hoisted tensors, and what tells whether they still belong to the parameters that have an identity; those that
+    have none are told by the key."""
 
     parameters: tuple[weakref.ref[Tensor], ...]
     versions: tuple[int, ...]
@@ -58,11 +60,12 @@ class PrologueCache:
         """The hoisted tensors of a graph; computed when there are none, or none for these parameters.
 
         Args:
-            key: the graph and the identities of its parameters.
+            key: the graph and the identities of its parameters, by content for those that have none of their own.
             parameters: the parameters that ``compute`` reads.
             fingerprint: of the graph's parameters as they are now.
             compute: makes the tensors.
         """
+        parameters = [parameter for parameter in parameters if has_identity(parameter)]
         versions = _versions(parameters)
         with self._lock:
             entry = self._entries.get(key)
@@ -70,7 +73,7 @@ class PrologueCache:
                 entry is not None
                 and entry.versions == versions
                 and entry.fingerprint == fingerprint.digest
-                and all(reference() is given for reference, given in zip(entry.parameters, parameters, strict=True))
+                and all(reference() is held for reference, held in zip(entry.parameters, parameters, strict=True))
             ):
                 self._entries.move_to_end(key)
                 return entry.tensors

@@ -223,10 +223,10 @@ def _name_inputs(graph: fx.Graph, values: Sequence[Any]) -> None:
     number = 0
     for node, value in zip(placeholders(graph), values, strict=True):
         if isinstance(value, DYNAMIC):
-            private.rename_placeholder(node, f"input_{number}")
+            private.rename_node(node, f"input_{number}")
             number += 1
         else:
-            private.rename_placeholder(node, "constant")
+            private.rename_node(node, "constant")
             node.meta["val"] = value
 
 
@@ -277,8 +277,10 @@ def trace(gm: fx.GraphModule, inputs: GraphInputs) -> TracedGraph:
     _name_inputs(graph, values)
     for node in graph.nodes:
         if node.target in (aten.view.default, aten._unsafe_view.default):
-            # A view was chosen by the strides of this trace; kernels of another device may leave others.
+            # A view was chosen by the strides of this trace; kernels of another device, or another call, may leave
+            # others. Nor may the names of sites, which are made from those of nodes, depend on the choice.
             node.target = aten.reshape.default
+            private.rename_node(node, "reshaped")
         node.meta["module_path"] = module_path(node)
     logger.debug("traced a graph of %d nodes with %d inputs", len(graph.nodes), len(values))
     infos = list(inputs.infos)

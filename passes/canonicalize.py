@@ -49,10 +49,11 @@ COPIES = {aten.clone.default, aten.contiguous.default, aten.lift_fresh_copy.defa
           aten.copy.default}  # fmt: skip
 
 
-def _replacement(node: fx.Node) -> fx.Node | str | None:
-    """The input that can stand for the node, a reason why not, or None when no rule looks at it."""
+def idle_source(node: fx.Node) -> fx.Node | str | None:
+    """The input whose value is the node's, a reason why it is not, or None where the operator is none that may have
+    one. Which of these operators a trace has depends on how its inputs lie in memory."""
     target = node.target
-    source = node.args[1 if target is aten.copy.default else 0]
+    source = node.args[1 if target is aten.copy.default else 0] if node.args else None
     if target in DROPOUTS:
         probability, training = node.args[1], node.args[2]
         if training and probability != 0:
@@ -67,6 +68,14 @@ def _replacement(node: fx.Node) -> fx.Node | str | None:
     elif target not in NO_OPERATION:
         return None
     assert isinstance(source, fx.Node)
+    return source
+
+
+def _replacement(node: fx.Node) -> fx.Node | str | None:
+    """The input that can stand for the node, a reason why not, or None when no rule looks at it."""
+    target, source = node.target, idle_source(node)
+    if not isinstance(source, fx.Node):
+        return source
     if any(user.op == "output" for user in node.users):
         if target in COPIES:
             return "it makes an output that shares no memory"

@@ -11,7 +11,7 @@ After:  ``y = conv_rows(..., pack_matrix(pack_conv_weight(w), n), b, 1)``
 have, are measured with and without packing; without ``n`` the weight is packed in any case.
 
 Conditions:
-1. The weight depends on parameters only and has two dimensions.
+1. The weight depends on parameters only, has two dimensions and at least one element.
 2. It is of a dtype for which there is an order. (Products on other devices are passed over; that is no miss.)
 3. Autocast is off: under autocast the product is computed in another dtype than the weight's.
 4. A convolution has one group.
@@ -59,6 +59,8 @@ def refusal(node: fx.Node, weight: fx.Node, constant: set[fx.Node]) -> str | Non
         return "the weight is computed from parameters"
     if weight.target not in REORDERINGS and value.dim() != 2:
         return "the weight is not a matrix"
+    if value.numel() == 0:
+        return "the weight has no elements"
     if not packs(value.device.type, value.dtype):
         return f"no order is known for {str(value.dtype).removeprefix('torch.')}"
     if torch.is_autocast_enabled(value.device.type):

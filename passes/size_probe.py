@@ -31,10 +31,13 @@ REFUSALS = (RuntimeError, ValueError, IndexError, TypeError)
 #: Operators whose numbers and weights are those of channels or windows; at a stretched size they refuse all others.
 WEIGHTED = CONVOLUTIONS | {
     aten.batch_norm.default,
+    aten.bmm.default,
+    aten.einsum.default,
     aten.group_norm.default,
     aten.instance_norm.default,
     aten.layer_norm.default,
     aten.linear.default,
+    aten.matmul.default,
     aten.rms_norm.default,
 }
 #: Arguments that count dimensions, not elements.

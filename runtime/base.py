@@ -30,12 +30,13 @@ class ProgramKey:
 
     Attributes:
         graph_hash: equal for graphs of equal structure and shapes.
-        parameters: ``id`` of every parameter.
+        parameters: ``id`` of every parameter; of buffers and the like, which are replaced by equal ones, what
+            ``fingerprint.content_identity`` says.
         label: the graph in words (its input shapes), for messages only.
     """
 
     graph_hash: str
-    parameters: tuple[int, ...]
+    parameters: tuple[int | str, ...]
     label: str = field(default="", compare=False)
 
     def __str__(self) -> str:
@@ -79,6 +80,15 @@ class RecordedCall(Mapping[str, Tensor]):
     def reader(self) -> RecordedCall:
         """The same tensors with a counter of its own, for one edit call; what it brings to the device goes with it."""
         return RecordedCall(self._tensors, self.scalars, self.lane)
+
+    def like(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor with the strides of the recorded one, not counted as loaded, where that takes no copy: those of
+        dimensions of one element mean nothing, but PyTorch's compiler makes a graph for each set of strides."""
+        wanted = self._tensors[name].stride()
+        if tensor.shape != self._tensors[name].shape or tensor.stride() == wanted:
+            return tensor
+        meant = [(now, then) for size, now, then in zip(tensor.shape, tensor.stride(), wanted, strict=True) if size > 1]
+        return tensor.as_strided(tensor.shape, wanted) if all(now == then for now, then in meant) else tensor
 
     def stored(self) -> Iterable[Tensor]:
         """The tensors as they are kept, not counted as loaded; they may lie on the host."""
@@ -126,13 +136,13 @@ class Base:
         if any(known.graph_hash == key.graph_hash for known in self.recordings):
             return WeightsChangedError(
                 f"base {self.name!r} was recorded with other parameters of {key}: the network, or some of its "
-                f"parameters, were replaced since; record the base again with this network"
+                f"parameters or buffers, were replaced since; record the base again with this network"
             )
         if key.label and any(known.label == key.label for known in self.recordings):
             return CallMismatchError(
                 f"base {self.name!r} has no calls of this version of {key}, but of another one: an option, a layer or "
-                f"a number of the network (such as the scale of an adapter) was changed since; record again, also "
-                f"after changing it back"
+                f"a number of the network (such as the scale of an adapter) was changed since, or a cache that it "
+                f"fills at its first call was empty when it was recorded; record again, also after changing it back"
             )
         return CallMismatchError(
             f"base {self.name!r} has no calls of {key}; it holds {self.describe()}. Edit with the network, "
@@ -226,8 +236,10 @@ def write_rows(stored: Tensor, site: Site, rows: Tensor, index: Tensor, valid: T
         return copy
     position = index.expand(batch, count)
     sample = torch.arange(batch, device=rows.device)[:, None]
-    width = mapped.shape[2]
-    where = (sample, position) if site.space_rank == 1 else (sample, position // width, position % width)
+    where: tuple[Tensor, ...] = (sample, position)
+    if site.space_rank == 2:
+        width = mapped.shape[2]
+        where = (sample, position // width, position % width)
     values = rows.to(copy.dtype)
     if valid is not None:
         chosen = valid.expand(batch, count).reshape(batch, count, *(1,) * (rows.dim() - 2))

@@ -5,6 +5,9 @@ tensors have no version at all. So the content is looked at: the sum of all its 
 ``SAMPLES`` elements of each parameter, where they are. Summing reads all weights once, as one sparse call does. A
 change goes unnoticed only if it leaves the sum of a tensor as it is, such as one that exchanges elements, and touches
 no sampled element.
+
+What is no ``nn.Parameter`` (a buffer, or any other tensor that a module holds) has no identity: networks replace such
+tensors by equal ones as they run (``self.mean = self.mean.type_as(x)``). They are known by their content alone.
 """
 
 from __future__ import annotations
@@ -16,7 +19,8 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fisedit_compile.errors import WeightsChangedError
 
@@ -81,6 +85,24 @@ def total(tensor: Tensor) -> Tensor:
         return line.sum(dtype=torch.int64)
     words = line[:whole].view(torch.int64).sum()
     return words if whole == line.numel() else words + line[whole:].sum(dtype=torch.int64)
+
+
+def has_identity(tensor: Tensor) -> bool:
+    """Whether a tensor that a module holds is known by the object that it is, not by its content alone."""
+    return isinstance(tensor, nn.Parameter)
+
+
+#: For tensors without an identity, how often they had been changed in place when they were looked at, and their digest.
+_seen: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def content_identity(tensor: Tensor) -> str:
+    """A text that is equal for tensors of equal content; looked at anew only after a change in place that counted."""
+    version = -1 if tensor.is_inference() else tensor._version
+    known: tuple[int, str] | None = _seen.get(tensor)
+    if known is None or known[0] != version:
+        known = _seen[tensor] = (version, Fingerprint.take([tensor]).digest)
+    return known[1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,16 +189,19 @@ def _form(form: tuple[tuple[int, ...], torch.dtype, str]) -> str:
 
 
 class Weights:
-    """The parameters one graph was recorded with: weak references to them, and their fingerprint."""
+    """The parameters one graph was recorded with, buffers and the like among them: weak references to those that have
+    an identity, and the fingerprint of all."""
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self.fingerprint = Fingerprint.take(parameters)
-        self._references = tuple(weakref.ref(parameter) for parameter in parameters)
+        self._references = tuple(
+            weakref.ref(parameter) if has_identity(parameter) else None for parameter in parameters
+        )
 
     @property
     def alive(self) -> bool:
-        """Whether every parameter still exists."""
-        return all(reference() is not None for reference in self._references)
+        """Whether every parameter that has an identity still exists."""
+        return all(reference is None or reference() is not None for reference in self._references)
 
     def verify(self, parameters: Sequence[Tensor], base: str) -> None:
         """Check that ``parameters`` are the recorded ones, unchanged.
@@ -191,7 +216,7 @@ class Weights:
                 f"base {base!r} was recorded with {len(self._references)} parameters, got {len(parameters)}; {advice}"
             )
         for number, (reference, parameter) in enumerate(zip(self._references, parameters, strict=True)):
-            if reference() is not parameter:
+            if reference is not None and reference() is not parameter:
                 raise WeightsChangedError(
                     f"base {base!r} was recorded with another network: parameter {number} of shape "
                     f"{list(parameter.shape)} is not the recorded tensor; {advice}"

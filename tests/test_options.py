@@ -112,3 +112,13 @@ def test_numbers_that_are_content_may_change() -> None:
         with runtime.edit("base", mask=mask):
             edited = network(x, time, second)
         assert torch.equal(edited, torch.where(mask > 0, Scaled()(x, time, second), base))
+
+
+@pytest.mark.parametrize("devices", [(), ("cpu",), ("meta",), ("cuda",), ("cpu", "cuda")])
+@pytest.mark.parametrize("mode", [None, *config.MODES])
+def test_modes_choose_a_lowering_by_the_device(mode: str | None, devices: tuple[str, ...]) -> None:
+    _, options = parse_options(mode, {}, devices)
+    compiled = "cuda" in devices and mode is not None and mode.startswith("max-autotune")
+    assert options.lowering == ("inductor" if compiled else "plain")
+    for lowering in config.LOWERINGS:
+        assert parse_options(mode, {"lowering": lowering}, devices)[1].lowering == lowering

@@ -68,6 +68,8 @@ def pack_matrix(weight: Tensor, rows: int | None = None) -> Tensor:
         else a contiguous copy.
     """
     weight = weight.detach().contiguous()
+    if weight.numel() == 0:
+        return weight
 
     @cache
     def packed() -> Tensor:
