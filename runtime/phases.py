@@ -30,7 +30,7 @@ from torch import Tensor
 from fisedit_compile.errors import CallMismatchError, FisEditError, GraphError
 from fisedit_compile.runtime.base import Base, ProgramKey, RecordedCall, Scalar, write_rows
 from fisedit_compile.runtime.fingerprint import Fingerprint, Weights
-from fisedit_compile.runtime.masks import MaskLike, prepare_mask
+from fisedit_compile.runtime.masks import WHITE_THRESHOLD, MaskLike, prepare_mask
 from fisedit_compile.runtime.plancache import PlanSpec
 from fisedit_compile.runtime.plans import IndexPlan
 from fisedit_compile.runtime.scalars import ScalarCheck, copy_scalar
@@ -197,15 +197,16 @@ class EditPhase(_Phase):
         """Whether the calls become a new base, so that every call must be committed."""
         return self.writer is not None
 
-    def set_mask(self, mask: MaskLike) -> None:
+    def set_mask(self, mask: MaskLike, white_threshold: float = WHITE_THRESHOLD) -> None:
         """Use ``mask`` from the next call on.
 
         Raises:
             MaskError: see ``prepare_mask``. Its batch is checked when a network's batch is known: at the next call.
+            OptionError: the threshold is not above 0 and up to 1.
         """
         if self._closed:
             raise FisEditError(f"the edit of base {self.base.name!r} has ended; give the mask inside the context")
-        prepared = prepare_mask(mask).cpu()
+        prepared = prepare_mask(mask, white_threshold).cpu()
         self._plans = {}
         self._mask = prepared
         self._active = bool(prepared.any())

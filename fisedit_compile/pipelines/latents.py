@@ -15,7 +15,7 @@ from torch import Tensor
 from fisedit_compile.errors import PipelineError
 from fisedit_compile.pipelines.masking import to_latents, to_pixels
 from fisedit_compile.runtime import Domain
-from fisedit_compile.runtime.masks import MaskLike
+from fisedit_compile.runtime.masks import WHITE_THRESHOLD, MaskLike
 
 PACKED_SIDE = 2
 """Latent cells of a token in each direction, in all pipelines of diffusers that pack them."""
@@ -105,20 +105,23 @@ class LatentCells:
             return latents
         return latents.transpose(1, 2).unflatten(2, (self.tokens.height, self.tokens.width))
 
-    def mask(self, given: MaskLike, latents: Tensor) -> Tensor:
+    def mask(self, given: MaskLike, latents: Tensor, white_threshold: float = WHITE_THRESHOLD) -> Tensor:
         """A user's mask at the autoencoder's resolution; a token is active as a whole.
 
         Args:
-            given: white where the picture may change: PIL, numpy or torch, ``[H, W]`` or ``[B, H, W]``.
+            given: white where the picture may change: a picture (PIL, or the path of one), numpy or torch, ``[H, W]``
+                or ``[B, H, W]``.
             latents: of the run.
+            white_threshold: the share of the mask's scale that white reaches.
 
         Returns:
             bool ``[B or 1, height, width]`` on the latents' device.
 
         Raises:
-            MaskError: it is no mask, or holds another number of masks than 1 or B.
+            MaskError: it is no mask, holds another number of masks than 1 or B, or has another aspect ratio.
+            OptionError: the threshold is not above 0 and up to 1.
         """
-        return self.expand(to_latents(given, self.maps(latents)))
+        return self.expand(to_latents(given, self.maps(latents), white_threshold))
 
     def expand(self, mask: Tensor) -> Tensor:
         """A mask at the resolution of :meth:`maps` at the autoencoder's: bool ``[B, height, width]``."""

@@ -26,7 +26,7 @@ from fisedit_compile.pipelines.schedulers import describe_scheduler, scheduler_d
 from fisedit_compile.pipelines.steps import EditFollower, StepFollower, Trajectory
 from fisedit_compile.pipelines.timing import StageClock
 from fisedit_compile.runtime import Runtime
-from fisedit_compile.runtime.masks import MaskLike
+from fisedit_compile.runtime.masks import WHITE_THRESHOLD, MaskLike
 
 
 @dataclass(frozen=True)
@@ -195,6 +195,7 @@ class EditSession:
         prompt: str | list[str] | None = None,
         *,
         mask: MaskLike | None = None,
+        white_threshold: float = WHITE_THRESHOLD,
         automatic_mask: AutomaticMask | None = None,
         keep: bool = True,
         **changes: Any,
@@ -206,7 +207,9 @@ class EditSession:
 
         Args:
             prompt: the new prompt; None keeps the old one (for an edit that only changes other arguments).
-            mask: white where the picture may change: PIL, numpy or torch, ``[H, W]`` or ``[B, H, W]``, any resolution.
+            mask: white where the picture may change: a picture (PIL, or the path of one), numpy or torch, ``[H, W]`` or
+                ``[B, H, W]``, any resolution of the picture's aspect ratio; docs/pipelines.md has all forms.
+            white_threshold: the share of the mask's scale that white reaches; above 0, up to 1.
             automatic_mask: how to find the mask this time; None: as the session was told.
             keep: add the edit to the history, so that it can itself be edited.  An edit that is not kept is faster and
                 takes no memory.
@@ -218,7 +221,8 @@ class EditSession:
 
         Raises:
             PipelineError: nothing was generated yet, or a change would break the correspondence with the recorded run.
-            MaskError: the mask cannot be used, or was given together with ``automatic_mask``.
+            MaskError: the mask cannot be used, or was given together with ``automatic_mask``; or only a threshold was.
+            OptionError: ``white_threshold`` is not above 0 and up to 1.
             WeightsChangedError: the network's weights are not those of the recorded run.
             BudgetError: keeping the edit would exceed the budget; drop older pictures or use ``keep=False``.
         """
@@ -235,7 +239,9 @@ class EditSession:
         if mask is not None:
             if automatic_mask is not None:
                 raise MaskError("give either mask or automatic_mask, not both")
-            latent_mask = entry.trajectory.cells.mask(mask, entry.trajectory.latents[-1])
+            latent_mask = entry.trajectory.cells.mask(mask, entry.trajectory.latents[-1], white_threshold)
+        elif white_threshold != WHITE_THRESHOLD:
+            raise MaskError("white_threshold is for a mask that is given, and there is none; leave it out")
         follower = EditFollower(
             *self._arguments.user_callback(given),
             clock,
