@@ -131,7 +131,8 @@ class Executable:
             if isinstance(value, Tensor) and value.requires_grad:
                 raise GradientError(
                     f"input {self.identity.input_infos[position].name} requires grad; record and edit run without "
-                    "autograd: pass a detached tensor, or call the network outside of them"
+                    "autograd",
+                    advice="pass a detached tensor, or call the network outside of them",
                 )
         if self.identity.steady:
             self._check_numbers(phase, arguments)
@@ -164,7 +165,7 @@ class Executable:
             if first != now:
                 name = self.identity.input_infos[position].name
                 raise ScalarMismatchError(
-                    f"the Python number {name} changed from {first} to {now} between calls; {PASS_A_TENSOR}"
+                    f"the Python number {name} changed from {first} to {now} between calls", advice=PASS_A_TENSOR
                 )
 
     def _graph(self, name: str) -> Lowered:

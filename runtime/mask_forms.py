@@ -61,18 +61,13 @@ def _of_three(levels: Tensor, samples: int | None, white_threshold: float, boole
     if last in COLOURS and min(first, rows) >= SMALLEST:
         return _without_channels(levels[None], 3, white_threshold)
     # Three masks of one value are as likely as a picture of one grey, and more is said by what the network's batch is.
-    told = samples is not None or not (booleans or bool(levels.min() == levels.max()))
+    told = samples == 1 or not (booleans or bool(levels.min() == levels.max()))
     if first == 3 and told and _alike(levels[None], 1):
         return _without_channels(levels[None], 1, white_threshold)
     if last == 3 and _alike(levels[None], 3):
         return _without_channels(levels[None], 3, white_threshold)
-    if first in COLOURS and samples not in (None, first):
-        if first == 4 and _alike(levels[None], 1):
-            return _without_channels(levels[None], 1, white_threshold)
-        raise MaskError(
-            f"one mask for all of {samples} pictures or one for each was expected; got shape {tuple(levels.shape)}, "
-            f"which is neither, nor a picture of equal channels. Give a picture in colours as [height, width, {first}]"
-        )
+    if first == 4 and samples not in (None, 4) and _alike(levels[None], 1):
+        return _without_channels(levels[None], 1, white_threshold)
     return levels
 
 

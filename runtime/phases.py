@@ -64,7 +64,7 @@ class _Phase:
     def _require_sound(self) -> None:
         """After a failed call the ordinals of several graphs no longer belong together: nothing may follow."""
         if self._failure is not None:
-            raise CallMismatchError(f"{self._failure}; leave this context and start it again")
+            raise CallMismatchError(self._failure, advice="leave this context and start it again")
 
 
 class RecordPhase(_Phase):
@@ -151,7 +151,8 @@ class RecordPhase(_Phase):
         if self.calls == 0:
             raise CallMismatchError(
                 f"nothing was recorded for base {self.base.name!r}: expected at least one call of a network compiled "
-                f"with backend='fisedit' and this runtime, in this thread; got none. Check options={{'runtime': ...}}."
+                f"with backend='fisedit' and this runtime, in this thread; got none",
+                advice="check options={'runtime': ...}",
             )
         if calls is not None and (calls < 1 or self.calls % calls):
             raise CallMismatchError(
@@ -240,8 +241,8 @@ class EditPhase(_Phase):
         ordinal = self._ordinals[key]
         if ordinal >= len(recording.calls):
             raise CallMismatchError(
-                f"base {self.base.name!r} holds {len(recording.calls)} calls of {key}, and the edit makes one more; "
-                f"edit with the number of steps the base was recorded with"
+                f"base {self.base.name!r} holds {len(recording.calls)} calls of {key}, and the edit makes one more",
+                advice="edit with the number of steps the base was recorded with",
             )
         call = recording.calls[ordinal]
         self._scalars.compare(f"call {ordinal} of {key}", call.scalars, scalars)
@@ -363,8 +364,9 @@ class EditPhase(_Phase):
             made = self._ordinals.get(key, 0)
             if made < len(recording.calls):
                 raise CallMismatchError(
-                    f"base {self.base.name!r} holds {len(recording.calls)} calls of {key}, the edit made {made}; edit "
-                    f"with the number of steps the base was recorded with, through the network compiled for it"
+                    f"base {self.base.name!r} holds {len(recording.calls)} calls of {key}, the edit made {made}",
+                    advice="a run that was cancelled cannot be kept; edit with the number of steps the base was "
+                    "recorded with, through the network compiled for it",
                 )
             saved = self.writer and self.writer.base.recordings.get(key)
             if self.writer is not None and len(saved.calls if saved else ()) != made:

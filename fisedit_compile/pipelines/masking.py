@@ -171,7 +171,7 @@ def to_latents(mask: MaskLike, latents: Tensor, white_threshold: float = WHITE_T
     if prepared.shape[0] not in (1, latents.shape[0]):
         raise MaskError(
             f"the run has {latents.shape[0]} pictures and the mask has {prepared.shape[0]}; give one mask for all "
-            "pictures or one for each"
+            "pictures or one for each; a picture in colours is [height, width, channels]"
         )
     rows, columns = prepared.shape[-2:]
     height, width = latents.shape[-2:]
