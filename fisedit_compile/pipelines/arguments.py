@@ -181,10 +181,10 @@ class CallArguments:
         postprocess = getattr(type(getattr(self._pipe, "image_processor", None)), "postprocess", None)
         return "pt" if postprocess is VaeImageProcessor.postprocess else "np"
 
-    def sizes(self, given: Mapping[str, Any]) -> list[tuple[int | None, int | None]]:
-        """Heights and widths that the picture may have in pixels: as asked for (None: the pipeline's default), or that
-        of a control picture, which pipelines take as it is where it is a tensor."""
-        found = [(self.value(given, "height"), self.value(given, "width"))]
+    def control_sizes(self, given: Mapping[str, Any]) -> list[tuple[int, int]]:
+        """Heights and widths of control pictures in pixels, where these are tensors: pipelines take such as they are,
+        and some make a picture of that size, whatever was asked for."""
+        found = []
         for name, value in given.items():
             if "control" in name and "image" in name:
                 pictures = value if isinstance(value, (list, tuple)) else [value]

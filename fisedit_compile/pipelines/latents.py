@@ -21,7 +21,9 @@ PACKED_SIDE = 2
 """Latent cells of a token in each direction, in all pipelines of diffusers that pack them."""
 
 
-def packed_resolutions(pipe: Any, sizes: Sequence[tuple[int | None, int | None]]) -> tuple[Domain, ...]:
+def packed_resolutions(
+    pipe: Any, height: int | None, width: int | None, others: Sequence[tuple[int, int]] = ()
+) -> tuple[Domain, ...]:
     """The resolutions that the tokens may have to which a pipeline packs its latents; none for one that does not.
 
     It has one of them: what it calls the autoencoder's scale is that of a latent cell for most pipelines (Flux), and
@@ -29,8 +31,8 @@ def packed_resolutions(pipe: Any, sizes: Sequence[tuple[int | None, int | None]]
 
     Args:
         pipe: a diffusers pipeline.
-        sizes: heights and widths that the picture may have in pixels, the one that was asked for first; None: the
-            pipeline's default.
+        height, width: of the picture in pixels; None: the pipeline's default.
+        others: heights and widths that it may have instead.
 
     Raises:
         PipelineError: the pipeline packs latents, and does not say how many pixels a latent cell has; or two of the
@@ -39,13 +41,13 @@ def packed_resolutions(pipe: Any, sizes: Sequence[tuple[int | None, int | None]]
     if not callable(getattr(pipe, "_pack_latents", None)):
         return ()
     scale, default = getattr(pipe, "vae_scale_factor", None), getattr(pipe, "default_sample_size", None)
-    if scale is None or (default is None and any(None in size for size in sizes)):
+    if scale is None or (default is None and None in (height, width)):
         raise PipelineError(
             f"{type(pipe).__name__} packs its latents to tokens and has no vae_scale_factor and default_sample_size to "
             "tell their rows and columns; give height and width"
         )
     known: dict[int, tuple[Domain, list[int]]] = {}
-    for size in sizes:
+    for size in ((height, width), *others):
         pixels = [int(default * scale if side is None else side) for side in size]
         for side in (scale * PACKED_SIDE, scale):
             domain = Domain(*(extent // side for extent in pixels))

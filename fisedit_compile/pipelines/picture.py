@@ -29,8 +29,9 @@ def as_pixels(images: Any) -> Tensor:
         return VaeImageProcessor.numpy_to_pt(images)
     shape = f" of shape {tuple(images.shape)}" if isinstance(images, (Tensor, np.ndarray)) else ""
     raise PipelineError(
-        f"expected pictures from the pipeline, as images of its output, got {type(images).__name__}{shape}: an edit "
-        "session is for pipelines that make single pictures; call the pipeline itself"
+        'expected a tensor or an array of pictures, as diffusers\' pipelines return with output_type="pt", got '
+        f"{type(images).__name__}{shape}: an edit session is for pipelines that make single pictures; call the "
+        "pipeline itself"
     )
 
 

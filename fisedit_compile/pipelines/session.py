@@ -149,7 +149,9 @@ class EditSession:
         noise = NoiseSource.of(generator)
         clock = StageClock(self._binding.device)
         prompts = PromptLengths(self._prompt_tokens)
-        trajectory = Trajectory(packed_resolutions(self.pipe, self._arguments.sizes(given)), prompts=prompts)
+        size = (self._arguments.value(given, name) for name in ("height", "width"))
+        resolutions = packed_resolutions(self.pipe, *size, self._arguments.control_sizes(given))
+        trajectory = Trajectory(resolutions, prompts=prompts)
         made_size = self._arguments.made_size(given)
         follower = StepFollower(*self._arguments.user_callback(given), clock, trajectory, made_size)
         with ExitStack() as undo:
