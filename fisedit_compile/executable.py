@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fisedit_compile.config import without_hints
 from fisedit_compile.edit_inputs import EditInputs, borrowed_outputs
 from fisedit_compile.errors import CallMismatchError, GradientError, GraphError, ScalarMismatchError
 from fisedit_compile.lowering import Lowered, lower
@@ -20,7 +21,7 @@ from fisedit_compile.passes.program import GraphInput, InputInfo, Program
 from fisedit_compile.picking import picker
 from fisedit_compile.prologues import InvariantMemo, prologues
 from fisedit_compile.replay import Capturer, ReplayedGraph, Roles
-from fisedit_compile.runtime import EditPhase, PhaseSource, PlanSpec, ProgramKey, RecordedCall, RecordPhase, Site
+from fisedit_compile.runtime import EditPhase, PhaseSource, PlanSpec, ProgramKey, RecordedCall, RecordPhase, Relay, Site
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +140,10 @@ class Executable:
         if self.identity.dense_reason is not None and not self._warned:
             self._warned = True
             how = "as a whole and is masked at its outputs" if self._sparse else "and is not masked"
-            logger.warning("%s runs densely %s: %s", self.identity.label, how, self.identity.dense_reason)
+            reason = self.identity.dense_reason
+            if isinstance(self._runtime, Relay):
+                reason = without_hints(reason)
+            logger.warning("%s runs densely %s: %s", self.identity.label, how, reason)
         parameters = self._parameters(arguments)
         key = self._program_key(self._held(arguments))
         with torch.no_grad():
