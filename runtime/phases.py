@@ -102,7 +102,7 @@ class RecordPhase(_Phase):
         try:
             self.writer.reserve(bytes_needed, f"recording call {ordinal} of {key} for base {self.base.name!r}")
         except FisEditError as error:
-            self._failure = str(error)
+            self._failure = error.fact
             raise
         if key not in self._weights:
             self._weights[key] = Weights(parameters)
@@ -387,5 +387,5 @@ class EditPhase(_Phase):
         try:
             self.writer.reserve(needed, f"saving {call} for base {self.writer.base.name!r}")
         except FisEditError as error:
-            self._failure = str(error)
+            self._failure = error.fact
             raise
