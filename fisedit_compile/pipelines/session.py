@@ -149,7 +149,7 @@ class EditSession:
         noise = NoiseSource.of(generator)
         clock = StageClock(self._binding.device)
         prompts = PromptLengths(self._prompt_tokens)
-        size = (self._arguments.value(given, name) for name in ("height", "width"))
+        size = self._arguments.value(given, "height"), self._arguments.value(given, "width")
         resolutions = packed_resolutions(self.pipe, *size, self._arguments.control_sizes(given))
         trajectory = Trajectory(resolutions, prompts=prompts)
         made_size = self._arguments.made_size(given)
