@@ -32,8 +32,19 @@ VALID_OPTIONS = (
     "content",
     "disable_passes",
 )
+TOKENS_HINT = "; option tokens makes one"
+NUMBERS_HINT = "; PyTorch compiled it for any value of the Python numbers"
+"""How the advice on options begins that ends the reason why a graph runs densely."""
+
 CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 Resolutions = tuple[tuple[int, int], ...]
+
+
+def without_hints(reason: str) -> str:
+    """Why a graph runs densely, without advice on options: the user of an edit session cannot give any."""
+    for hint in (TOKENS_HINT, NUMBERS_HINT):
+        reason = reason.partition(hint)[0]
+    return reason
 
 
 def cache_folder() -> Path:

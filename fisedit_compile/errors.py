@@ -2,7 +2,23 @@
 
 
 class FisEditError(Exception):
-    """Base class of all errors raised by fisedit-compile."""
+    """Base class of all errors raised by fisedit-compile.
+
+    Args:
+        fact: what was expected, and what came.
+        advice: what to do, apart where it depends on who asks: the user of a runtime can do other things than that of
+            an edit session, who never sees the runtime.
+    """
+
+    def __init__(self, fact: str = "", *, advice: str = "") -> None:
+        super().__init__(f"{fact}; {advice}" if advice else fact)
+        self.fact = fact
+        self.advice = advice
+
+    def reword(self, fact: str, advice: str) -> None:
+        """Say the same in other words."""
+        self.fact, self.advice = fact, advice
+        self.args = (f"{fact}; {advice}" if advice else fact,)
 
 
 class OptionError(FisEditError, ValueError):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fisedit_compile.config import without_hints
 from fisedit_compile.edit_inputs import EditInputs, borrowed_outputs
 from fisedit_compile.errors import CallMismatchError, GradientError, GraphError, ScalarMismatchError
 from fisedit_compile.lowering import Lowered, lower
@@ -21,7 +22,7 @@ from fisedit_compile.passes.program import GraphInput, InputInfo, Program
 from fisedit_compile.picking import picker
 from fisedit_compile.prologues import InvariantMemo, prologues
 from fisedit_compile.replay import Capturer, ReplayedGraph, Roles
-from fisedit_compile.runtime import EditPhase, PhaseSource, PlanSpec, ProgramKey, RecordedCall, RecordPhase, Site
+from fisedit_compile.runtime import EditPhase, PhaseSource, PlanSpec, ProgramKey, RecordedCall, RecordPhase, Relay, Site
 from fisedit_compile.runtime.fingerprint import content_identity, has_identity
 
 logger = logging.getLogger(__name__)
@@ -150,14 +151,18 @@ class Executable:
             if isinstance(value, Tensor) and value.requires_grad:
                 raise GradientError(
                     f"input {self.identity.input_infos[position].name} requires grad; record and edit run without "
-                    "autograd: pass a detached tensor, or call the network outside of them"
+                    "autograd",
+                    advice="pass a detached tensor, or call the network outside of them",
                 )
         if self.identity.steady:
             self._check_numbers(phase, arguments)
         if self.identity.dense_reason is not None and not self._warned:
             self._warned = True
             how = "as a whole and is masked at its outputs" if self._sparse else "and is not masked"
-            logger.warning("%s runs densely %s: %s", self.identity.label, how, self.identity.dense_reason)
+            reason = self.identity.dense_reason
+            if isinstance(self._runtime, Relay):
+                reason = without_hints(reason)
+            logger.warning("%s runs densely %s: %s", self.identity.label, how, reason)
         parameters = self._parameters(arguments)
         key = self._program_key(self._held(arguments))
         with torch.no_grad():
@@ -196,7 +201,7 @@ class Executable:
                         f"{BEHIND_A_BREAK.format(line=self.identity.resumed)}"
                     )
                 raise ScalarMismatchError(
-                    f"the Python number {name} changed from {first} to {now} between calls; {PASS_A_TENSOR}"
+                    f"the Python number {name} changed from {first} to {now} between calls", advice=PASS_A_TENSOR
                 )
 
     def _graph(self, name: str) -> Lowered:

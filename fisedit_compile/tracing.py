@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fisedit_compile import private
+from fisedit_compile.config import NUMBERS_HINT
 from fisedit_compile.description import (
     GraphInputs,
     UntraceableGraph,
@@ -211,7 +212,7 @@ def _functional(gm: fx.GraphModule, inputs: GraphInputs, values: list[Any], numb
         if inputs.wrapped:
             names = ", ".join(inputs.infos[position].name for position in sorted(inputs.wrapped))
             reason += (
-                f"; PyTorch compiled it for any value of the Python numbers {names}, which it does after they changed "
+                f"{NUMBERS_HINT} {names}, which it does after they changed "
                 "or with dynamic=True: compile with dynamic=False, or keep them as they are"
             )
         raise UntraceableGraph(reason) from error

@@ -32,6 +32,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
+from fisedit_compile.config import TOKENS_HINT
 from fisedit_compile.passes.domain_graph import (
     data_flow,
     domain_graph,
@@ -255,7 +256,7 @@ def _no_input(graph: fx.Graph, infos: Sequence[InputInfo]) -> str:
         for info, value in zip(infos, placeholders, strict=True)
         if info.kind == "user" and isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() == 3
     ]
-    hint = f"; option tokens makes one of tokens [B, H * W, C], here of {' or '.join(tokens)}" if tokens else ""
+    hint = f"{TOKENS_HINT} of tokens [B, H * W, C], here of {' or '.join(tokens)}" if tokens else ""
     return NO_INPUT + hint
 
 

@@ -136,17 +136,20 @@ class Base:
         if any(known.graph_hash == key.graph_hash for known in self.recordings):
             return WeightsChangedError(
                 f"base {self.name!r} was recorded with other parameters of {key}: the network, or some of its "
-                f"parameters or buffers, were replaced since; record the base again with this network"
+                f"parameters or buffers, were replaced since",
+                advice="record the base again with this network",
             )
         if key.label and any(known.label == key.label for known in self.recordings):
             return CallMismatchError(
                 f"base {self.name!r} has no calls of this version of {key}, but of another one: an option, a layer or "
                 f"a number of the network (such as the scale of an adapter) was changed since, or a cache that it "
-                f"fills at its first call was empty when it was recorded; record again, also after changing it back"
+                f"fills at its first call was empty when it was recorded",
+                advice="record again, also after changing it back",
             )
         return CallMismatchError(
-            f"base {self.name!r} has no calls of {key}; it holds {self.describe()}. Edit with the network, "
-            f"the picture size, the batch and the precision the base was recorded with, or record again"
+            f"base {self.name!r} has no calls of {key}; it holds {self.describe()}",
+            advice="edit with the network, the picture size, the batch and the precision the base was recorded with, "
+            "or record again",
         )
 
 
@@ -275,8 +278,9 @@ class Ledger:
                 existing = f"existing bases: {', '.join(map(repr, bases)) or 'none'}"
                 raise BudgetError(
                     f"{purpose} needs {format_bytes(needed)} ({needed} bytes), but {format_bytes(used)} of the budget "
-                    f"of {format_bytes(self.budget)} are in use ({existing}); raise Runtime(budget=...), drop a base "
-                    f"with runtime.drop(name), or store less with Runtime(storage=torch.float16)"
+                    f"of {format_bytes(self.budget)} are in use ({existing})",
+                    advice="raise Runtime(budget=...), drop a base with runtime.drop(name), or store less with "
+                    "Runtime(storage=torch.float16)",
                 )
             self._reserved += needed
 

@@ -31,6 +31,11 @@ SAMPLES = 64
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _GOLDEN = 0.6180339887498949
 
+_LAYOUT = "the memory format"
+"""How a difference begins that is one of strides: what is compared of the content are places in memory."""
+
+Form = tuple[tuple[int, ...], torch.dtype, str, tuple[int, ...]]
+
 
 @lru_cache(maxsize=4096)
 def sample_positions(count: int, device: torch.device) -> Tensor:
@@ -110,14 +115,14 @@ class Fingerprint:
     """What is remembered of a list of parameters.
 
     Attributes:
-        forms: shape, dtype and device of every tensor, in order.
+        forms: shape, dtype, device and strides of every tensor, in order; a stride along a dimension of size 1 is 0.
         owners: for every tensor, the number of the parameter it belongs to.
         samples: for every (device, element size) the concatenated samples, on the CPU.
         totals: for every tensor, the sum of its bits.
         spans: for every tensor, its group in ``samples`` and where its sample begins and ends.
     """
 
-    forms: tuple[tuple[tuple[int, ...], torch.dtype, str], ...]
+    forms: tuple[Form, ...]
     owners: tuple[int, ...]
     samples: dict[tuple[str, int], Tensor]
     totals: tuple[int, ...]
@@ -140,7 +145,8 @@ class Fingerprint:
                     lengths[group] = begin + taken.numel()
                     groups.setdefault(group, []).append(taken)
                     totals.setdefault(device, []).append(total(plain))
-                    forms.append((tuple(plain.shape), plain.dtype, device))
+                    strides = (step if size > 1 else 0 for size, step in zip(plain.shape, plain.stride(), strict=True))
+                    forms.append((tuple(plain.shape), plain.dtype, device, tuple(strides)))
                     owners.append(number)
                     spans.append((group, begin, lengths[group]))
             samples = {group: torch.cat(taken).cpu() for group, taken in groups.items()}
@@ -152,8 +158,16 @@ class Fingerprint:
         if len(self.forms) != len(other.forms):
             return f"{len(self.forms)} tensors before, {len(other.forms)} now"
         for owner, before, now in zip(self.owners, self.forms, other.forms, strict=True):
-            if before != now:
+            if before[:3] != now[:3]:
                 return f"parameter {owner} was {_form(before)} and is {_form(now)} now"
+        laid = [number for number, before in enumerate(self.forms) if before != other.forms[number]]
+        if laid:
+            first = laid[0]
+            return (
+                f"{_LAYOUT} of {len(laid)} of {len(self.forms)} tensors is another, first of parameter "
+                f"{self.owners[first]} ({_form(self.forms[first])}): its strides were {self.forms[first][3]} and are "
+                f"{other.forms[first][3]}"
+            )
         same = all(torch.equal(taken, other.samples[group]) for group, taken in self.samples.items())
         if same and self.totals == other.totals:
             return None
@@ -183,8 +197,8 @@ class Fingerprint:
         return digest.hexdigest()
 
 
-def _form(form: tuple[tuple[int, ...], torch.dtype, str]) -> str:
-    shape, dtype, device = form
+def _form(form: Form) -> str:
+    shape, dtype, device, _ = form
     return f"{list(shape)} {str(dtype).removeprefix('torch.')} on {device}"
 
 
@@ -213,14 +227,20 @@ class Weights:
         advice = "record the base again with these weights, or restore the weights it was recorded with"
         if len(parameters) != len(self._references):
             raise WeightsChangedError(
-                f"base {base!r} was recorded with {len(self._references)} parameters, got {len(parameters)}; {advice}"
+                f"base {base!r} was recorded with {len(self._references)} parameters, got {len(parameters)}",
+                advice=advice,
             )
         for number, (reference, parameter) in enumerate(zip(self._references, parameters, strict=True)):
             if reference is not None and reference() is not parameter:
                 raise WeightsChangedError(
                     f"base {base!r} was recorded with another network: parameter {number} of shape "
-                    f"{list(parameter.shape)} is not the recorded tensor; {advice}"
+                    f"{list(parameter.shape)} is not the recorded tensor",
+                    advice=advice,
                 )
         difference = self.fingerprint.difference(Fingerprint.take(parameters))
         if difference is not None:
-            raise WeightsChangedError(f"the weights changed since base {base!r} was recorded: {difference}; {advice}")
+            if difference.startswith(_LAYOUT):
+                raise WeightsChangedError(f"since base {base!r} was recorded, {difference}", advice=advice)
+            raise WeightsChangedError(
+                f"the weights changed since base {base!r} was recorded: {difference}", advice=advice
+            )

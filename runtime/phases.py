@@ -30,7 +30,7 @@ from torch import Tensor
 from fisedit_compile.errors import CallMismatchError, FisEditError, GraphError
 from fisedit_compile.runtime.base import Base, ProgramKey, RecordedCall, Scalar, write_rows
 from fisedit_compile.runtime.fingerprint import Fingerprint, Weights
-from fisedit_compile.runtime.masks import MaskLike, prepare_mask
+from fisedit_compile.runtime.masks import WHITE_THRESHOLD, MaskLike, prepare_mask
 from fisedit_compile.runtime.plancache import PlanSpec
 from fisedit_compile.runtime.plans import IndexPlan
 from fisedit_compile.runtime.scalars import ScalarCheck, copy_scalar
@@ -64,7 +64,7 @@ class _Phase:
     def _require_sound(self) -> None:
         """After a failed call the ordinals of several graphs no longer belong together: nothing may follow."""
         if self._failure is not None:
-            raise CallMismatchError(f"{self._failure}; leave this context and start it again")
+            raise CallMismatchError(self._failure, advice="leave this context and start it again")
 
 
 class RecordPhase(_Phase):
@@ -102,7 +102,7 @@ class RecordPhase(_Phase):
         try:
             self.writer.reserve(bytes_needed, f"recording call {ordinal} of {key} for base {self.base.name!r}")
         except FisEditError as error:
-            self._failure = str(error)
+            self._failure = error.fact
             raise
         if key not in self._weights:
             self._weights[key] = Weights(parameters)
@@ -151,7 +151,8 @@ class RecordPhase(_Phase):
         if self.calls == 0:
             raise CallMismatchError(
                 f"nothing was recorded for base {self.base.name!r}: expected at least one call of a network compiled "
-                f"with backend='fisedit' and this runtime, in this thread; got none. Check options={{'runtime': ...}}."
+                f"with backend='fisedit' and this runtime, in this thread; got none",
+                advice="check options={'runtime': ...}",
             )
         if calls is not None and (calls < 1 or self.calls % calls):
             raise CallMismatchError(
@@ -197,15 +198,16 @@ class EditPhase(_Phase):
         """Whether the calls become a new base, so that every call must be committed."""
         return self.writer is not None
 
-    def set_mask(self, mask: MaskLike) -> None:
+    def set_mask(self, mask: MaskLike, white_threshold: float = WHITE_THRESHOLD) -> None:
         """Use ``mask`` from the next call on.
 
         Raises:
             MaskError: see ``prepare_mask``. Its batch is checked when a network's batch is known: at the next call.
+            OptionError: the threshold is not above 0 and up to 1.
         """
         if self._closed:
             raise FisEditError(f"the edit of base {self.base.name!r} has ended; give the mask inside the context")
-        prepared = prepare_mask(mask).cpu()
+        prepared = prepare_mask(mask, white_threshold).cpu()
         self._plans = {}
         self._mask = prepared
         self._active = bool(prepared.any())
@@ -239,8 +241,8 @@ class EditPhase(_Phase):
         ordinal = self._ordinals[key]
         if ordinal >= len(recording.calls):
             raise CallMismatchError(
-                f"base {self.base.name!r} holds {len(recording.calls)} calls of {key}, and the edit makes one more; "
-                f"edit with the number of steps the base was recorded with"
+                f"base {self.base.name!r} holds {len(recording.calls)} calls of {key}, and the edit makes one more",
+                advice="edit with the number of steps the base was recorded with",
             )
         call = recording.calls[ordinal]
         self._scalars.compare(f"call {ordinal} of {key}", call.scalars, scalars)
@@ -362,8 +364,9 @@ class EditPhase(_Phase):
             made = self._ordinals.get(key, 0)
             if made < len(recording.calls):
                 raise CallMismatchError(
-                    f"base {self.base.name!r} holds {len(recording.calls)} calls of {key}, the edit made {made}; edit "
-                    f"with the number of steps the base was recorded with, through the network compiled for it"
+                    f"base {self.base.name!r} holds {len(recording.calls)} calls of {key}, the edit made {made}",
+                    advice="a run that was cancelled cannot be kept; edit with the number of steps the base was "
+                    "recorded with, through the network compiled for it",
                 )
             saved = self.writer and self.writer.base.recordings.get(key)
             if self.writer is not None and len(saved.calls if saved else ()) != made:
@@ -384,5 +387,5 @@ class EditPhase(_Phase):
         try:
             self.writer.reserve(needed, f"saving {call} for base {self.writer.base.name!r}")
         except FisEditError as error:
-            self._failure = str(error)
+            self._failure = error.fact
             raise

@@ -13,7 +13,7 @@ from torch import Tensor
 from fisedit_compile.config import parse_bytes
 from fisedit_compile.errors import FisEditError, OptionError, UnknownBaseError
 from fisedit_compile.runtime.base import Base, check_storage, stored_bytes
-from fisedit_compile.runtime.masks import MaskLike
+from fisedit_compile.runtime.masks import WHITE_THRESHOLD, MaskLike, check_white_threshold
 from fisedit_compile.runtime.phases import EditPhase, RecordPhase
 from fisedit_compile.runtime.relay import PhaseSource
 from fisedit_compile.runtime.spec import Site
@@ -50,8 +50,9 @@ class RecordRun:
 class EditRun:
     """An edit in progress, as ``with runtime.edit(...) as run`` gives it."""
 
-    def __init__(self, phase: EditPhase) -> None:
+    def __init__(self, phase: EditPhase, white_threshold: float = WHITE_THRESHOLD) -> None:
         self._phase = phase
+        self._white_threshold = white_threshold
 
     @property
     def base(self) -> str:
@@ -74,18 +75,20 @@ class EditRun:
         mask as given); None while it is not known."""
         return self._phase.density
 
-    def set_mask(self, mask: MaskLike) -> None:
+    def set_mask(self, mask: MaskLike, white_threshold: float | None = None) -> None:
         """Say what may change; calls from now on are sparse.
 
         Args:
-            mask: white (greater than zero) where the picture may change: PIL, numpy or torch, ``[H, W]`` or
-                ``[samples, H, W]``, any resolution.
+            mask: white where the picture may change: a picture (PIL, or the path of one), numpy or torch, ``[H, W]`` or
+                ``[samples, H, W]``, any resolution; :func:`~fisedit_compile.runtime.masks.prepare_mask` has all forms.
+            white_threshold: the share of the scale that white reaches; None: as the edit was told.
 
         Raises:
             MaskError: it is not such a mask.
+            OptionError: the threshold is not above 0 and up to 1.
             FisEditError: the edit has ended.
         """
-        self._phase.set_mask(mask)
+        self._phase.set_mask(mask, self._white_threshold if white_threshold is None else white_threshold)
 
 
 class Runtime(PhaseSource):
@@ -220,7 +223,13 @@ class Runtime(PhaseSource):
             phase.finish(calls)
 
     @contextmanager
-    def edit(self, name: str, mask: MaskLike | None = None, save_as: str | None = None) -> Iterator[EditRun]:
+    def edit(
+        self,
+        name: str,
+        mask: MaskLike | None = None,
+        save_as: str | None = None,
+        white_threshold: float = WHITE_THRESHOLD,
+    ) -> Iterator[EditRun]:
         """Edit base ``name``: the i-th call of each graph uses what its i-th recorded call stored.
 
         Args:
@@ -228,21 +237,24 @@ class Runtime(PhaseSource):
             mask: white where the picture may change, see ``EditRun.set_mask``; None: calls run densely until
                 ``run.set_mask`` is called.
             save_as: make the result a base of this name; it may be ``name`` itself.
+            white_threshold: the share of a mask's scale that white reaches.
 
         Raises:
             UnknownBaseError: there is no base ``name``.
             MaskError: the mask cannot be used.
+            OptionError: the threshold is not above 0 and up to 1.
             CallMismatchError: a call, or the number of calls at the end, does not fit the base.
             WeightsChangedError: the network's parameters are not those of the recording.
             BudgetError: the new base would exceed the budget.
         """
+        check_white_threshold(white_threshold)
         with self._lock:
             base = self._find(name)
         phase = EditPhase(self._store, base, None if save_as is None else _check_name(save_as))
         if mask is not None:
-            phase.set_mask(mask)
+            phase.set_mask(mask, white_threshold)
         with self._entered(phase, f"edit({name!r})"), self._writing(phase.writer):
-            yield EditRun(phase)
+            yield EditRun(phase, white_threshold)
             phase.finish()
 
     def __repr__(self) -> str:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fisedit_compile.cli import options
+from fisedit_compile.errors import MaskError, OptionError
 
 if TYPE_CHECKING:
-    from PIL import Image
+    from torch import Tensor
 
 
 def edit(
@@ -21,6 +22,9 @@ def edit(
         Path | None,
         typer.Option(help="Picture that is white where the edit may change something; found when left out."),
     ] = None,
+    white_threshold: Annotated[
+        float, typer.Option(help="The share of the mask's scale that white reaches, above 0 and up to 1.")
+    ] = 0.5,
     output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("fisedit-edit"),
     model: options.Model = options.EMBEDDED,
     seed: options.Seed = 0,
@@ -58,7 +62,7 @@ def edit(
     arguments = options.call_arguments(model, steps, guidance, negative_prompt, size, argument)
     painted = None
     if mask is not None:
-        painted = read_mask(mask)
+        painted = read_mask(mask, white_threshold)
     pipe = options.load_model(model, scheduler, device, precision)
     import torch
     from rich.console import Console
@@ -94,16 +98,17 @@ def edit(
     typer.echo(f"pictures and report in {output}")
 
 
-def read_mask(path: Path) -> Image.Image:
-    """Read a mask.
+def read_mask(path: Path, white_threshold: float) -> Tensor:
+    """Read a mask: bool ``[1, height, width]``.
 
     Raises:
-        typer.BadParameter: the file is no picture.
+        typer.BadParameter: the file is no picture, or none that can be a mask.
     """
-    from PIL import Image, UnidentifiedImageError
+    from fisedit_compile.runtime.masks import prepare_mask
 
     try:
-        with Image.open(path) as picture:
-            return picture.copy()
-    except (FileNotFoundError, IsADirectoryError, UnidentifiedImageError) as error:
-        raise typer.BadParameter(f"{path} is no picture that can be read", param_hint="--mask") from error
+        return prepare_mask(path, white_threshold, samples=1)
+    except MaskError as error:
+        raise typer.BadParameter(str(error), param_hint="--mask") from error
+    except OptionError as error:
+        raise typer.BadParameter(str(error), param_hint="--white-threshold") from error

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from fisedit_compile.errors import PipelineError
+from fisedit_compile.pipelines.differences import told_apart
 from fisedit_compile.pipelines.guidance import Guidance, guidance_of
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -38,6 +40,9 @@ edit shares with the recorded run."""
 _GUIDANCE = re.compile(r"(?:\w+_)?guidance_(?:re)?scale$")
 """Names of guidance scales (``image_guidance_scale``, ``distilled_guidance_scale``). By some predictions are mixed,
 others are inputs of the network: both may change. Whether guidance is on may not, which is checked."""
+
+_OF_VIDEOS = re.compile(r"(?:\w+_)?(?:num_frames|frames|video|video_length|num_videos_per_prompt)$")
+"""Arguments of pipelines that make videos. Their latents may have four dimensions (``TextToVideoZeroPipeline``)."""
 
 _PROMPT = re.compile(r"(?P<side>negative_)?(?:(?P<words>prompt(?:_\d)?)|(?:pooled_)?prompt_\w*[a-z]\w*)$")
 """Names of prompts. ``words`` are texts (``negative_prompt_2``), the others embeddings and their masks."""
@@ -67,6 +72,17 @@ class CallArguments:
                 f"{self._name} has no callback_on_step_end, through which an edit session follows the steps; use a "
                 "text-to-image, image-to-image or inpainting pipeline with it, such as StableDiffusionPipeline"
             )
+        moving = [name for name in self._defaults if _OF_VIDEOS.match(name) is not None]
+        if moving:
+            raise PipelineError(
+                f"{self._name} makes videos (it takes {', '.join(moving)}), and an edit session is for pipelines that "
+                "make single pictures; call the pipeline itself"
+            )
+        if type(getattr(pipe, "image_processor", None)).__name__ == "VaeImageProcessorLDM3D":
+            raise PipelineError(
+                f"{self._name} makes depth maps beside its pictures, which an edit session cannot keep together; call "
+                "the pipeline itself, or use one that makes pictures only, such as StableDiffusionPipeline"
+            )
 
     def value(self, given: Mapping[str, Any], name: str) -> Any:
         """The value of an argument: the given one, or the pipeline's default."""
@@ -94,7 +110,7 @@ class CallArguments:
                 "padding_mask_crop cannot be used in a session, because masks would not refer to the whole picture; "
                 "crop the picture and its mask before generating"
             )
-        output_type = self.value(given, "output_type")
+        output_type = given.get("output_type", OUTPUT_TYPES[0])
         if output_type not in OUTPUT_TYPES:
             raise PipelineError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
 
@@ -116,9 +132,10 @@ class CallArguments:
                     "call generate with another generator for other noise"
                 )
             if not _changeable(name) and not same_value(self.value(recorded, name), value):
+                was, cannot_be = told_apart(self.value(recorded, name), value)
                 raise PipelineError(
-                    f"{name} was {_short(self.value(recorded, name))} when the picture was generated and cannot be "
-                    f"{_short(value)} in an edit; leave it out, or call generate with the new value first"
+                    f"{name} was {was} when the picture was generated and cannot be {cannot_be} in an edit; leave it "
+                    "out, or call generate with the new value first"
                 )
         merged = _exchange_prompts(recorded, changes)
         before, after = self.guidance(recorded), self.guidance(merged)
@@ -135,7 +152,7 @@ class CallArguments:
                 f"the picture was generated from {counts[0]} prompts and the edit has {counts[1]}; the number of "
                 "prompts must be the same, or call generate with the new ones first"
             )
-        was_latent, is_latent = (self.value(given, "output_type") == "latent" for given in (recorded, merged))
+        was_latent, is_latent = (self.output_type(given) == "latent" for given in (recorded, merged))
         if was_latent != is_latent:
             raise PipelineError(
                 "output_type cannot change between latent and a picture: the pixels outside the mask come from the "
@@ -150,6 +167,30 @@ class CallArguments:
         if not self.value(given, "use_resolution_binning") or height is None or width is None:
             return None
         return int(height), int(width)
+
+    def output_type(self, given: Mapping[str, Any]) -> str:
+        """The form in which pictures are wanted: the given one, or the pipeline's default where a session has it."""
+        wanted = self.value(given, "output_type")
+        return wanted if wanted in OUTPUT_TYPES else OUTPUT_TYPES[0]
+
+    def asked_type(self, given: Mapping[str, Any]) -> str:
+        """The output type to ask of the pipeline. Tensors of pixels are what edits are pasted with, but only the usual
+        image processor of diffusers makes them; arrays are what all pipelines make."""
+        if self.output_type(given) == "latent":
+            return "latent"
+        postprocess = getattr(type(getattr(self._pipe, "image_processor", None)), "postprocess", None)
+        return "pt" if postprocess is VaeImageProcessor.postprocess else "np"
+
+    def control_sizes(self, given: Mapping[str, Any]) -> list[tuple[int, int]]:
+        """Heights and widths of control pictures in pixels, where these are tensors: pipelines take such as they are,
+        and some make a picture of that size, whatever was asked for."""
+        found = []
+        for name, value in given.items():
+            if "control" in name and "image" in name:
+                pictures = value if isinstance(value, (list, tuple)) else [value]
+                tensors = (one for one in pictures if isinstance(one, torch.Tensor) and one.dim() > 2)
+                found += [(int(one.shape[-2]), int(one.shape[-1])) for one in tensors]
+        return found
 
     def user_callback(self, given: Mapping[str, Any]) -> tuple[Callable[..., Any] | None, list[str]]:
         """The user's ``callback_on_step_end`` and the names of the tensors it is to be given."""
@@ -203,6 +244,8 @@ def same_value(left: Any, right: Any) -> bool:
         return bool(np.array_equal(left, right))
     if isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):
         return len(left) == len(right) and all(map(same_value, left, right))
+    if isinstance(left, Mapping) and isinstance(right, Mapping):
+        return left.keys() == right.keys() and all(same_value(left[name], right[name]) for name in left)
     if any(isinstance(value, (torch.Tensor, np.ndarray, Image.Image)) for value in (left, right)):
         return False
     return bool(left == right)
@@ -217,12 +260,3 @@ def keep_value(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(keep_value(element) for element in value)
     return value
-
-
-def _short(value: Any) -> str:
-    """A value as it may stand in a message."""
-    if isinstance(value, (torch.Tensor, np.ndarray)):
-        return f"{type(value).__name__} of shape {tuple(value.shape)}"
-    if isinstance(value, Image.Image):
-        return f"a picture of {value.width}x{value.height} pixels"
-    return repr(value)

@@ -173,7 +173,7 @@ class SparseDecoder:
                 job.outcome = Decoding(plan.how, plan.reason, mask, plan.share)
                 return result
             except (CallMismatchError, WeightsChangedError) as error:
-                plan = _Plan("dense", f"the recorded decode does not fit: {error}")
+                plan = _Plan("dense", f"the recorded decode does not fit: {error.fact}")
         return self._decode_densely(vae, decoder, job, plan.reason, call)
 
     def _plan(self, decoder: nn.Module, job: DecodeJob) -> tuple[_Plan, Tensor | None]:
@@ -228,7 +228,7 @@ class SparseDecoder:
                 job.made = DecodeRecord(decoder, job.name)
                 return result
             except BudgetError as error:
-                reason = str(error)
+                reason = error.fact
         with self.runtime.edit(base, mask=mask):
             result = _exchanged(vae, compiled, call)
         job.made = DecodeRecord(decoder, reason=reason)
@@ -249,7 +249,7 @@ class SparseDecoder:
                 job.outcome = Decoding("dense", reason, setup=setup)
                 return result
             except BudgetError as error:
-                missing = str(error)
+                missing = error.fact
         noting = job.keep and self._choice != "sparse" and unsupported(decoder) is None
         context = collect_statistics(decoder) if noting else nullcontext(None)
         with context as statistics:

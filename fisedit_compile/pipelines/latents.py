@@ -12,27 +12,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisedit_compile.errors import PipelineError
-from fisedit_compile.pipelines.masking import to_latents, to_pixels
+from fisedit_compile.errors import MaskError, PipelineError
+from fisedit_compile.pipelines.masking import AutomaticMask, to_latents, to_pixels
 from fisedit_compile.runtime import Domain
-from fisedit_compile.runtime.masks import MaskLike
+from fisedit_compile.runtime.masks import WHITE_THRESHOLD, MaskLike
 
 PACKED_SIDE = 2
 """Latent cells of a token in each direction, in all pipelines of diffusers that pack them."""
 
 
-def packed_resolutions(pipe: Any, height: int | None, width: int | None) -> tuple[Domain, ...]:
+def packed_resolutions(
+    pipe: Any, height: int | None, width: int | None, others: Sequence[tuple[int, int]] = ()
+) -> tuple[Domain, ...]:
     """The resolutions that the tokens may have to which a pipeline packs its latents; none for one that does not.
 
     It has one of them: what it calls the autoencoder's scale is that of a latent cell for most pipelines (Flux), and
-    that of a token for others (Bria). The number of tokens tells.
+    that of a token for others (Bria); and some take the size of their control picture. The number of tokens tells.
 
     Args:
         pipe: a diffusers pipeline.
         height, width: of the picture in pixels; None: the pipeline's default.
+        others: heights and widths that it may have instead.
 
     Raises:
-        PipelineError: the pipeline packs latents, and does not say how many pixels a latent cell has.
+        PipelineError: the pipeline packs latents, and does not say how many pixels a latent cell has; or two of the
+            sizes have as many tokens.
     """
     if not callable(getattr(pipe, "_pack_latents", None)):
         return ()
@@ -40,11 +44,22 @@ def packed_resolutions(pipe: Any, height: int | None, width: int | None) -> tupl
     if scale is None or (default is None and None in (height, width)):
         raise PipelineError(
             f"{type(pipe).__name__} packs its latents to tokens and has no vae_scale_factor and default_sample_size to "
-            "tell their rows and columns; give height and width, or use the runtime with the option tokens"
+            "tell their rows and columns; give height and width"
         )
-    pixels = [int(default * scale if size is None else size) for size in (height, width)]
-    domains = (Domain(*(size // side for size in pixels)) for side in (scale * PACKED_SIDE, scale))
-    return tuple(domain for domain in domains if domain.size)
+    known: dict[int, tuple[Domain, list[int]]] = {}
+    for size in ((height, width), *others):
+        pixels = [int(default * scale if side is None else side) for side in size]
+        for side in (scale * PACKED_SIDE, scale):
+            domain = Domain(*(extent // side for extent in pixels))
+            former, former_pixels = known.setdefault(domain.size, (domain, pixels))
+            if former != domain:
+                told = " and ".join("x".join(map(str, one)) for one in (former_pixels, pixels))
+                raise PipelineError(
+                    f"the picture may become one of {told} pixels (height x width): one is the size asked for, "
+                    "the other that of the control picture, and the latents do not tell which it is; give a control "
+                    "picture of the size that is asked for"
+                )
+    return tuple(domain for domain, _ in known.values() if domain.size)
 
 
 @dataclass(frozen=True)
@@ -105,20 +120,44 @@ class LatentCells:
             return latents
         return latents.transpose(1, 2).unflatten(2, (self.tokens.height, self.tokens.width))
 
-    def mask(self, given: MaskLike, latents: Tensor) -> Tensor:
+    def mask(self, given: MaskLike, latents: Tensor, white_threshold: float = WHITE_THRESHOLD) -> Tensor:
         """A user's mask at the autoencoder's resolution; a token is active as a whole.
 
         Args:
-            given: white where the picture may change: PIL, numpy or torch, ``[H, W]`` or ``[B, H, W]``.
+            given: white where the picture may change: a picture (PIL, or the path of one), numpy or torch, ``[H, W]``
+                or ``[B, H, W]``.
             latents: of the run.
+            white_threshold: the share of the mask's scale that white reaches.
 
         Returns:
             bool ``[B or 1, height, width]`` on the latents' device.
 
         Raises:
-            MaskError: it is no mask, or holds another number of masks than 1 or B.
+            MaskError: it is no mask, holds another number of masks than 1 or B, or has another aspect ratio.
+            OptionError: the threshold is not above 0 and up to 1.
         """
-        return self.expand(to_latents(given, self.maps(latents)))
+        return self.expand(to_latents(given, self.maps(latents), white_threshold))
+
+    def given_mask(
+        self,
+        given: MaskLike | None,
+        latents: Tensor,
+        white_threshold: float,
+        automatic_mask: AutomaticMask | None,
+    ) -> Tensor | None:
+        """:meth:`mask` of what the user of an edit gave; None: the mask is to be found.
+
+        Raises:
+            MaskError: as :meth:`mask`; or a mask together with settings to find one, or a threshold without a mask.
+            OptionError: the threshold is not above 0 and up to 1.
+        """
+        if given is None:
+            if white_threshold != WHITE_THRESHOLD:
+                raise MaskError("white_threshold is for a mask that is given, and there is none; leave it out")
+            return None
+        if automatic_mask is not None:
+            raise MaskError("give either mask or automatic_mask, not both")
+        return self.mask(given, latents, white_threshold)
 
     def expand(self, mask: Tensor) -> Tensor:
         """A mask at the resolution of :meth:`maps` at the autoencoder's: bool ``[B, height, width]``."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import torch
@@ -19,9 +20,12 @@ from torch.nn import functional
 
 from fisedit_compile.errors import MaskError, OptionError
 from fisedit_compile.runtime import Domain
-from fisedit_compile.runtime.masks import MaskLike, prepare_mask, reduce_mask
+from fisedit_compile.runtime.masks import WHITE_THRESHOLD, MaskLike, prepare_mask, reduce_mask
 
 OTSU_BINS = 256
+
+_ROUNDINGS = ((0, 2), (-2, 0), (-1, 1))
+"""Between which halves below and above a whole number lies what was rounded to it: down, up, to the nearest."""
 
 
 @dataclass(frozen=True)
@@ -147,27 +151,58 @@ def _to_unit_range(maps: Tensor) -> Tensor:
     return torch.where(extent == 0, torch.zeros_like(maps), (maps - lowest) / extent)
 
 
-def to_latents(mask: MaskLike, latents: Tensor) -> Tensor:
-    """A user's mask at the latents' resolution: a cell is active when any mask pixel it covers is.
+def to_latents(mask: MaskLike, latents: Tensor, white_threshold: float = WHITE_THRESHOLD) -> Tensor:
+    """A user's mask at the latents' resolution: a cell is active when any white mask pixel lies in it.
 
     Args:
-        mask: white where the picture may change: PIL, numpy or torch, ``[H, W]`` or ``[B, H, W]``.
+        mask: white where the picture may change: a picture (PIL, or the path of one), numpy or torch, ``[H, W]`` or
+            ``[B, H, W]``.
         latents: ``[B, C, height, width]``.
+        white_threshold: the share of the mask's scale that white reaches.
 
     Returns:
         bool ``[B or 1, height, width]`` on the latents' device.
 
     Raises:
-        MaskError: it is no mask, or holds another number of masks than 1 or B.
+        MaskError: it is no mask, holds another number of masks than 1 or B, or has another aspect ratio.
+        OptionError: the threshold is not above 0 and up to 1.
     """
-    prepared = prepare_mask(mask).to(latents.device)
+    prepared = prepare_mask(mask, white_threshold, latents.shape[0]).to(latents.device)
     if prepared.shape[0] not in (1, latents.shape[0]):
         raise MaskError(
             f"the run has {latents.shape[0]} pictures and the mask has {prepared.shape[0]}; give one mask for all "
-            "pictures or one for each"
+            "pictures or one for each; a picture in colours is [height, width, channels]"
         )
+    rows, columns = prepared.shape[-2:]
     height, width = latents.shape[-2:]
+    if not same_aspect((rows, columns), (height, width)):
+        shapes = f"{rows}x{columns} (height x width)"
+        turned = same_aspect((columns, rows), (height, width))
+        raise MaskError(
+            f"expected a mask with the aspect ratio of the picture, {height}:{width} = {height / width:.3g} (height to "
+            f"width); got one of {shapes}, {rows / columns:.3g}. "
+            + ("Turn it: it is as high as it should be wide" if turned else "Crop or pad it to what the picture shows")
+        )
     return reduce_mask(prepared, Domain(height, width))
+
+
+def same_aspect(mask: tuple[int, int], cells: tuple[int, int]) -> bool:
+    """Whether a mask may be one of the whole picture, as far as rounding tells.
+
+    Both come from one original: the mask is it at some scale with its sides rounded to pixels, the picture is it with
+    its sides rounded to cells. Rounding goes down, up or to the nearest, alike for both sides.
+
+    Args:
+        mask: its height and width in pixels.
+        cells: those of the picture in latent cells.
+    """
+    for (pixel_below, pixel_above), (cell_below, cell_above) in product(_ROUNDINGS, _ROUNDINGS):
+        least, most = ([2 * side + off for side in mask] for off in (pixel_below, pixel_above))
+        shortest, longest = ([2 * side + off for side in cells] for off in (cell_below, cell_above))
+        # The scales that each side allows, least / longest to most / shortest, have some in common.
+        if least[0] * shortest[1] < most[1] * longest[0] and least[1] * shortest[0] < most[0] * longest[1]:
+            return True
+    return False
 
 
 def to_pixels(mask: Tensor, height: int, width: int) -> Tensor:

@@ -83,8 +83,9 @@ class NetworkCalls:
         if shape is not None and shape[1] not in sizes:
             raise PipelineError(
                 f"{type(pipe).__name__} gives its network {shape[1]} tokens, which are not those of the picture alone: "
-                "an edit session cannot edit a picture in the context of others. Generate without these others (image) "
-                "or call the pipeline itself, without a session"
+                "an edit session cannot edit a picture in the context of others, and must be told the size where the "
+                "pipeline takes it from another picture. Generate without these others (image), give height and width "
+                "that are the picture's, or call the pipeline itself, without a session"
             )
 
     @staticmethod

@@ -15,18 +15,23 @@ from fisedit_compile.pipelines.report import Report
 
 
 def as_pixels(images: Any) -> Tensor:
-    """Pixels ``[B, 3, height, width]`` from what a pipeline returned for ``output_type="pt"``: older ones return
-    arrays ``[B, height, width, 3]`` all the same.
+    """Pixels ``[B, 3, height, width]`` from what a pipeline returned: a tensor, an array ``[B, height, width, 3]`` or
+    PIL pictures, whatever was asked for.
 
     Raises:
-        PipelineError: it is neither.
+        PipelineError: it is none of them.
     """
-    if isinstance(images, Tensor):
+    if isinstance(images, Tensor) and images.dim() == 4:
         return images
-    if isinstance(images, np.ndarray):
+    if isinstance(images, list) and images and all(isinstance(image, Image.Image) for image in images):
+        images = VaeImageProcessor.pil_to_numpy([image.convert("RGB") for image in images])
+    if isinstance(images, np.ndarray) and images.ndim == 4:
         return VaeImageProcessor.numpy_to_pt(images)
+    shape = f" of shape {tuple(images.shape)}" if isinstance(images, (Tensor, np.ndarray)) else ""
     raise PipelineError(
-        f'expected a tensor or an array of pictures from a pipeline with output_type="pt", got {type(images).__name__}'
+        'expected a tensor or an array of pictures, as diffusers\' pipelines return with output_type="pt", got '
+        f"{type(images).__name__}{shape}: an edit session is for pipelines that make single pictures; call the "
+        "pipeline itself"
     )
 
 

@@ -7,6 +7,7 @@ where they do not (Qwen-Image), a session does, with masks that leave the paddin
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -26,7 +27,11 @@ def _limit(encode: Callable[..., Any] | None) -> int | None:
     parameters = {} if encode is None else inspect.signature(encode).parameters
     if "prompt_embeds_mask" not in parameters or "max_sequence_length" not in parameters:
         return None
-    return int(parameters["max_sequence_length"].default)
+    limit = parameters["max_sequence_length"].default
+    if limit in (None, inspect.Parameter.empty):
+        # Some pipelines keep their limit elsewhere, and some have none.
+        limit = getattr(getattr(encode, "__self__", None), "default_max_sequence_length", None)
+    return sys.maxsize if limit is None else int(limit)
 
 
 def check_prompt_tokens(pipe: Any, tokens: int | None) -> None:
@@ -68,8 +73,8 @@ class PromptLengths:
         @wraps(encode)
         def padded(*positional: Any, **named: Any) -> Any:
             embeddings, mask = encode(*positional, **named)
-            most = inspect.signature(encode).bind(*positional, **named).arguments.get("max_sequence_length", limit)
-            length = self._next(embeddings.shape[1], mask, int(most))
+            most = inspect.signature(encode).bind(*positional, **named).arguments.get("max_sequence_length")
+            length = self._next(embeddings.shape[1], mask, limit if most is None else int(most))
             return (embeddings, mask) if length is None else _pad(embeddings, mask, length)
 
         return padded
@@ -81,7 +86,9 @@ class PromptLengths:
         elif self._room is not None:
             length = self._room
         else:
-            length = None if mask is not None else min(most, -(-(tokens + SPARE) // ROUNDED) * ROUNDED)
+            # A limit need not count all tokens of a prompt (those of a template): it is never shorter than it came.
+            spacious = max(tokens, min(most, -(-(tokens + SPARE) // ROUNDED) * ROUNDED))
+            length = None if mask is not None else spacious
         self._lengths.append(length)
         if length is not None and tokens > length:
             given = "when the picture was generated" if self._recorded is not None else "by prompt_tokens"

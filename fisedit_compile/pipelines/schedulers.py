@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fisedit_compile.errors import PipelineError
+from fisedit_compile.pipelines.differences import told_apart
 
 PNDM_WARM_UP_STEPS = 3
 """How many steps of PNDM run as Runge-Kutta steps of four calls each, unless they are skipped."""
@@ -108,7 +109,8 @@ def scheduler_difference(recorded: tuple[str, dict[str, Any]], current: tuple[st
     changed = [name for name in names if _text(recorded[1].get(name)) != _text(current[1].get(name))]
     if not changed:
         return None
-    values = ", ".join(f"{name} was {recorded[1].get(name)!r} and is {current[1].get(name)!r}" for name in changed)
+    pairs = ((name, *told_apart(recorded[1].get(name), current[1].get(name))) for name in changed)
+    values = ", ".join(f"{name} was {was} and is {now}" for name, was, now in pairs)
     return f"settings of the {recorded[0]} changed: {values}"
 
 

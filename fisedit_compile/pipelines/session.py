@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from fisedit_compile.config import parse_options
-from fisedit_compile.errors import MaskError, PipelineError
+from fisedit_compile.errors import PipelineError
 from fisedit_compile.pipelines.arguments import CallArguments, keep_value
 from fisedit_compile.pipelines.autoencoder import AutoencoderCall, EncodeMemory
 from fisedit_compile.pipelines.binding import PipelineBinding
 from fisedit_compile.pipelines.decoding import DecodeJob, DecodeRecord, SparseDecoder
 from fisedit_compile.pipelines.latents import packed_resolutions
 from fisedit_compile.pipelines.masking import AutomaticMask, grow_mask, paste_outside, to_pixels
+from fisedit_compile.pipelines.network_state import NetworkState
 from fisedit_compile.pipelines.noise import Generators, NoiseSource, new_generator
 from fisedit_compile.pipelines.picture import Picture, as_pixels
 from fisedit_compile.pipelines.prompts import PromptLengths, check_prompt_tokens
@@ -25,8 +26,9 @@ from fisedit_compile.pipelines.report import Report, SeamError, finest_first, no
 from fisedit_compile.pipelines.schedulers import describe_scheduler, scheduler_difference, steps_for_calls
 from fisedit_compile.pipelines.steps import EditFollower, StepFollower, Trajectory
 from fisedit_compile.pipelines.timing import StageClock
+from fisedit_compile.pipelines.wording import session_words
 from fisedit_compile.runtime import Runtime
-from fisedit_compile.runtime.masks import MaskLike
+from fisedit_compile.runtime.masks import WHITE_THRESHOLD, MaskLike
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class _Entry:
     arguments: dict[str, Any]
     noise: NoiseSource
     scheduler: tuple[str, dict[str, Any]]
-    module: torch.nn.Module
+    network: NetworkState
     dense_seconds: float
     decode: DecodeRecord | None
     encodes: EncodeMemory
@@ -111,6 +113,7 @@ class EditSession:
         """The generated picture and every edit since, oldest first; the last one is what the next edit starts from."""
         return tuple(entry.picture for entry in self._entries)
 
+    @session_words()
     def generate(
         self,
         prompt: str | list[str] | None = None,
@@ -145,9 +148,10 @@ class EditSession:
         generator = generator if generator is not None else new_generator()
         noise = NoiseSource.of(generator)
         clock = StageClock(self._binding.device)
-        size = (self._arguments.value(given, name) for name in ("height", "width"))
         prompts = PromptLengths(self._prompt_tokens)
-        trajectory = Trajectory(packed_resolutions(self.pipe, *size), prompts=prompts)
+        size = self._arguments.value(given, "height"), self._arguments.value(given, "width")
+        resolutions = packed_resolutions(self.pipe, *size, self._arguments.control_sizes(given))
+        trajectory = Trajectory(resolutions, prompts=prompts)
         made_size = self._arguments.made_size(given)
         follower = StepFollower(*self._arguments.user_callback(given), clock, trajectory, made_size)
         with ExitStack() as undo:
@@ -171,7 +175,7 @@ class EditSession:
                 pixel_mask=None,
                 report=self._report(clock, seconds, None, {}, None, (), autoencoder),
                 flagged=flagged,
-                output_type=self._arguments.value(given, "output_type"),
+                output_type=self._arguments.output_type(given),
             )
             scheduler = describe_scheduler(self.pipe.scheduler)
             entry = _Entry(
@@ -180,7 +184,7 @@ class EditSession:
                 given,
                 noise,
                 scheduler,
-                self._binding.module,
+                NetworkState(self._binding.module),
                 dense_seconds,
                 autoencoder.job.made,
                 autoencoder.encodes,
@@ -190,11 +194,13 @@ class EditSession:
         self._entries.append(entry)
         return picture
 
+    @session_words()
     def edit(
         self,
         prompt: str | list[str] | None = None,
         *,
         mask: MaskLike | None = None,
+        white_threshold: float = WHITE_THRESHOLD,
         automatic_mask: AutomaticMask | None = None,
         keep: bool = True,
         **changes: Any,
@@ -206,7 +212,9 @@ class EditSession:
 
         Args:
             prompt: the new prompt; None keeps the old one (for an edit that only changes other arguments).
-            mask: white where the picture may change: PIL, numpy or torch, ``[H, W]`` or ``[B, H, W]``, any resolution.
+            mask: white where the picture may change: a picture (PIL, or the path of one), numpy or torch, ``[H, W]`` or
+                ``[B, H, W]``, any resolution of the picture's aspect ratio; docs/pipelines.md has all forms.
+            white_threshold: the share of the mask's scale that white reaches; above 0, up to 1.
             automatic_mask: how to find the mask this time; None: as the session was told.
             keep: add the edit to the history, so that it can itself be edited.  An edit that is not kept is faster and
                 takes no memory.
@@ -218,7 +226,8 @@ class EditSession:
 
         Raises:
             PipelineError: nothing was generated yet, or a change would break the correspondence with the recorded run.
-            MaskError: the mask cannot be used, or was given together with ``automatic_mask``.
+            MaskError: the mask cannot be used, or was given together with ``automatic_mask``; or only a threshold was.
+            OptionError: ``white_threshold`` is not above 0 and up to 1.
             WeightsChangedError: the network's weights are not those of the recorded run.
             BudgetError: keeping the edit would exceed the budget; drop older pictures or use ``keep=False``.
         """
@@ -231,11 +240,9 @@ class EditSession:
         changes = {name: keep_value(value) for name, value in changes.items()}
         given = self._arguments.merge(entry.arguments, changes)
         clock = StageClock(self._binding.device)
-        latent_mask = None
-        if mask is not None:
-            if automatic_mask is not None:
-                raise MaskError("give either mask or automatic_mask, not both")
-            latent_mask = entry.trajectory.cells.mask(mask, entry.trajectory.latents[-1])
+        latent_mask = entry.trajectory.cells.given_mask(
+            mask, entry.trajectory.latents[-1], white_threshold, automatic_mask
+        )
         follower = EditFollower(
             *self._arguments.user_callback(given),
             clock,
@@ -287,8 +294,7 @@ class EditSession:
 
     def _check_pipeline(self, entry: _Entry) -> None:
         """Refuse a pipeline whose parts were exchanged since the recorded run."""
-        if self._binding.module is not entry.module:
-            raise PipelineError("the pipeline has another network than when the picture was generated; generate again")
+        entry.network.check(self._binding.module)
         difference = scheduler_difference(entry.scheduler, describe_scheduler(self.pipe.scheduler))
         if difference is not None:
             raise PipelineError(f"{difference}; put the scheduler back, or call generate with the new one first")
@@ -302,9 +308,9 @@ class EditSession:
         autoencoder: AutoencoderCall,
     ) -> tuple[Tensor | None, tuple[bool, ...] | None]:
         """Call the pipeline; the pixels ``[B, 3, height, width]`` (None: latents wanted), and what was flagged."""
-        wants_latents = self._arguments.value(given, "output_type") == "latent"
+        asked = self._arguments.asked_type(given)
         ours = {
-            "output_type": "latent" if wants_latents else "pt",
+            "output_type": asked,
             "callback_on_step_end": follower,
             "callback_on_step_end_tensor_inputs": follower.tensor_names,
             "generator": generator,
@@ -313,9 +319,9 @@ class EditSession:
         with self._binding.installed(clock, autoencoder, follower):
             output = self.pipe(**arguments)
         flagged, images = (getattr(output, name, None) for name in ("nsfw_content_detected", "images"))
-        if wants_latents:
+        if asked == "latent":
             follower.take_output(self.pipe, images)
-        pixels = None if wants_latents else as_pixels(images)
+        pixels = None if asked == "latent" else as_pixels(images)
         return pixels, None if flagged is None else tuple(bool(one) for one in flagged)
 
     def _finish(
@@ -358,7 +364,7 @@ class EditSession:
             pixel_mask=pixel_mask,
             report=self._report(clock, clock.seconds(), entry.dense_seconds, density, seam, notes, autoencoder),
             flagged=flagged,
-            output_type=self._arguments.value(given, "output_type"),
+            output_type=self._arguments.output_type(given),
         )
 
     def _report(

@@ -70,7 +70,21 @@ def test_help_does_not_import_torch() -> None:
         (["generate", "--prompt", "a", "--argument", "eta"], 2, "expected NAME=VALUE, got 'eta'"),
         (["generate", "--prompt", "a", "--argument", "width=16"], 2, "width is given by --size"),
         (["generate", "--prompt", "a", "--argument", "eta=1", "--argument", "eta=0"], 2, "eta is given twice"),
-        (["edit", "--base-prompt", "a", "--prompt", "b", "--mask", "/not/there.png"], 2, "--mask"),
+        (
+            ["edit", "--base-prompt", "a", "--prompt", "b", "--mask", "/not/there.png"],
+            2,
+            "--mask: a mask may be the path",
+        ),
+        (
+            ["edit", "--base-prompt", "a", "--prompt", "b", "--mask", __file__],
+            2,
+            "--mask: a mask is a picture that can be",
+        ),
+        (
+            ["edit", "--base-prompt", "a", "--prompt", "b", "--mask", "m.png", "--white-threshold", "128"],
+            2,
+            "--white-threshold: white_threshold must be a number above 0 and up to 1, got 128.0",
+        ),
         (["explain", "--model", "sd99"], 1, "sd15, sd21, sdxl, scenes"),
         (["explain", "--chip", "Z80"], 1, "unknown chip 'Z80'; expected one of T4"),
         (["explain", "--model", "scenes", "--size", "30x30"], 1, "multiple of 4"),

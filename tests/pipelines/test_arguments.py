@@ -9,12 +9,19 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    AnimateDiffPipeline,
     HunyuanDiTPipeline,
+    LattePipeline,
+    LTXPipeline,
     SanaPipeline,
+    SanaVideoPipeline,
+    StableDiffusionLDM3DPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
+    TextToVideoZeroPipeline,
     ZImagePipeline,
 )
+from diffusers.image_processor import VaeImageProcessor, VaeImageProcessorLDM3D
 from PIL import Image
 
 from fisedit_compile.errors import PipelineError
@@ -102,6 +109,52 @@ def test_prompts_given_as_lists_of_embeddings_are_counted() -> None:
     recorded = {"prompt_embeds": [torch.zeros(3, 2)]}
     with pytest.raises(PipelineError, match="from 1 prompts and the edit has 2"):
         arguments.merge(recorded, {"prompt_embeds": [torch.zeros(3, 2)] * 2})
+
+
+@pytest.mark.parametrize(
+    "kind", [AnimateDiffPipeline, TextToVideoZeroPipeline, LTXPipeline, LattePipeline, SanaVideoPipeline]
+)
+def test_videos_are_refused_as_videos(kind: Any) -> None:
+    """Also those whose latents have four dimensions, with a frame in each sample's place."""
+    with pytest.raises(
+        PipelineError, match=rf"{kind.__name__} makes videos \(it takes .*\), and an edit session is for"
+    ):
+        CallArguments(object.__new__(kind))
+
+
+def test_depth_maps_are_refused() -> None:
+    pipe = object.__new__(StableDiffusionLDM3DPipeline)
+    vars(pipe)["image_processor"] = VaeImageProcessorLDM3D()
+    with pytest.raises(PipelineError, match="StableDiffusionLDM3DPipeline makes depth maps beside its pictures"):
+        CallArguments(pipe)
+
+
+def test_only_output_types_that_a_pipeline_gives_are_asked_of_it() -> None:
+    class Own(VaeImageProcessor):
+        def postprocess(self, image: Any, output_type: str = "pil", do_denormalize: Any = None) -> Any:
+            raise ValueError(f"no {output_type}")
+
+    class Pipe:
+        image_processor: Any = None
+
+        def __call__(self, prompt: str, output_type: str = "tensor", callback: Any = None) -> None: ...
+
+    pipe = Pipe()
+    arguments = CallArguments(pipe)
+    arguments.check({"prompt": "a"})
+    assert arguments.output_type({}) == "pil" and arguments.output_type({"output_type": "np"}) == "np"
+    with pytest.raises(PipelineError, match="output_type must be one of pil, np, pt, latent, got 'tensor'"):
+        arguments.check({"output_type": "tensor"})
+    for processor, asked in ((None, "np"), (Own(), "np"), (VaeImageProcessor(), "pt")):
+        pipe.image_processor = processor
+        assert arguments.asked_type({}) == asked and arguments.asked_type({"output_type": "pil"}) == asked
+        assert arguments.asked_type({"output_type": "latent"}) == "latent"
+
+
+def test_control_pictures_tell_their_size_where_they_are_tensors(arguments: CallArguments) -> None:
+    pictures = [torch.zeros(1, 3, 8, 16), Image.new("RGB", (4, 4)), torch.zeros(3, 24, 8)]
+    given = {"control_image": pictures, "image": torch.zeros(1, 3, 4, 4), "control_mode": torch.zeros(1)}
+    assert arguments.control_sizes(given) == [(8, 16), (24, 8)]
 
 
 def test_pictures_may_be_resized_in_the_end() -> None:

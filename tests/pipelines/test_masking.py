@@ -18,6 +18,7 @@ from fisedit_compile.pipelines.masking import (
     open_region,
     otsu_threshold,
     paste_outside,
+    same_aspect,
     to_latents,
     to_pixels,
 )
@@ -188,6 +189,60 @@ def test_one_white_pixel_makes_its_cell_active() -> None:
 def test_masks_must_be_as_many_as_pictures() -> None:
     with pytest.raises(MaskError, match="3 pictures and the mask has 2"):
         to_latents(torch.ones(2, 8, 8), torch.zeros(3, 4, 4, 4))
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 16), st.integers(1, 900), st.data())
+def test_masks_of_the_whole_picture_have_its_aspect_ratio(
+    height: int, width: int, side: int, percent: int, data: st.DataObject
+) -> None:
+    """Whatever the scale of the mask, and however both were rounded: cells of ``side`` pixels, masks of whole ones."""
+    pixels = [side * cells + data.draw(st.integers(0, side - 1)) for cells in (height, width)]
+    cut = data.draw(st.booleans())
+    cells = (height, width) if cut else tuple(-(-length // side) for length in pixels)
+    for rounded in (lambda n: n // 100, lambda n: -(-n // 100), lambda n: (n + 50) // 100):
+        mask = tuple(max(1, rounded(percent * length)) for length in pixels)
+        if all(rounded(percent * length) for length in pixels):
+            assert same_aspect(mask, cells)
+    assert same_aspect(cells, cells)
+
+
+@pytest.mark.parametrize(
+    ("mask", "fits"),
+    [
+        ((512, 512), True),
+        ((517, 519), True),
+        ((64, 64), True),
+        ((1024, 1024), True),
+        ((512, 520), True),
+        ((512, 528), False),
+        ((1024, 1056), False),
+        ((512, 768), False),
+        ((768, 512), False),
+        ((63, 66), False),
+        ((1, 2), True),
+        ((1, 4), False),
+    ],
+)
+def test_another_aspect_ratio_is_refused(mask: tuple[int, int], fits: bool) -> None:
+    latents = torch.zeros(1, 1, 64, 64)
+    if fits:
+        assert to_latents(torch.ones(mask), latents).all()
+    else:
+        with pytest.raises(MaskError, match=rf"64:64 = 1 .* got one of {mask[0]}x{mask[1]} .* Crop or pad it"):
+            to_latents(torch.ones(mask), latents)
+
+
+def test_a_turned_mask_is_told_from_a_cut_one() -> None:
+    with pytest.raises(MaskError, match=r"32:48 = 0\.667 .* got one of 96x64 .* 1\.5\. Turn it"):
+        to_latents(torch.ones(96, 64), torch.zeros(1, 1, 32, 48))
+
+
+def test_thresholds_and_channels_reach_the_latents() -> None:
+    mask = torch.zeros(8, 8)
+    mask[5, 2] = 0.3
+    latents = torch.zeros(3, 4, 4, 4)
+    assert not to_latents(mask, latents).any() and to_latents(mask, latents, 0.3).sum() == 1
+    assert to_latents(mask.expand(3, 8, 8), latents[:1], 0.3).shape == (1, 4, 4)
 
 
 def test_sizes_that_do_not_divide_are_refused() -> None:

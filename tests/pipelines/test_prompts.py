@@ -59,6 +59,26 @@ def test_masks_that_a_pipeline_makes_itself_are_padded_when_asked_for() -> None:
         PromptLengths(20).padding(encode)(21)
 
 
+@pytest.mark.parametrize(("own", "length"), [(None, 128), (80, 80)])
+def test_a_limit_that_the_pipeline_keeps_elsewhere_or_has_not(own: int | None, length: int) -> None:
+    class Pipe:
+        default_max_sequence_length = own
+
+        def encode_prompt(
+            self, tokens: int, prompt_embeds_mask: Any = None, max_sequence_length: int | None = None
+        ) -> Encoded:
+            return encode(tokens)
+
+    padded = PromptLengths().padding(Pipe().encode_prompt)
+    assert padded(40)[0].shape[1] == min(128, length) if own else 96
+    assert padded(70, max_sequence_length=None)[0].shape[1] == length
+    assert padded(70, max_sequence_length=75)[0].shape[1] == 75
+
+
+def test_a_limit_shorter_than_what_came_is_no_option_of_the_user() -> None:
+    assert PromptLengths().padding(encode)(40, max_sequence_length=34)[0].shape[1] == 40
+
+
 def test_other_pipelines_are_left_alone() -> None:
     def fixed(prompt: str) -> Encoded:
         return encode(7)

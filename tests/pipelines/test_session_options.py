@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from lanes import LateLane
+from PIL import Image
 
 from fisedit_compile import EditSession
-from fisedit_compile.errors import BudgetError, OptionError, PipelineError
+from fisedit_compile.errors import BudgetError, MaskError, OptionError, PipelineError
 from fisedit_compile.runtime import tiers
 
 from tiny_pipelines import HEIGHT, WIDTH, picture_arguments, tiny_pipeline
@@ -87,9 +90,46 @@ def test_recordings_on_the_host_give_the_same_pictures(pipe: Any, monkeypatch: p
 
 def test_a_budget_that_is_too_small(pipe: Any) -> None:
     session = EditSession(pipe, budget=100_000)
-    with pytest.raises(BudgetError):
+    with pytest.raises(BudgetError, match="give EditSession a greater budget, free older pictures with") as caught:
         generate(session)
+    assert "Runtime" not in str(caught.value) and "runtime" not in str(caught.value)
     assert session.history == () and session.runtime.bases == ()
+
+
+def test_masks_as_they_are_saved(pipe: Any, tmp_path: Path) -> None:
+    session = EditSession(pipe)
+    base = generate(session)
+    levels = (box() * 255).to(torch.uint8).numpy()
+    Image.fromarray(levels).resize((2 * WIDTH, 2 * HEIGHT)).save(tmp_path / "mask.jpg")
+    layer = Image.new("RGBA", (WIDTH, HEIGHT), (200, 30, 30, 0))
+    layer.putalpha(Image.fromarray(levels))
+    layer.save(tmp_path / "layer.png")
+    faint = np.repeat(levels[..., None] // 3, 3, axis=2) + np.uint8(1)
+    wanted = session.edit(FIRST, mask=box(), keep=False)
+    for mask, threshold in ((tmp_path / "layer.png", 0.5), (layer, 0.5), (faint, 0.25), (tmp_path / "mask.jpg", 0.5)):
+        edited = session.edit(FIRST, mask=mask, white_threshold=threshold, keep=False)
+        same = torch.equal(edited.mask, wanted.mask) and torch.equal(edited.pixels, wanted.pixels)
+        assert same or str(mask).endswith("jpg") and edited.mask.sum() < 2 * wanted.mask.sum()
+    for mask, told in ((box().T, "Turn it"), (box()[:, :-8], "Crop or pad it"), ("no.png", "no such file")):
+        with pytest.raises(MaskError, match=told):
+            session.edit(FIRST, mask=mask)
+    with pytest.raises(MaskError, match="there is none; leave it out"):
+        session.edit(FIRST, white_threshold=0.2)
+    with pytest.raises(OptionError, match="got 128"):
+        session.edit(FIRST, mask=box(), white_threshold=128)
+    assert session.history == (base,)
+
+
+def test_what_is_done_to_the_network_is_named(pipe: Any) -> None:
+    session = EditSession(pipe)
+    generate(session)
+    pipe.unet.to(memory_format=torch.channels_last)
+    try:
+        with pytest.raises(PipelineError, match="the memory format of weights was changed since the picture"):
+            session.edit(FIRST, mask=box())
+    finally:
+        pipe.unet.to(memory_format=torch.contiguous_format)
+    assert session.edit(FIRST, mask=box(), keep=False).report.sparse_calls == STEPS
 
 
 def test_a_budget_for_one_picture_only(pipe: Any) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionAdapterPipeline, T2IAdapter, UNet2DConditionModel
+from PIL import Image
 
 from fisedit_compile.errors import PipelineError
 from fisedit_compile.pipelines import EditSession, Picture
@@ -126,3 +128,7 @@ def test_what_a_pipeline_may_return() -> None:
     assert torch.equal(as_pixels(pixels.permute(0, 2, 3, 1).numpy()), pixels)
     with pytest.raises(PipelineError, match='expected a tensor or an array .* with output_type="pt", got list'):
         as_pixels([])
+    with pytest.raises(PipelineError, match=r"got Tensor of shape \(1, 3, 2, 4, 5\): .* single pictures"):
+        as_pixels(torch.zeros(1, 3, 2, 4, 5))
+    pictures = [Image.fromarray((255 * one).round().astype(np.uint8)) for one in pixels.permute(0, 2, 3, 1).numpy()]
+    torch.testing.assert_close(as_pixels(pictures), pixels, atol=0.5 / 255 + 1e-6, rtol=0)

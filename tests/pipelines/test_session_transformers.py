@@ -211,3 +211,10 @@ def test_pipelines_that_do_not_tell_their_tokens() -> None:
     columns = pipe.default_sample_size
     # Tokens of 2x2 cells, or of one where the scale is that of tokens already.
     assert packed_resolutions(pipe, HEIGHT, None) == (Domain(ROWS, columns // 2), Domain(2 * ROWS, columns))
+    # A control picture that is a tensor may decide the size, but not where the number of tokens does not tell.
+    assert packed_resolutions(pipe, HEIGHT, WIDTH, [(HEIGHT, WIDTH)]) == packed_resolutions(pipe, HEIGHT, WIDTH)
+    assert TOKENS in packed_resolutions(pipe, 3 * HEIGHT, 5 * WIDTH, [(HEIGHT, WIDTH)])
+    with pytest.raises(
+        PipelineError, match=f"one of {HEIGHT}x{WIDTH} and {WIDTH}x{HEIGHT} pixels .* control picture of"
+    ):
+        packed_resolutions(pipe, HEIGHT, WIDTH, [(WIDTH, HEIGHT)])

@@ -243,3 +243,23 @@ def test_a_base_does_not_keep_the_network_alive() -> None:
     del network
     gc.collect()
     assert reference() is None and runtime.bases == ("base",)
+
+
+def test_another_memory_format_is_no_other_content() -> None:
+    network = torch.nn.Conv2d(4, 6, 3)
+    weights = Weights(list(network.parameters()))
+    network.to(memory_format=torch.channels_last)
+    with pytest.raises(
+        WeightsChangedError, match=r"the memory format of 1 of 2 tensors .* first of parameter 0"
+    ) as caught:
+        weights.verify(list(network.parameters()), "base")
+    assert "content" not in str(caught.value)
+    network.to(memory_format=torch.contiguous_format)
+    weights.verify(list(network.parameters()), "base")
+
+
+def test_a_kernel_of_one_pixel_has_one_memory_format() -> None:
+    network = torch.nn.Conv2d(4, 6, 1)
+    weights = Weights(list(network.parameters()))
+    network.weight.data = network.weight.data.as_strided((6, 4, 1, 1), (4, 1, 4, 4))
+    weights.verify(list(network.parameters()), "base")

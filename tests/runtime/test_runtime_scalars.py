@@ -89,3 +89,16 @@ def test_recorded_scalars_are_copies() -> None:
         network(calls[1][0], time)
     with runtime.edit("base", mask=left_half()):
         run(network, calls)
+
+
+def test_nan_is_what_it_was() -> None:
+    """Not a number differs from itself: a message would show the same on both sides."""
+    scalars = [torch.tensor([1.0, float("nan")]), float("nan"), torch.tensor(float("nan"))]
+    check = ScalarCheck("base")
+    check.compare(
+        "call 0", scalars, [scalar.clone() if isinstance(scalar, torch.Tensor) else scalar for scalar in scalars]
+    )
+    check.compare_later("call 1", scalars[0], scalars[0].clone())
+    check.finish()
+    with pytest.raises(ScalarMismatchError, match="expected nan .* got 1.0"):
+        check.compare("call 2", [float("nan")], [1.0])

@@ -50,7 +50,7 @@ def assert_still_right(case: Case) -> None:
         (torch.full((13, 9), float("nan")), "NaN"),
         (torch.zeros(0, 9), "0"),
         (torch.zeros(9), "rank 1"),
-        (torch.zeros(1, 1, 13, 9), "rank 4"),
+        (torch.zeros(1, 2, 13, 9), "rank 4"),
         (numpy.zeros((13, 9, 3, 2)), "rank 4"),
     ],
 )
