@@ -10,7 +10,7 @@ from tree import PACKAGE, dotted_names, imports, modules
 
 #: Each part may import its own layer and those before it.
 LAYERS = (
-    ("errors", "config", "picking"),
+    ("errors", "config", "picking", "dynamo"),
     ("runtime",),
     ("native",),
     ("ops",),
