@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +13,11 @@ import torch
 from torch import Tensor, nn
 
 import fisedit_compile as fisedit
-from fisedit_compile.pipelines import EditSession, Picture
+from fisedit_compile import backend, dynamo
+from fisedit_compile.errors import CallMismatchError
+from fisedit_compile.pipelines import EditSession, Picture, compiling
+from fisedit_compile.pipelines.compiling import CompiledNetwork
+from fisedit_compile.runtime import Relay
 
 from small_pipeline import (
     HEIGHT,
@@ -74,11 +80,11 @@ def test_decorated_forwards_of_two_classes_share_a_code(breaking: type[nn.Module
     assert_whole(session)
 
 
-@pytest.mark.parametrize("backend", ["eager", "fisedit"])
-def test_the_user_compiled_the_network_before(backend: str) -> None:
+@pytest.mark.parametrize("name", ["eager", "fisedit"])
+def test_the_user_compiled_the_network_before(name: str) -> None:
     pipe = SmallPipeline()
     plain = pipe.unet
-    pipe.unet = torch.compile(pipe.unet, backend=backend)
+    pipe.unet = torch.compile(pipe.unet, backend=name)
     break_and_run(plain, lambda: pipe("red"))
     pipe("red")
     assert_whole(EditSession(pipe, decoder="dense"))
@@ -132,3 +138,84 @@ def test_only_the_calls_from_a_break_on_are_in_pieces() -> None:
     assert len(base.report.notes) == 1 and edit.report.notes == base.report.notes
     # The network as a whole, and itself and its second block, each in two pieces.
     assert len(session.runtime._store.bases[base.name].recordings) == 1 + 4
+
+
+def call(network: nn.Module, relay: Relay) -> weakref.ref[nn.Module]:
+    compiled = CompiledNetwork(network, relay, {"norm": "exact"})
+    with torch.no_grad():
+        compiled.stand_in(torch.ones(1, 4, 7, 11), torch.tensor(3), prompt=torch.ones(1, 1, 8))
+    return weakref.ref(network)
+
+
+@pytest.mark.parametrize("processor", [Plain, Breaking])
+def test_networks_that_come_and_go_leave_nothing(processor: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limits hold for all that ever was of a code, so that any growth would be an error after some networks."""
+    monkeypatch.setattr(dynamo, "GRAPHS", 2)
+    relay = Relay()
+    gc.collect()
+    before = len(compiling._known)
+    with torch._dynamo.config.patch(recompile_limit=2, accumulated_recompile_limit=3), dynamo.strict_recompiles():
+        for _ in range(5):
+            network = Network().eval().requires_grad_(False)
+            network.second.processor = processor()
+            freed = call(network, relay)
+            del network
+            gc.collect()
+            assert freed() is None
+    assert len(compiling._known) == before
+
+
+def test_sessions_of_one_network_share_its_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    build = backend.CompiledGraph.__init__
+
+    def counting(self: Any, *arguments: Any) -> None:
+        made.append(self)
+        build(self, *arguments)
+
+    monkeypatch.setattr(backend.CompiledGraph, "__init__", counting)
+    pipe = SmallPipeline()
+    for _ in range(3):
+        edited(EditSession(pipe, decoder="dense"))
+    assert len(made) == 1
+
+
+def test_a_structure_is_of_the_same_objects() -> None:
+    network = Network()
+    structure = compiling.Structure(network)
+    assert structure.same(compiling.Structure(network))
+    before = network.second.processor
+    for exchange in (
+        lambda: setattr(network.second, "processor", Plain()),
+        lambda: setattr(network.second, "scale", 0.5),
+        lambda: network.first.register_forward_pre_hook(lambda module, given: None),
+        lambda: setattr(network, "first", copy.deepcopy(network.first)),
+    ):
+        exchange()
+        changed = compiling.Structure(network)
+        assert not structure.same(changed) and changed.same(compiling.Structure(network))
+        structure = changed
+    # The same place in memory is not the same object.
+    network.second.processor = before
+    structure = compiling.Structure(network)
+    place = id(before)
+    network.second.processor = None
+    del before
+    new = [Plain() for _ in range(100)]
+    network.second.processor = next((one for one in new if id(one) == place), new[0])
+    assert not structure.same(compiling.Structure(network))
+
+
+def test_without_a_compiler_there_is_no_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Own(Network):
+        """A class that nothing was compiled of."""
+
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    with pytest.raises(fisedit.errors.PipelineError, match="compiler is switched off"):
+        EditSession(SmallPipeline(Own()), decoder="dense").generate("red")
+
+
+def test_a_session_whose_network_is_told_to_run_eagerly_is_refused() -> None:
+    session = EditSession(SmallPipeline(), decoder="dense")
+    with torch.compiler.set_stance("force_eager"), pytest.raises(CallMismatchError, match="came to none of its graphs"):
+        session.generate("red")
