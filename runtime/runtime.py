@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fisedit_compile.config import parse_bytes
-from fisedit_compile.dynamo import strict_recompiles
 from fisedit_compile.errors import FisEditError, OptionError, UnknownBaseError
 from fisedit_compile.runtime.base import Base, check_storage, stored_bytes
 from fisedit_compile.runtime.masks import MaskLike
@@ -256,6 +255,8 @@ class Runtime(PhaseSource):
                 f"{what} inside another record or edit of the same runtime and thread; leave the outer context first, "
                 f"or use a second Runtime"
             )
+        from fisedit_compile.dynamo import strict_recompiles  # takes seconds to import, and who only asks needs none
+
         with strict_recompiles():
             self._local.phase = phase
             try:
