@@ -25,6 +25,7 @@ from fisedit_compile.description import (
     fixed_sizes,
     placeholders,
 )
+from fisedit_compile.dynamo import on_calls
 from fisedit_compile.errors import OptionError
 from fisedit_compile.executable import Executable, GraphIdentity
 from fisedit_compile.forms import StaticTensor
@@ -33,13 +34,10 @@ from fisedit_compile.passes.canonicalize import idle_source
 from fisedit_compile.passes.labels import declare_content
 from fisedit_compile.passes.literals import spell_literals
 from fisedit_compile.replay import capturer_for
-from fisedit_compile.runtime import PhaseSource, Runtime, default_runtime
+from fisedit_compile.runtime import PhaseSource, ReachCheck, default_runtime
 from fisedit_compile.tracing import trace
 
 logger = logging.getLogger(__name__)
-
-# A silent fallback to eager inside record or edit would be a wrong picture.
-Runtime.add_hook(private.strict_recompiles)
 
 
 def _describe(value: object) -> str:
@@ -256,6 +254,7 @@ def fisedit(
         runtime = default_runtime()
     if not isinstance(runtime, PhaseSource):
         raise OptionError(f"option runtime must be a fisedit_compile.Runtime, got a {type(runtime).__name__}")
+    on_calls(ReachCheck(runtime))
     parsed = replace(parsed, disabled_passes=disabled_passes(parsed))
     spell_literals(gm)
     surroundings = _surroundings(example_inputs, parsed)

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from fisedit_compile.dynamo import on_calls
 from fisedit_compile.executable import Dense, Executable
-from fisedit_compile.runtime import PhaseSource
+from fisedit_compile.runtime import PhaseSource, ReachCheck
 
 
 class CompiledGraph:
@@ -27,6 +28,7 @@ class CompiledGraph:
         """
         self.dense = dense
         self._runtime = runtime
+        self._check = ReachCheck(runtime)
         self._build = build
         self._lock = threading.Lock()
         self._executable: Executable | None = None
@@ -44,4 +46,6 @@ class CompiledGraph:
         phase = self._runtime.phase()
         if phase is None:
             return self.dense(*arguments)
+        # Not only while the graph is compiled: what else was compiled with equal options shares it.
+        on_calls(self._check)
         return self.executable(phase, *arguments)

@@ -1,4 +1,4 @@
-"""The only file that imports private PyTorch APIs, so that a new PyTorch release is checked in one place.
+"""Private PyTorch APIs: only this file and ``dynamo.py`` import any, so that a new release is checked in one place.
 
 Supported releases: 2.11 and newer. What the rest of the package needs from inside PyTorch:
 
@@ -6,8 +6,7 @@ Supported releases: 2.11 and newer. What the rest of the package needs from insi
 * reading where Dynamo got a graph input from (``input_source``, ``is_module_state``) and which Python numbers it
   left dynamic (``is_size``, ``hint_of``);
 * telling Dynamo that sizes are fixed (``keep_sizes``);
-* compiling a graph with inductor so that some sizes stay symbols (``compile_with_inductor``);
-* making Dynamo fail, instead of silently running eagerly, once it compiled too many graphs (``strict_recompiles``).
+* compiling a graph with inductor so that some sizes stay symbols (``compile_with_inductor``).
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 from torch._dynamo.convert_frame import compile_lock
 from torch._dynamo.eval_frame import OptimizedModule
-from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
 from torch._dynamo.source import ConstantSource, NumpyTensorSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import TracingContext
@@ -37,7 +35,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, GuardOnDataDependentSymNode, ShapeEnv, free_symbols
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fisedit_compile.errors import CallMismatchError, FisEditError
+from fisedit_compile.dynamo import INTEGERS_CHOOSE_GRAPHS
 from fisedit_compile.forms import DynamicNumber, StaticTensor
 from fisedit_compile.replacements import Functionalisable
 
@@ -52,18 +50,13 @@ UNTRACEABLE = (
 ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
 EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
 SET_GRAD_ENABLED = torch._C._set_grad_enabled
-#: Whether it depends on the value alone, inside ``strict_recompiles``, which graph Dynamo runs for a Python int: the
-#: graph it made dynamic leaves the first value to the graph that it specialised on it.
-INTEGERS_CHOOSE_GRAPHS = hasattr(torch._dynamo.config, "automatic_dynamic_exclusion_guard")
-#: Fewest graphs of one function that may be made inside record and edit.
-GRAPHS = 64
 
 __all__ = [
     "ENTER_AUTOCAST", "EXIT_AUTOCAST", "INTEGERS_CHOOSE_GRAPHS", "SET_GRAD_ENABLED", "UNTRACEABLE", "FakeTensor",
     "FakeTensorMode", "FunctionalTrace", "HigherOrderOperator", "OpOverload", "OptimizedModule", "code_in_work",
     "compile_forward", "compile_frozen", "compile_settings", "compile_with_inductor", "compiling", "dynamo_limits",
     "end_failed_capture", "free_symbols", "hint_of", "input_source", "is_changed", "is_module_state", "is_numpy",
-    "is_size", "is_symbolic", "is_wrapped_number", "keep_sizes", "rename_node", "size_symbols", "strict_recompiles",
+    "is_size", "is_symbolic", "is_wrapped_number", "keep_sizes", "leaves", "rename_node", "size_symbols",
     "trace_functional",
 ]  # fmt: skip
 
@@ -215,49 +208,22 @@ def is_size(value: torch.SymInt, symbols: set[Any]) -> bool:
     return bool(free_symbols(value) & symbols)
 
 
+def leaves(value: Any) -> list[Any]:
+    """What nested lists, dictionaries and the like hold, in order."""
+    return pytree.tree_leaves(value)
+
+
 def keep_sizes(*values: Any) -> None:
     """Have Dynamo take the sizes of all tensors in ``values``, nested ones too, as they are.
 
     Otherwise it makes symbols of sizes that changed since a function was traced. Tracing takes longer with them (see
     ``benchmarks/RESULTS.md``), and the graph is one for a single size all the same.
     """
-    for value in pytree.tree_leaves(values):
+    for value in leaves(values):
         if isinstance(value, Tensor):
             torch._dynamo.mark_static(value)
             if value._is_view() and value._base is not None:
                 torch._dynamo.mark_static(value._base)
-
-
-@contextmanager
-def strict_recompiles() -> Iterator[None]:
-    """Inside, Dynamo raises when it reaches its limit of graphs for one function, which is at least ``GRAPHS``: each
-    size of a picture needs one.
-
-    Otherwise it would silently run that function eagerly: calls would be missing from a recording, and an edit would
-    compute a picture that ignores the mask. An error of this package raised while a graph is compiled leaves as itself.
-
-    Raises:
-        CallMismatchError: the limit was reached.
-    """
-    limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
-    settings: dict[str, Any] = {"recompile_limit": limit, "fail_on_recompile_limit_hit": True, "suppress_errors": False}
-    if INTEGERS_CHOOSE_GRAPHS:
-        # Otherwise which of two graphs runs depends on which ran last, and edits do not line up with recordings.
-        settings["automatic_dynamic_exclusion_guard"] = True
-    with torch._dynamo.config.patch(settings):
-        try:
-            yield
-        except FailOnRecompileLimitHit as error:
-            raise CallMismatchError(
-                f"the compiler reached its limit of {limit} graphs for one function, so this call would not have been "
-                f"recorded or edited. Expected at most {limit} combinations of sizes and Python arguments",
-                advice="call torch._dynamo.reset(), or raise torch._dynamo.config.recompile_limit, and pass changing "
-                "numbers as tensors",
-            ) from error
-        except BackendCompilerFailed as error:
-            if isinstance(error.inner_exception, FisEditError):
-                raise error.inner_exception from error
-            raise
 
 
 @contextmanager

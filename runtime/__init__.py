@@ -7,6 +7,7 @@ from fisedit_compile.runtime.base import ProgramKey, RecordedCall
 from fisedit_compile.runtime.fingerprint import Fingerprint
 from fisedit_compile.runtime.phases import EditPhase, RecordPhase
 from fisedit_compile.runtime.plancache import PlanSpec
+from fisedit_compile.runtime.reached import ReachCheck
 from fisedit_compile.runtime.relay import PhaseSource, Relay
 from fisedit_compile.runtime.runtime import EditRun, RecordRun, Runtime, default_runtime
 from fisedit_compile.runtime.spec import Domain, PlanInput, Site, Stencil
@@ -21,6 +22,7 @@ __all__ = [
     "PlanInput",
     "PlanSpec",
     "ProgramKey",
+    "ReachCheck",
     "RecordPhase",
     "RecordRun",
     "RecordedCall",

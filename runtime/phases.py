@@ -61,6 +61,11 @@ class _Phase:
         """Count in which ways operators of a call were computed."""
         self._store.counter.add_ways(ways)
 
+    def fail(self, message: str) -> CallMismatchError:
+        """Let nothing come of this context; the error to raise, should somebody catch it."""
+        self._failure = message
+        return CallMismatchError(message)
+
     def _require_sound(self) -> None:
         """After a failed call the ordinals of several graphs no longer belong together: nothing may follow."""
         if self._failure is not None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import ClassVar
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -98,10 +97,6 @@ class Runtime(PhaseSource):
     inside contexts of their own. Edits of one base in several threads take turns; on CUDA they must use one stream.
     """
 
-    hooks: ClassVar[list[Callable[[], AbstractContextManager[object]]]] = []
-    """Makers of context managers that are entered with every record and edit; the backend adds one that turns silent
-    fallbacks of the tracer into errors."""
-
     def __init__(
         self, storage: torch.dtype | None = None, budget: int | str | None = None, tier: str = "device"
     ) -> None:
@@ -120,12 +115,6 @@ class Runtime(PhaseSource):
         self._store = Store(check_storage(storage), parse_bytes("budget", budget), tier=check_tier(tier))
         self._lock = threading.RLock()
         self._local = threading.local()
-
-    @classmethod
-    def add_hook(cls, hook: Callable[[], AbstractContextManager[object]]) -> None:
-        """Enter ``hook()`` with every record and edit of every runtime; adding it again changes nothing."""
-        if hook not in cls.hooks:
-            cls.hooks.append(hook)
 
     @property
     def bases(self) -> tuple[str, ...]:
@@ -271,15 +260,16 @@ class Runtime(PhaseSource):
 
     @contextmanager
     def _entered(self, phase: Phase, what: str) -> Iterator[None]:
-        """Make ``phase`` the calling thread's phase, within all hooks."""
+        """Make ``phase`` the calling thread's phase. Inside, PyTorch's compiler fails where it would silently run
+        eagerly what it should compile: that would be a wrong picture."""
         if self.phase() is not None:
             raise FisEditError(
                 f"{what} inside another record or edit of the same runtime and thread; leave the outer context first, "
                 f"or use a second Runtime"
             )
-        with ExitStack() as stack:
-            for hook in self.hooks:
-                stack.enter_context(hook())
+        from fisedit_compile.dynamo import strict_recompiles  # takes seconds to import, and who only asks needs none
+
+        with strict_recompiles():
             self._local.phase = phase
             try:
                 yield

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import fisedit_compile as fisedit
-from fisedit_compile import private
+from fisedit_compile import dynamo
 from fisedit_compile.errors import CallMismatchError
 
 
@@ -38,7 +38,7 @@ def test_more_sizes_than_dynamo_keeps_by_default() -> None:
 
 def test_a_call_beyond_the_limit_of_graphs_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dynamo would run the network eagerly: that call would be missing from the recording."""
-    monkeypatch.setattr(private, "GRAPHS", 2)
+    monkeypatch.setattr(dynamo, "GRAPHS", 2)
     runtime = fisedit.Runtime()
     compiled = torch.compile(Small(), backend="fisedit", options={"runtime": runtime})
     with torch._dynamo.config.patch(recompile_limit=1):

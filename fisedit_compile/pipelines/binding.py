@@ -14,6 +14,7 @@ from fisedit_compile import private
 from fisedit_compile.errors import PipelineError
 from fisedit_compile.pipelines.attributes import replaced_attribute
 from fisedit_compile.pipelines.autoencoder import AutoencoderCall
+from fisedit_compile.pipelines.compiling import CompiledNetwork
 from fisedit_compile.pipelines.guidance import NETWORKS
 from fisedit_compile.pipelines.network_calls import TOKENS_ARGUMENT, NetworkCalls
 from fisedit_compile.pipelines.steps import StepFollower, followed_scheduler
@@ -52,7 +53,7 @@ class PipelineBinding:
         self._name = found[0]
         self._runtime = runtime
         self._options = dict(options)
-        self._compiled: Any = None
+        self._compiled: CompiledNetwork | None = None
         self._tokens: tuple[Domain, ...] = ()
         self._clock: StageClock | None = None
         self._calls: NetworkCalls | None = None
@@ -89,17 +90,18 @@ class PipelineBinding:
                 "the pipeline's network is offloaded (its hooks would be tied to the compiled module, and stay so); "
                 "call pipe.remove_all_hooks() and pipe.to(device), or save memory by the session's storage and budget"
             )
-        if self._compiled is None or self._compiled._orig_mod is not self.module or self._tokens != tokens:
-            options = {**self._options, "runtime": NETWORK_RELAY, "content": list(CONTENT_ARGUMENTS)}
+        if self._compiled is None or self._compiled.module is not self.module or self._tokens != tokens:
+            options = {**self._options, "content": list(CONTENT_ARGUMENTS)}
             if tokens:
                 options["tokens"] = {TOKENS_ARGUMENT: [(domain.height, domain.width) for domain in tokens]}
-            self._compiled = torch.compile(self.module, backend="fisedit", options=options)
+            self._compiled = CompiledNetwork(self.module, NETWORK_RELAY, options)
             self._tokens = tokens
             # A hook of the compiled module itself runs outside of the graph, and not in the user's module.
-            self._compiled.register_forward_pre_hook(self._before_call, with_kwargs=True)
+            self._compiled.stand_in.register_forward_pre_hook(self._before_call, with_kwargs=True)
             clock.lap("setup")
         with ExitStack() as restore:
             restore.enter_context(NETWORK_RELAY.using(self._runtime))
+            restore.enter_context(self._compiled.following(follower.trajectory.compiled))
             if callable(getattr(pipe, "encode_prompt", None)):
                 encode = follower.trajectory.prompts.padding(pipe.encode_prompt)
                 restore.enter_context(replaced_attribute(pipe, "encode_prompt", _timed(encode, clock)))
@@ -111,7 +113,7 @@ class PipelineBinding:
                 restore.enter_context(followed_scheduler(pipe, follower))
             self._clock, self._calls = clock, follower.trajectory.calls
             restore.callback(setattr, pipe, self._name, original)
-            setattr(pipe, self._name, self._compiled)
+            setattr(pipe, self._name, self._compiled.stand_in)
             yield
             follower.check_obeyed(pipe)
 

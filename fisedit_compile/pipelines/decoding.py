@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fisedit_compile import private
 from fisedit_compile.errors import BudgetError, CallMismatchError, OptionError, WeightsChangedError
+from fisedit_compile.pipelines.compiling import CompiledNetwork
 from fisedit_compile.pipelines.masking import grow_mask
 from fisedit_compile.pipelines.region import (
     LOWEST_SHARE,
@@ -135,8 +136,8 @@ class SparseDecoder:
         self.runtime = runtime
         self.halo = halo
         self._choice = choice
-        self._options = {**options, "runtime": DECODER_RELAY}
-        self._compiled: Any = None
+        self._options = dict(options)
+        self._compiled: CompiledNetwork | None = None
 
     def decode(self, vae: Any, job: DecodeJob, call: Callable[[], Any]) -> Any:
         """Decode once.
@@ -210,10 +211,10 @@ class SparseDecoder:
         return best, grown
 
     def _compiled_decoder(self, decoder: nn.Module) -> Any:
-        if self._compiled is None or self._compiled._orig_mod is not decoder:
-            self._compiled = torch.compile(decoder, backend="fisedit", options=self._options)
-            self._compiled.register_forward_pre_hook(lambda _, latents: private.keep_sizes(latents))
-        return self._compiled
+        if self._compiled is None or self._compiled.module is not decoder:
+            self._compiled = CompiledNetwork(decoder, DECODER_RELAY, self._options)
+            self._compiled.stand_in.register_forward_pre_hook(lambda _, latents: private.keep_sizes(latents))
+        return self._compiled.stand_in
 
     def _decode_sparsely(
         self, vae: Any, decoder: nn.Module, job: DecodeJob, base: str, mask: Tensor, call: Callable[[], Any]

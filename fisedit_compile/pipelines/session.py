@@ -173,7 +173,7 @@ class EditSession:
                 output=follower.trajectory.output,
                 mask=None,
                 pixel_mask=None,
-                report=self._report(clock, seconds, None, {}, None, (), autoencoder),
+                report=self._report(clock, seconds, None, {}, None, trajectory.compiled.notes, autoencoder),
                 flagged=flagged,
                 output_type=self._arguments.output_type(given),
             )
@@ -339,7 +339,8 @@ class EditSession:
         mask = follower.mask
         if mask is None:
             raise PipelineError("the edit ended before its mask was found; did a callback interrupt it?")
-        pixel_mask, seam, notes = None, None, notes_on(mask, clock.calls("sparse"))
+        pixel_mask, seam = None, None
+        notes = (*notes_on(mask, clock.calls("sparse")), *follower.trajectory.compiled.notes)
         base = entry.picture.pixels
         if pixels is not None and base is not None:
             pixel_mask = to_pixels(mask, *pixels.shape[-2:])

@@ -13,6 +13,7 @@ from torch import Tensor
 from fisedit_compile.errors import PipelineError
 from fisedit_compile.pipelines.arguments import same_value
 from fisedit_compile.pipelines.attributes import replaced_attribute
+from fisedit_compile.pipelines.compiling import CompiledRun
 from fisedit_compile.pipelines.latents import LatentCells
 from fisedit_compile.pipelines.masking import AutomaticMask, MaskFinder
 from fisedit_compile.pipelines.network_calls import NetworkCalls
@@ -40,6 +41,7 @@ class Trajectory:
         latents: of one shape each, on the pipeline's device.
         timesteps: the scheduler's, on the host.
         output: with ``output_type="latent"`` what the pipeline returned; None otherwise.
+        compiled: in which form the network ran.
     """
 
     tokens: tuple[Domain, ...] = ()
@@ -48,6 +50,7 @@ class Trajectory:
     latents: list[Tensor] = field(default_factory=list)
     timesteps: Tensor | None = None
     output: Tensor | None = None
+    compiled: CompiledRun = field(default_factory=CompiledRun)
 
     @property
     def cells(self) -> LatentCells:
@@ -216,6 +219,7 @@ class EditFollower(StepFollower):
         settings: AutomaticMask,
     ) -> None:
         own = Trajectory(recorded.tokens, NetworkCalls(recorded.calls), PromptLengths(recorded=recorded.prompts))
+        own.compiled = CompiledRun(recorded.compiled)
         super().__init__(callback, names, clock, own)
         self.mask = mask
         self.run: MaskReceiver | None = None

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -279,38 +277,6 @@ def test_a_swallowed_failure_still_fails_the_edit() -> None:
             run(network, inputs(2))
     with runtime.edit("base", mask=left_half()):
         run(network, inputs(2))
-
-
-def test_hooks_surround_every_context(monkeypatch: pytest.MonkeyPatch) -> None:
-    events: list[str] = []
-
-    @contextmanager
-    def hook() -> Iterator[None]:
-        events.append("enter")
-        yield
-        events.append("leave")
-
-    monkeypatch.setattr(Runtime, "hooks", [])
-    Runtime.add_hook(hook)
-    Runtime.add_hook(hook)
-    runtime, network, _ = recorded(1)
-    with runtime.edit("base", mask=left_half()):
-        assert events == ["enter", "leave", "enter"]
-        run(network, inputs(1))
-    assert events == ["enter", "leave"] * 2
-
-
-def test_a_hook_that_fails_leaves_the_thread_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    @contextmanager
-    def hook() -> Iterator[None]:
-        raise LookupError("no")
-        yield
-
-    runtime, _, _ = recorded(1)
-    monkeypatch.setattr(Runtime, "hooks", [hook])
-    with pytest.raises(LookupError), runtime.edit("base"):
-        pytest.fail("the context must not be entered")
-    assert runtime.phase() is None
 
 
 def test_a_run_kept_after_its_context_answers_and_holds_nothing() -> None:
