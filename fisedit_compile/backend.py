@@ -196,8 +196,8 @@ def _warn_of_lost_positions(label: str, program: Program) -> None:
         first = lost[0]
         logger.warning(
             "%s moves positions in a way that is not known, at %d of its operators, the first of which is %s (%s): all "
-            "positions behind them are computed, and edits save no time there. Pictures are right. fisedit.explain lists "
-            "them.",
+            "positions behind them are computed, and edits save no time there. Pictures are right. fisedit.explain "
+            "lists them.",
             label,
             len(lost),
             first.target,

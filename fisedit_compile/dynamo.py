@@ -146,8 +146,8 @@ def strict_recompiles() -> Iterator[None]:
         raise CallMismatchError(
             f"the compiler reached its limit of {limit} graphs for one function, so this call would not have been "
             f"recorded or edited. Expected at most {limit} combinations of sizes and Python arguments",
-            advice="call torch._dynamo.reset(), or raise torch._dynamo.config.recompile_limit, and pass changing numbers "
-            "as tensors",
+            advice="call torch._dynamo.reset(), or raise torch._dynamo.config.recompile_limit, and pass changing "
+            "numbers as tensors",
         ) from error
     except BackendCompilerFailed as error:
         if isinstance(error.inner_exception, FisEditError):

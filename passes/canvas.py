@@ -184,7 +184,10 @@ def window_cuts(
 
 
 def alike(one: Canvas, other: Canvas, beside_padding: bool = False) -> bool:
-    """Whether two canvases of one size lie alike; with ``beside_padding`` wherever ``one`` is no padding and not empty."""
+    """Whether two canvases of one size lie alike.
+
+    With ``beside_padding`` only what is neither padding nor empty in ``one`` counts.
+    """
     places = sorted({place for canvas in (one, other) for place in _places(canvas)})
     for start, stop in zip(places, places[1:], strict=False):
         first, second = one.part(start, stop).pieces[0], other.part(start, stop).pieces[0]

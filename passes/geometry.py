@@ -266,5 +266,7 @@ def _closure(cover: Sequence[Term], cone: Sequence[Term], domain: Domain) -> lis
     for pattern in missed.unique(dim=0) if bool(missed.any()) else ():
         if bool(pattern.any()):
             which = (missed == pattern).all(1)
-            found += [term._replace(rows=term.rows & which[:, None], columns=term.columns & pattern[:, None]) for term in cone]
+            found += [
+                term._replace(rows=term.rows & which[:, None], columns=term.columns & pattern[:, None]) for term in cone
+            ]
     return found

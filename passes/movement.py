@@ -1,7 +1,7 @@
 """Where the result of each operator lies on the mask: the geometry of values, rule by rule.
 
-What changes size keeps the canvas, what moves positions acts on it, windows that do not lie evenly over their map cut it
-or add to it, and where values from different places meet, positions are active where either is. What no rule knows is
+What changes size keeps the canvas, what moves positions acts on it, windows that do not lie evenly over their map cut
+it or add to it, and where values from different places meet, positions are active where either is. What no rule knows is
 tried out (probe_movement.py); where that does not tell, every position behind it is active.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from fisedit_compile.passes.arguments import pair, read_arguments
 from fisedit_compile.passes.canvas import Canvas
 from fisedit_compile.passes.geometry import Geometry, Places, joined
-from fisedit_compile.passes.ir import shape_of, spatial_of
+from fisedit_compile.passes.ir import spatial_of
 from fisedit_compile.passes.layouts import HEIGHT, NCHW, Spatial
 from fisedit_compile.passes.moves import CROPS, SPLITS, TURNS, Crop, joined_axis, read_crops, read_turn, transposed
 from fisedit_compile.passes.probe_movement import MovementProbe
@@ -189,9 +189,7 @@ class Movement:
 
     def _windowed(self, x: fx.Node, stencil: Stencil) -> Geometry:
         vertical, horizontal = _windows(stencil)
-        return self.places.windowed(
-            self.geometry(x), stencil.target.whole, reads_of(stencil), vertical, horizontal
-        )
+        return self.places.windowed(self.geometry(x), stencil.target.whole, reads_of(stencil), vertical, horizontal)
 
     def _by_tables(self, x: fx.Node, domain: Domain, tables: tuple[Sequence[int], Sequence[int]]) -> Geometry:
         """That of rows and columns that are taken one by one."""

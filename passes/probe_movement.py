@@ -5,8 +5,8 @@ the map. No shape tells. So the operator, and what lies between it and the neare
 real sizes: positions are marked with NaN, one pattern for each bit of their numbers and one for its opposite, and the
 result shows which of them it depends on.
 
-A result has moved when each of its positions depends on a single one; it stays where it is when each depends on its own
-one, whatever else it reads. Where neither holds, where two runs on different values differ, or where indices or an order
+A result has moved when each of its positions depends on a single one; it stays where it is when each depends on its
+own one, whatever else it reads. Where neither holds, where two runs on different values differ, or where indices or an order
 come from tensors that may be others at the next call, the movement is unknown.
 """
 
@@ -22,10 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fisedit_compile.passes.arguments import read_arguments
 from fisedit_compile.passes.ir import shape_of, spatial_of
 from fisedit_compile.passes.layouts import Spatial
-from fisedit_compile.passes.targets import OVERLOAD, aten
+from fisedit_compile.passes.targets import OVERLOAD
 from fisedit_compile.runtime.spec import Domain
 
 #: What operators raise for values they cannot work with.
@@ -124,7 +123,8 @@ class MovementProbe:
         """
         found = []
         for axis, (size, result) in enumerate(((source.height, target.height), (source.width, target.width))):
-            marks = torch.zeros(size, 1, size, 2).masked_fill_(torch.eye(size, dtype=torch.bool)[:, None, :, None], math.nan)
+            own = torch.eye(size, dtype=torch.bool)[:, None, :, None]
+            marks = torch.zeros(size, 1, size, 2).masked_fill_(own, math.nan)
             marks = marks.mT if axis else marks
             try:
                 output = node.target(marks, *node.args[1:], **node.kwargs)  # type: ignore[operator]
@@ -346,7 +346,8 @@ def _size(node: fx.Node) -> Domain:
 
 def _elements(node: fx.Node) -> int:
     values = node.meta.get("val")
-    return sum(value.numel() for value in (values if isinstance(values, (list, tuple)) else (values,)) if isinstance(value, Tensor))
+    several = values if isinstance(values, (list, tuple)) else (values,)
+    return sum(value.numel() for value in several if isinstance(value, Tensor))
 
 
 def _coarse(source: Domain, target: Domain) -> Domain | None:

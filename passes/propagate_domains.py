@@ -1,7 +1,7 @@
 """Find which values are spatial, at which resolution, with which dimensions.
 
-Why: every later pass asks this of its operands. Equal sizes do not mean equal places: where positions were cut, moved or
-joined, a domain has a cover of its own (movement.py).
+Why: every later pass asks this of its operands. Equal sizes do not mean equal places: where positions were cut, moved
+or joined, a domain has a cover of its own (movement.py).
 
 Before: no annotations
 After:  ``node.meta["spatial"] = Spatial(domain, dims)`` on spatial values (``"spatial_outputs"``, a list, on nodes

@@ -1,7 +1,7 @@
 """Which mask cells the positions of a domain cover, where these are not their shares of the whole map.
 
-A position is active when any mask cell that it covers is active. Where operators cut, move or join positions, a domain's
-size no longer tells which cells those are: a position of a flipped map covers the cells of the other side.
+A position is active when any mask cell that it covers is active. Where operators cut, move or join positions, a
+domain's size no longer tells which cells those are: a position of a flipped map covers the cells of the other side.
 """
 
 from __future__ import annotations

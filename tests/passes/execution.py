@@ -165,8 +165,8 @@ def check_masked(
         dense: the same computation on the graph's inputs; run on the picture mixed by the mask.
         height_dim, flat: where the output has its positions.
         batch: how many different masks.
-        target: size of the output, when it is not that of the picture. Where its positions lie is what the program says;
-            the tests of networks that move positions compare that with the reference.
+        target: size of the output, when it is not that of the picture. Where its positions lie is what the program
+            says; the tests of networks that move positions compare that with the reference.
         sparse: whether nothing may stay dense.
     """
     program = compile_graph(builder, output, options=options)

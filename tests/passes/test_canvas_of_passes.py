@@ -65,7 +65,8 @@ def test_tables_take_positions_and_leave_what_is_in_none_empty() -> None:
         (2, 1, 2, 0, 9, 4, (0, 1)),
         (3, 1, 2, 0, 11, 5, (0, 1)),  # behind a pad of one on the right
         (4, 1, 1, 1, 9, 8, (Fraction(1, 2), Fraction(1, 2))),
-        (1, 1, 3, -2, 9, 3, (1, -1)),
+        (1, 1, 3, -2, 9, 3, (0, 0)),
+        (1, 1, 1, -2, 9, 3, (2, 4)),
         (5, 2, 2, 1, 20, 7, (2, 4)),
     ],
 )

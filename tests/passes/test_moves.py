@@ -6,6 +6,7 @@ import pytest
 import torch
 from sparsifying import sparsify
 
+from fisedit_compile.passes.movement import window_stencil
 from fisedit_compile.passes.sparsify_layout import FAMILY, sparsify_layout
 from fisedit_compile.runtime.spec import Domain, Stencil
 
@@ -19,39 +20,37 @@ def run(builder: GraphBuilder, *results):
 
 def moved(stencil: Stencil, value: str = "x"):
     """How the rows of a stencil of one tap are spelled."""
-    taps = (
-        "fisedit.gather_taps",
-        ("to_rows", value),
-        ("recorded", value, "rows"),
-        ("plan", "halo", f"{stencil.kind}:{stencil.source}->{stencil.target}"),
-        ("plan", "table", f"{stencil.kind}:{stencil.source}->{stencil.target}"),
-        0.0,
-    )
+    plans = (("plan", "halo", stencil), ("plan", "table", stencil))
+    taps = ("fisedit.gather_taps", ("to_rows", value), ("recorded", value, "rows"), *plans, 0.0)
     return ("aten.select.int", taps, 2, 0)
 
 
-def crop(source: Domain, target: Domain) -> Stencil:
-    return Stencil.of("window", source, target)
+def crop(size: Domain, stride: tuple[int, int] = (1, 1), start: tuple[int, int] = (0, 0)) -> Stencil:
+    return window_stencil(Domain(5, 4), size, (1, 1), stride, (-start[0], -start[1]))
+
+
+def table(rows: tuple[int, ...], columns: tuple[int, ...], source: int = 5) -> Stencil:
+    return Stencil.of("table", Domain(source, 4), Domain(len(rows), len(columns)), rows=rows, columns=columns)
 
 
 @pytest.mark.parametrize(
-    ("target", "arguments", "size", "kind"),
+    ("target", "arguments", "stencil"),
     [
-        (aten.slice.Tensor, (2, 1, 4), Domain(3, 4), "window"),
-        (aten.slice.Tensor, (3, 0, 9, 2), Domain(5, 2), "window"),
-        (aten.slice.Tensor, (-1, -3, -1), Domain(5, 2), "window"),
-        (aten.narrow.default, (2, 2, 3), Domain(3, 4), "window"),
-        (aten.flip.default, ([3],), Domain(5, 4), "table"),
-        (aten.roll.default, ([2, -1], [2, 3]), Domain(5, 4), "table"),
-        (aten.transpose.int, (2, 3), Domain(4, 5), "transposition"),
+        (aten.slice.Tensor, (2, 1, 4), crop(Domain(3, 4), start=(1, 0))),
+        (aten.slice.Tensor, (3, 0, 9, 2), crop(Domain(5, 2), stride=(1, 2))),
+        (aten.slice.Tensor, (-1, -3, -1), crop(Domain(5, 2), start=(0, 1))),
+        (aten.narrow.default, (2, 2, 3), crop(Domain(3, 4), start=(2, 0))),
+        (aten.flip.default, ([3],), table((0, 1, 2, 3, 4), (3, 2, 1, 0))),
+        (aten.roll.default, ([2, -1], [2, 3]), table((3, 4, 0, 1, 2), (1, 2, 3, 0))),
+        (aten.transpose.int, (2, 3), Stencil.of("transposition", Domain(5, 4), Domain(4, 5))),
     ],
 )
-def test_they_are_stencils_of_one_tap(target, arguments, size, kind) -> None:
+def test_they_are_stencils_of_one_tap(target, arguments, stencil) -> None:
     builder = GraphBuilder()
     node = builder.call(target, builder.picture(), *arguments)
     module, _ = run(builder, node)
-    assert spell(outputs(module)[0]) == ("to_map", moved(Stencil.of(kind, Domain(5, 4), size)))
-    assert outputs(module)[0].meta["spatial"] == layout("bchw", size)
+    assert spell(outputs(module)[0]) == ("to_map", moved(stencil))
+    assert outputs(module)[0].meta["spatial"] == layout("bchw", stencil.target)
 
 
 def test_chunks_are_crops_one_behind_the_other() -> None:
@@ -73,14 +72,9 @@ def test_what_is_joined_is_summed_at_its_places() -> None:
     builder = GraphBuilder()
     x, y = builder.picture(), builder.input(2, 6, 2, 4, name="y", spatial="bchw")
     module, _ = run(builder, builder.call(aten.cat.default, [x, y], 2))
-    first, second = (Stencil.of("table", Domain(size, 4), Domain(7, 4)) for size in (5, 2))
+    first = table((0, 1, 2, 3, 4, -1, -1), (0, 1, 2, 3))
+    second = table((-1, -1, -1, -1, -1, 0, 1), (0, 1, 2, 3), source=2)
     assert spell(outputs(module)[0]) == ("to_map", ("aten.add.Tensor", moved(first), moved(second, "y")))
-    rows = [
-        node.meta["plan_input"].of["rows"]
-        for node in module.graph.nodes
-        if "plan_input" in node.meta and node.meta["plan_input"].kind == "table"
-    ]
-    assert rows == [(0, 1, 2, 3, 4, -1, -1), (-1, -1, -1, -1, -1, 0, 1)]
 
 
 @pytest.mark.parametrize(

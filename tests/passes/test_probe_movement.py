@@ -74,9 +74,7 @@ def test_a_table_moves_as_a_flip_does() -> None:
             "reads its indices from a tensor",
         ),
         (
-            lambda b, x: b.call(
-                aten.reshape.default, b.call(aten.permute.default, x, [0, 1, 3, 2]), [1, 4, *SIZE]
-            ),
+            lambda b, x: b.call(aten.reshape.default, b.call(aten.permute.default, x, [0, 1, 3, 2]), [1, 4, *SIZE]),
             "its positions do not stay where they are",
         ),
     ],

@@ -39,7 +39,7 @@ def run(builder: GraphBuilder, *results: fx.Node) -> Report:
 
 
 def found(builder: GraphBuilder, node: fx.Node, *results: fx.Node) -> Spatial | None:
-    """The layout of ``node``, wherever it lies, in a graph that returns a convolution of nothing else, and ``results``."""
+    """The layout of ``node``, wherever it lies, in a graph that returns a convolution and ``results``."""
     run(builder, picture(builder, 5), *results)
     return wherever(node)
 

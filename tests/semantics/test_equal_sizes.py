@@ -76,7 +76,7 @@ OPERATORS: dict[str, Operator] = {
 }
 
 
-#: Operators that move positions, and with them what a mask allows to change; a skip around them keeps the picture's place.
+#: Operators that move positions, and with them what a mask allows to change; a skip around them keeps the place.
 MOVES: dict[str, Operator] = {"flipped": lambda mask: mask.flip(1), "rolled": lambda mask: mask.roll(2, 2)}
 
 
