@@ -34,7 +34,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, GuardOnDataDependentSymNode, ShapeEnv, free_symbols
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _pop_mode, _push_mode
 
 from fisedit_compile.errors import CallMismatchError, FisEditError
 from fisedit_compile.forms import DynamicNumber, StaticTensor
@@ -54,16 +54,18 @@ SET_GRAD_ENABLED = torch._C._set_grad_enabled
 #: Whether it depends on the value alone, inside ``strict_recompiles``, which graph Dynamo runs for a Python int: the
 #: graph it made dynamic leaves the first value to the graph that it specialised on it.
 INTEGERS_CHOOSE_GRAPHS = hasattr(torch._dynamo.config, "automatic_dynamic_exclusion_guard")
+#: What entering a mode does for the thread alone; ``with mode:`` also changes what the process knows of modes.
+push_mode, pop_mode = _push_mode, _pop_mode
 #: Fewest graphs of one function that may be made inside record and edit.
 GRAPHS = 64
 
 __all__ = [
     "ENTER_AUTOCAST", "EXIT_AUTOCAST", "INTEGERS_CHOOSE_GRAPHS", "SET_GRAD_ENABLED", "UNTRACEABLE", "FakeTensor",
-    "FakeTensorMode", "FunctionalTrace", "HigherOrderOperator", "OpOverload", "OptimizedModule", "compile_forward",
-    "compile_frozen", "compile_settings", "compile_with_inductor", "compiling", "dynamo_limits",
+    "FakeTensorMode", "FunctionalTrace", "HigherOrderOperator", "OpOverload", "OptimizedModule", "TorchDispatchMode",
+    "compile_forward", "compile_frozen", "compile_settings", "compile_with_inductor", "compiling", "dynamo_limits",
     "end_failed_capture", "hint_of", "input_source", "is_changed", "is_module_state", "is_numpy", "is_size",
-    "is_symbolic", "is_wrapped_number", "keep_sizes", "rename_placeholder", "size_symbols", "strict_recompiles",
-    "trace_functional",
+    "is_symbolic", "is_wrapped_number", "keep_sizes", "pop_mode", "push_mode", "rename_placeholder", "size_symbols",
+    "strict_recompiles", "trace_functional",
 ]  # fmt: skip
 
 

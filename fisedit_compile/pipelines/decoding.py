@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,9 +24,10 @@ from fisedit_compile.pipelines.region import (
     RegionDecoder,
     Statistics,
     box_share,
-    collect_statistics,
+    noting_decoder,
     unsupported,
 )
+from fisedit_compile.pipelines.twin import uncompiled
 from fisedit_compile.runtime import Relay, Runtime
 from fisedit_compile.runtime.fingerprint import Weights
 
@@ -137,12 +137,13 @@ class SparseDecoder:
         self._choice = choice
         self._options = {**options, "runtime": DECODER_RELAY}
         self._compiled: Any = None
+        self._compiled_from: tuple[nn.Module, Any] | None = None
 
     def decode(self, vae: Any, job: DecodeJob, call: Callable[[], Any]) -> Any:
         """Decode once.
 
         Args:
-            vae: the autoencoder; its ``decoder`` is exchanged while it decodes.
+            vae: a view of the autoencoder; its ``decoder`` is exchanged while it decodes.
             job: what is decoded; its outcome is set.
             call: decodes with whatever ``vae.decoder`` is.
 
@@ -210,8 +211,10 @@ class SparseDecoder:
         return best, grown
 
     def _compiled_decoder(self, decoder: nn.Module) -> Any:
-        if self._compiled is None or self._compiled._orig_mod is not decoder:
-            self._compiled = torch.compile(decoder, backend="fisedit", options=self._options)
+        made_from = (decoder, decoder._compiled_call_impl)
+        if self._compiled is None or self._compiled_from != made_from:
+            self._compiled = torch.compile(uncompiled(decoder), backend="fisedit", options=self._options)
+            self._compiled_from = made_from
             self._compiled.register_forward_pre_hook(lambda _, latents: private.keep_sizes(latents))
         return self._compiled
 
@@ -251,9 +254,8 @@ class SparseDecoder:
             except BudgetError as error:
                 missing = str(error)
         noting = job.keep and self._choice != "sparse" and unsupported(decoder) is None
-        context = collect_statistics(decoder) if noting else nullcontext(None)
-        with context as statistics:
-            result = _exchanged(vae, decoder, call)
+        noter, statistics = noting_decoder(decoder) if noting else (decoder, None)
+        result = _exchanged(vae, noter, call)
         weights = Weights(list(decoder.parameters())) if noting else None
         job.made = DecodeRecord(decoder, None, statistics, weights, missing)
         job.outcome = Decoding("dense", reason)
