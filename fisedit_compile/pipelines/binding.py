@@ -21,7 +21,7 @@ from fisedit_compile.pipelines.network_calls import TOKENS_ARGUMENT
 from fisedit_compile.pipelines.random_numbers import PROMPTS, RandomNumbers
 from fisedit_compile.pipelines.steps import StepFollower, followed_scheduler
 from fisedit_compile.pipelines.timing import StageClock
-from fisedit_compile.pipelines.twin import Cancellation, check_untouched, run_arguments, twin_of, uncompiled
+from fisedit_compile.pipelines.twin import Cancellation, check_untouched, run_arguments, twin_of, uncompiled, unmarked
 from fisedit_compile.runtime import Domain, Relay, Runtime
 
 CONTENT_ARGUMENTS = ("guidance",)
@@ -161,7 +161,8 @@ class PipelineBinding:
             options = {**self._options, "runtime": NETWORK_RELAY, "content": list(CONTENT_ARGUMENTS)}
             if tokens:
                 options["tokens"] = {TOKENS_ARGUMENT: [(domain.height, domain.width) for domain in tokens]}
-            self._compiled = torch.compile(uncompiled(self.module), backend="fisedit", options=options)
+            with unmarked(self.module):
+                self._compiled = torch.compile(uncompiled(self.module), backend="fisedit", options=options)
             self._compiled_from, self._tokens = made_from, tokens
             # Hooks of the compiled module itself run outside of the graph, and not in the user's module.
             self._compiled.register_forward_pre_hook(self._before_call, with_kwargs=True)

@@ -27,7 +27,7 @@ from fisedit_compile.pipelines.region import (
     noting_decoder,
     unsupported,
 )
-from fisedit_compile.pipelines.twin import uncompiled
+from fisedit_compile.pipelines.twin import uncompiled, unmarked
 from fisedit_compile.runtime import Relay, Runtime
 from fisedit_compile.runtime.fingerprint import Weights
 
@@ -213,7 +213,8 @@ class SparseDecoder:
     def _compiled_decoder(self, decoder: nn.Module) -> Any:
         made_from = (decoder, decoder._compiled_call_impl)
         if self._compiled is None or self._compiled_from != made_from:
-            self._compiled = torch.compile(uncompiled(decoder), backend="fisedit", options=self._options)
+            with unmarked(decoder):
+                self._compiled = torch.compile(uncompiled(decoder), backend="fisedit", options=self._options)
             self._compiled_from = made_from
             self._compiled.register_forward_pre_hook(lambda _, latents: private.keep_sizes(latents))
         return self._compiled

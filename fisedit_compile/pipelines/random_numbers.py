@@ -246,12 +246,12 @@ def _draws(operator: Any, positional: Sequence[Any], named: Mapping[str, Any]) -
 
 
 def _bound(operator: Any, positional: Sequence[Any], named: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
-    """The arguments of an operator with their values."""
+    """The arguments of an operator with their values, also those that were left out."""
     for number, argument in enumerate(operator._schema.arguments):
         if number < len(positional):
             yield argument, positional[number]
-        elif argument.name in named:
-            yield argument, named[argument.name]
+        else:
+            yield argument, named.get(argument.name, argument.default_value)
 
 
 class _Call:

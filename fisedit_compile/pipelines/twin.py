@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import functools
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +22,9 @@ _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, f
 _INTERRUPT = "_interrupt"
 _PROGRESS = frozenset({_INTERRUPT, "_num_timesteps", "_current_timestep"})
 """What pipelines note of a run; all else that begins with an underscore are arguments of it."""
+
+_MARK = "_is_torch_compile"
+"""What PyTorch sets on a module that was given to ``torch.compile``."""
 
 Value = TypeVar("Value")
 
@@ -53,6 +57,15 @@ def uncompiled(module: torch.nn.Module) -> torch.nn.Module:
     compiled = getattr(module, "_compiled_call_impl", None) is not None
     # What a module was compiled to is left out of copies.
     return copy.copy(module) if compiled else module
+
+
+@contextmanager
+def unmarked(module: torch.nn.Module) -> Iterator[None]:
+    """Compile a module inside without leaving the mark on it that PyTorch makes."""
+    marked = _MARK in vars(module)
+    yield
+    if not marked:
+        vars(module).pop(_MARK, None)
 
 
 def module_tree(module: torch.nn.Module) -> Any:

@@ -62,24 +62,23 @@ def state_of(pipe: Any) -> dict[str, Any]:
     return found
 
 
-def same_state(before: dict[str, Any], after: dict[str, Any]) -> bool:
-    """Whether both hold the same objects."""
-
-    def same(left: Any, right: Any) -> bool:
-        if isinstance(left, dict) and isinstance(right, dict):
-            return left.keys() == right.keys() and all(same(left[name], right[name]) for name in left)
-        if isinstance(left, tuple) and isinstance(right, tuple):
-            return len(left) == len(right) and all(map(same, left, right))
-        return left is right or (isinstance(left, (int, float, str)) and left == right)
-
-    return same(before, after)
+def changed(before: Any, after: Any, where: str = "") -> list[str]:
+    """Where two states do not hold the same objects."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        names = {**before, **after}
+        return [at for name in names for at in changed(before.get(name), after.get(name), f"{where}[{name!r}]")]
+    if isinstance(before, tuple) and isinstance(after, tuple) and len(before) == len(after):
+        pairs = enumerate(zip(before, after, strict=True))
+        return [at for number, pair in pairs for at in changed(*pair, f"{where}[{number}]")]
+    same = before is after or (isinstance(before, (int, float, str)) and before == after)
+    return [] if same else [where]
 
 
 def test_nothing_of_the_users_is_touched_even_during_a_call(pipe: Any) -> None:
     before, seen = state_of(pipe), []
 
     def look(given: Any, call: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        seen.append(same_state(before, state_of(pipe)))
+        seen.extend(changed(before, state_of(pipe)))
         assert given.unet is pipe.unet and given.vae is pipe.vae and isinstance(given, type(pipe))
         assert given.num_timesteps == STEPS and given.guidance_scale == 7.5
         return tensors
@@ -89,7 +88,7 @@ def test_nothing_of_the_users_is_touched_even_during_a_call(pipe: Any) -> None:
     session.edit(FIRST, mask=box())
     with pytest.raises(RuntimeError, match="failed"):
         session.edit(FIRST, mask=box(), callback_on_step_end=fail)
-    assert seen == [True] * 2 * STEPS and same_state(before, state_of(pipe))
+    assert seen == [] == changed(before, state_of(pipe))
 
 
 def fail(*_: Any) -> dict[str, Any]:
@@ -218,7 +217,7 @@ def test_what_a_callback_sets_on_the_wrong_pipeline_is_refused(pipe: Any) -> Non
 
 def test_many_threads_share_networks(pipe: Any) -> None:
     """Sessions, plain calls, previews and cancelled runs at random: each picture is that of a quiet run."""
-    threads, rounds = 8, 3
+    threads, rounds = 8, 2
     ancestral = EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)
     pipes = [beside(pipe, scheduler=ancestral) if number % 2 else beside(pipe) for number in range(threads // 2)]
     pipes = [beside(one, scheduler=type(one.scheduler).from_config(one.scheduler.config)) for one in pipes]
@@ -269,8 +268,7 @@ def test_many_threads_share_networks(pipe: Any) -> None:
     with ThreadPoolExecutor(threads) as pool:
         for done in [pool.submit(work, thread) for thread in range(threads)]:
             done.result()
+    # What a plain call leaves in its pipeline and scheduler is its own.
     for one, state in zip(pipes, before, strict=True):
-        for name, found in state_of(one).items():
-            if name not in ("pipe", "scheduler"):
-                assert same_state({name: state[name]}, {name: found}), name
+        assert not changed({**state, "pipe": 0, "scheduler": 0}, {**state_of(one), "pipe": 0, "scheduler": 0})
     assert list(pipe.vae.state_dict()) == keys
