@@ -62,6 +62,7 @@ class RandomNumbers:
         self._on = self._running = self._paused = self._narrow = False
         self._section = PIPELINE
         self._before_loop: int | None = None
+        self._after_loop: int | None = None
         self._loop_draws = False
         self._follows_steps = False
 
@@ -118,8 +119,13 @@ class RandomNumbers:
             self._loop_draws |= len(self._draws.get(PIPELINE, ())) > self._before_loop
             self._narrow = self._follows_steps and not self._loop_draws
         if last:
-            self._narrow = False
+            self._after_loop = len(self._draws.get(PIPELINE, ()))
+            self._narrow = self._recorded is not None and not self._recorded._drew_after_loop
         self._update()
+
+    @property
+    def _drew_after_loop(self) -> bool:
+        return self._after_loop is None or len(self._draws.get(PIPELINE, ())) > self._after_loop
 
     def follow_scheduler(self, scheduler: Any) -> None:
         """Follow the steps of a scheduler that belongs to this run alone.

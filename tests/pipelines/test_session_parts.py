@@ -39,7 +39,9 @@ def test_views_of_a_panorama_are_refused(pipe: Any) -> None:
     session = EditSession(pipe)
     calls: list[Any] = []
     pipe.unet.register_forward_pre_hook(lambda module, given: calls.append(given))
-    with pytest.raises(PipelineError, match="StableDiffusionPanoramaPipeline calls its network with maps of 4x64 cells"):
+    with pytest.raises(
+        PipelineError, match="StableDiffusionPanoramaPipeline calls its network with maps of 4x64 cells"
+    ):
         session.generate(BASE, num_inference_steps=2, height=4 * SCALE, width=(VIEW + 8) * SCALE)
     assert session.history == () and not calls, "before anything is computed"
 

@@ -79,7 +79,9 @@ def test_a_flagged_base_refuses_edits(pipe: Any) -> None:
     base = session.generate(**arguments(BASE))
     assert base.flagged == (True,) and session.history == (base,)
     pipe.safety_checker.flags = (False,)
-    with pytest.raises(PipelineError, match="the safety checker flagged the picture and made it black, which cannot be"):
+    with pytest.raises(
+        PipelineError, match="the safety checker flagged the picture and made it black, which cannot be"
+    ):
         session.edit(FIRST, mask=box())
     pipe.safety_checker.flags = (False, True, True)
     session.generate(**arguments([BASE] * 3))
