@@ -95,7 +95,7 @@ class AutoencoderCall:
         if "decode" not in vars(original) and getattr(original, "decoder", None) is not None:
             vars(view)["decode"] = self._decode(original, view, is_ours, follower, numbers)
         if "encode" not in vars(original) and callable(getattr(original, "encode", None)):
-            vars(view)["encode"] = self._encode(original, is_ours)
+            vars(view)["encode"] = self._encode(original, is_ours, follower)
         return view
 
     def _decode(
@@ -118,7 +118,7 @@ class AutoencoderCall:
 
         return decode
 
-    def _encode(self, vae: Any, is_ours: Callable[[], bool]) -> Any:
+    def _encode(self, vae: Any, is_ours: Callable[[], bool], follower: StepFollower) -> Any:
         @wraps(vae.encode)
         def encode(*positional: Any, **named: Any) -> Any:
             if not is_ours():
@@ -131,6 +131,8 @@ class AutoencoderCall:
             result = vae.encode(*positional, **named)
             if self._generation:
                 self.encodes.note(vae, given, result)
+            else:
+                follower.trajectory.calls.expect_other_inputs()
             return result
 
         return encode

@@ -43,6 +43,7 @@ class NetworkCalls:
         self._ends: list[int] = []
         self._map: Domain | None = None
         self._start: tuple[str, Tensor] | None = None
+        self._other_inputs = False
 
     def add(self, module: torch.nn.Module, positional: tuple[Any, ...], named: Mapping[str, Any]) -> None:
         """The network is about to be called.
@@ -70,15 +71,19 @@ class NetworkCalls:
 
     def _check_start(self, recorded: NetworkCalls) -> None:
         """Refuse an edit that starts from other noise: nothing else that comes to the first call depends on prompts."""
-        if self._start is None or recorded._start is None:
+        if self._start is None or recorded._start is None or self._other_inputs:
             return
         now, before = self._start[1].float(), recorded._start[1].float()
         if float((now - before).abs().max()) > SAME_START * float(before.abs().max()):
             raise PipelineError(
                 f"the network is first given other latents ({self._start[0]}) than when the picture was generated: the "
-                "noise comes from elsewhere than PyTorch's generators, or the input pictures or their encoder changed; "
-                "give a generator or latents, and leave these as they were, or call generate again"
+                "noise, or an input picture, comes from elsewhere than PyTorch's generators and the arguments; give a "
+                "generator, or latents, to generate"
             )
+
+    def expect_other_inputs(self) -> None:
+        """The input pictures were encoded again, by an encoder with other weights, so the first call is given others."""
+        self._other_inputs = True
 
     def expect_map(self, domain: Domain) -> None:
         """The pipeline has prepared latents of this size, and the network is to be called with maps of the same."""
