@@ -82,7 +82,7 @@ class NetworkCalls:
             )
 
     def expect_other_inputs(self) -> None:
-        """The input pictures were encoded again, by an encoder with other weights, so the first call is given others."""
+        """The input pictures were encoded again, by an encoder with other weights, so the first call gets others."""
         self._other_inputs = True
 
     def expect_map(self, domain: Domain) -> None:
