@@ -33,7 +33,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, GuardOnDataDependentSymNode, ShapeEnv, free_symbols
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _pop_mode, _push_mode
 
 from fisedit_compile.dynamo import INTEGERS_CHOOSE_GRAPHS
 from fisedit_compile.forms import DynamicNumber, StaticTensor
@@ -50,14 +50,16 @@ UNTRACEABLE = (
 ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
 EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
 SET_GRAD_ENABLED = torch._C._set_grad_enabled
+#: What entering a mode does for the thread alone; ``with mode:`` also changes what the process knows of modes.
+push_mode, pop_mode = _push_mode, _pop_mode
 
 __all__ = [
     "ENTER_AUTOCAST", "EXIT_AUTOCAST", "INTEGERS_CHOOSE_GRAPHS", "SET_GRAD_ENABLED", "UNTRACEABLE", "FakeTensor",
-    "FakeTensorMode", "FunctionalTrace", "HigherOrderOperator", "OpOverload", "OptimizedModule", "code_in_work",
-    "compile_forward", "compile_frozen", "compile_settings", "compile_with_inductor", "compiling", "dynamo_limits",
-    "end_failed_capture", "free_symbols", "hint_of", "input_source", "is_changed", "is_module_state", "is_numpy",
-    "is_size", "is_symbolic", "is_wrapped_number", "keep_sizes", "leaves", "rename_node", "size_symbols",
-    "trace_functional",
+    "FakeTensorMode", "FunctionalTrace", "HigherOrderOperator", "OpOverload", "OptimizedModule", "TorchDispatchMode",
+    "code_in_work", "compile_forward", "compile_frozen", "compile_settings", "compile_with_inductor", "compiling",
+    "dynamo_limits", "end_failed_capture", "free_symbols", "hint_of", "input_source", "is_changed", "is_module_state",
+    "is_numpy", "is_size", "is_symbolic", "is_wrapped_number", "keep_sizes", "leaves", "pop_mode", "push_mode",
+    "rename_node", "size_symbols", "trace_functional",
 ]  # fmt: skip
 
 

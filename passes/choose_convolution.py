@@ -79,7 +79,7 @@ def refusal(node: fx.Node, stencil: Stencil, constant: set[fx.Node], way: str) -
 
 def tile_stencils(domain: Domain) -> tuple[Stencil, Stencil]:
     """How tiles read their patches, and how rows read their tiles."""
-    tiles = Domain(domain.height // SIDE, domain.width // SIDE, domain.cover.of_tiles(SIDE))
+    tiles = Domain(domain.height // SIDE, domain.width // SIDE, cover=domain.cover.of_tiles(SIDE))
     sizes = {"kernel": PATCH, "stride": SIDE, "padding": 1, "dilation": 1}
     parameters = {
         f"{name}_{axis}": size

@@ -59,7 +59,7 @@ class Spatial:
 
     def at(self, cover: Cover = WHOLE) -> Spatial:
         """The same size and dimensions at another place of the mask."""
-        return Spatial(Domain(self.domain.height, self.domain.width, cover), self.dims)
+        return Spatial(Domain(self.domain.height, self.domain.width, cover=cover), self.dims)
 
     def with_dims(self, dims: tuple[str, ...]) -> Spatial:
         """The same domain with other dimensions."""

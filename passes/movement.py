@@ -1,8 +1,8 @@
 """Where the result of each operator lies on the mask: the geometry of values, rule by rule.
 
 What changes size keeps the canvas, what moves positions acts on it, windows that do not lie evenly over their map cut
-it or add to it, and where values from different places meet, positions are active where either is. What no rule knows is
-tried out (probe_movement.py); where that does not tell, every position behind it is active.
+it or add to it, and where values from different places meet, positions are active where either is. What no rule knows
+is tried out (probe_movement.py); where that does not tell, every position behind it is active.
 """
 
 from __future__ import annotations
@@ -73,8 +73,9 @@ def _windows(stencil: Stencil) -> tuple[Callable[[Canvas], Canvas], Callable[[Ca
 
     def axis(kernel: str, name: str, size: int) -> Callable[[Canvas], Canvas]:
         numbers = [stencil.integer(f"{what}_{name}") for what in ("dilation", "stride", "padding")]
+        dilation, stride, padding = numbers
         make = Canvas.transposed_windows if stencil.kind == "transposed" else Canvas.windows
-        return lambda canvas: make(canvas, stencil.integer(kernel), *numbers, size)
+        return lambda canvas: make(canvas, stencil.integer(kernel), dilation, stride, padding, size)
 
     target = stencil.target
     return axis("kernel_height", "y", target.height), axis("kernel_width", "x", target.width)
@@ -126,7 +127,7 @@ class Movement:
         geometry = self._of(node, layout, inferred)
         self._geometries[node] = geometry
         domain = layout.domain
-        return Spatial(Domain(domain.height, domain.width, geometry.cover), layout.dims)
+        return Spatial(Domain(domain.height, domain.width, cover=geometry.cover), layout.dims)
 
     def _of(self, node: fx.Node, layout: Spatial, inferred: bool) -> Geometry:
         moved = self._moved(node, layout)
@@ -278,16 +279,17 @@ class Movement:
         if known is None or axis is None or len(known.dims) != len(layout.dims):
             return None
         domain = layout.domain.whole
-        if any(spatial_of(value) is None for value in values):
+        nodes = [value for value in values if isinstance(value, fx.Node) and spatial_of(value) is not None]
+        if len(nodes) < len(values):
             return None
-        geometries = [self.geometry(value) for value in values]
+        geometries = [self.geometry(value) for value in nodes]
         if any(geometry.unknown for geometry in geometries):
             return self.places.unknown(domain)
         number = 0 if axis == HEIGHT else 1
         found = joined([geometry.places for geometry in geometries], number)
         cone: list[Term] = []
         at = 0
-        for value, geometry in zip(values, geometries, strict=True):
+        for value, geometry in zip(nodes, geometries, strict=True):
             size = _size(value)
             sizes = (size.height, size.width)
             tables = [list(range(domain.height)), list(range(domain.width))]

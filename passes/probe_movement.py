@@ -6,8 +6,8 @@ real sizes: positions are marked with NaN, one pattern for each bit of their num
 result shows which of them it depends on.
 
 A result has moved when each of its positions depends on a single one; it stays where it is when each depends on its
-own one, whatever else it reads. Where neither holds, where two runs on different values differ, or where indices or an order
-come from tensors that may be others at the next call, the movement is unknown.
+own one, whatever else it reads. Where neither holds, where two runs on different values differ, or where indices or an
+order come from tensors that may be others at the next call, the movement is unknown.
 """
 
 from __future__ import annotations
@@ -174,7 +174,9 @@ class MovementProbe:
         """What would be run, in words that are the same for the same operators, arguments, constants and shapes."""
         names = {node: f"%{number}" for number, node in enumerate([*sources, *region])}
 
-        def name(node: fx.Node) -> _Name:
+        def name(node: Any) -> Any:
+            if not isinstance(node, fx.Node):
+                return node
             if node in names:
                 return _Name(names[node])
             value = node.meta.get("val")
@@ -183,7 +185,7 @@ class MovementProbe:
             return _Name(f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else repr(value))
 
         lines = [f"{shape_of(source)} {source.meta['val'].dtype} {spatial_of(source)}" for source in sources]
-        lines += [f"{node.target} {fx.map_arg((node.args, node.kwargs), name)}" for node in region]
+        lines += [f"{node.target} {fx.node.map_aggregate((node.args, node.kwargs), name)}" for node in region]
         return "\n".join([*lines, str(layout)])
 
     def is_derived(self, node: fx.Node) -> bool:

@@ -80,7 +80,8 @@ def read_pad(node: fx.Node, dims: Sequence[str]) -> tuple[dict[str, tuple[int, i
     """What a pad adds in front and behind by the name of the dimension, and its mode; or why rows cannot be padded."""
     given = read_arguments(node)
     amounts = [int(amount) for amount in given["padding" if "padding" in given else "pad"]]
-    mode = PADS[node.target] or str(given["mode"])
+    target: Any = node.target
+    mode = PADS[target] or str(given["mode"])
     pairs = list(zip(amounts[::2], amounts[1::2], strict=True))
     named = {HEIGHT: (0, 0), WIDTH: (0, 0)}
     for name, added in zip(reversed(dims), pairs, strict=False):

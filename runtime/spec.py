@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -20,7 +20,7 @@ class Domain:
 
     height: int
     width: int
-    cover: Cover = WHOLE
+    cover: Cover = field(default=WHOLE, kw_only=True)
 
     @property
     def size(self) -> int:
@@ -64,6 +64,12 @@ class Stencil:
         value = self[name]
         assert not isinstance(value, tuple)
         return int(value)
+
+    def number(self, name: str) -> float:
+        """The parameter ``name`` as a float."""
+        value = self[name]
+        assert not isinstance(value, tuple)
+        return float(value)
 
     @property
     def taps(self) -> int:

@@ -90,7 +90,7 @@ def _nearest(stencil: Stencil, axis: str, source: int, target: int) -> AxisTaps:
         torch.ops.aten._upsample_nearest_exact2d if "exact" in stencil.kind else torch.ops.aten.upsample_nearest2d
     )
     ramp = torch.arange(source, dtype=torch.float32).view(1, 1, source, 1)
-    resized = operator(ramp, [target, 1], float(stencil[f"scale_{axis}"]) or None, None)
+    resized = operator(ramp, [target, 1], stencil.number(f"scale_{axis}") or None, None)
     return AxisTaps(resized.to(torch.int64).view(target, 1))
 
 
@@ -101,7 +101,7 @@ def _bilinear(stencil: Stencil, axis: str, source: int, target: int) -> AxisTaps
         # An equal size is a copy, whatever the scale factor says.
         places = torch.arange(target)[:, None].repeat(1, 2)
         return AxisTaps(places, torch.tensor([[1.0, 0.0]]).repeat(target, 1))
-    factor = float(stencil[f"scale_{axis}"])
+    factor = stencil.number(f"scale_{axis}")
     if stencil["align_corners"]:
         scale = torch.tensor(source - 1, dtype=torch.float32) / (target - 1) if target > 1 else torch.tensor(0.0)
         places = numbers * scale

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import is_dataclass
 from typing import Any
 
 import numpy as np
@@ -242,6 +244,8 @@ def same_value(left: Any, right: Any) -> bool:
         return left.size == right.size and left.mode == right.mode and left.tobytes() == right.tobytes()
     if isinstance(left, np.ndarray) and isinstance(right, np.ndarray):
         return bool(np.array_equal(left, right))
+    if isinstance(left, Mapping) and isinstance(right, Mapping):
+        return left.keys() == right.keys() and all(same_value(left[name], right[name]) for name in left)
     if isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):
         return len(left) == len(right) and all(map(same_value, left, right))
     if isinstance(left, Mapping) and isinstance(right, Mapping):
@@ -257,6 +261,20 @@ def keep_value(value: Any) -> Any:
         return value.clone()
     if isinstance(value, (np.ndarray, Image.Image)):
         return value.copy()
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(keep_value, value))
     if isinstance(value, (list, tuple)):
         return type(value)(keep_value(element) for element in value)
+    if isinstance(value, (set, bytearray)):
+        return copy.copy(value)
+    if isinstance(value, MutableMapping):
+        kept = copy.copy(value)
+        kept.update({name: keep_value(element) for name, element in value.items()})
+        return kept
+    if is_dataclass(value) and not isinstance(value, type):
+        same = copy.copy(value)
+        for name, element in vars(value).items() if hasattr(value, "__dict__") else ():
+            # Also of one that is frozen.
+            object.__setattr__(same, name, keep_value(element))
+        return same
     return value

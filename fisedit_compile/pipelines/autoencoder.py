@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import threading
+from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
@@ -12,8 +12,10 @@ from torch import Tensor
 
 from fisedit_compile.errors import WeightsChangedError
 from fisedit_compile.pipelines.arguments import keep_value, same_value
-from fisedit_compile.pipelines.attributes import replaced_attribute
 from fisedit_compile.pipelines.decoding import DecodeJob, Decoding, SparseDecoder
+from fisedit_compile.pipelines.random_numbers import RandomNumbers
+from fisedit_compile.pipelines.steps import StepFollower
+from fisedit_compile.pipelines.twin import module_view
 from fisedit_compile.runtime.fingerprint import Weights
 
 
@@ -71,47 +73,66 @@ class AutoencoderCall:
         """How the picture was decoded; None: it was not."""
         return self.job.outcome
 
-    @contextmanager
-    def installed(self, vae: Any) -> Iterator[None]:
-        """Follow the calls of the autoencoder of a pipeline inside the context."""
-        vae = getattr(vae, "_orig_mod", vae)
-        with ExitStack() as restore:
-            # What the user has put in the place of a method may not look at the network that is exchanged.
-            if "decode" not in vars(vae) and getattr(vae, "decoder", None) is not None:
-                restore.enter_context(replaced_attribute(vae, "decode", self._decode(vae)))
-            if "encode" not in vars(vae) and callable(getattr(vae, "encode", None)):
-                restore.enter_context(replaced_attribute(vae, "encode", self._encode(vae)))
-            yield
+    def view(self, vae: Any, follower: StepFollower, numbers: RandomNumbers) -> Any:
+        """What stands for the autoencoder of a pipeline in this call and this thread; it has the same tensors.
 
-    def _decode(self, vae: Any) -> Any:
-        original = vae.decode
+        The decode of the picture is the first one behind the pipeline's loop. All others are the autoencoder's own, and
+        those of another thread.
 
-        @wraps(original)
+        Args:
+            vae: the user's autoencoder.
+            follower: tells when the loop is done.
+            numbers: networks run without.
+        """
+        original = getattr(vae, "_orig_mod", vae)
+        thread = threading.get_ident()
+        view = module_view(original)
+
+        def is_ours() -> bool:
+            return threading.get_ident() == thread
+
+        # What the user has put in the place of a method may not look at the network that is exchanged.
+        if "decode" not in vars(original) and getattr(original, "decoder", None) is not None:
+            vars(view)["decode"] = self._decode(original, view, is_ours, follower, numbers)
+        if "encode" not in vars(original) and callable(getattr(original, "encode", None)):
+            vars(view)["encode"] = self._encode(original, is_ours, follower)
+        return view
+
+    def _decode(
+        self, original: Any, view: Any, is_ours: Callable[[], bool], follower: StepFollower, numbers: RandomNumbers
+    ) -> Any:
+        # Of the view, whose decoder is exchanged.
+        dense = view.decode
+
+        @wraps(original.decode)
         def decode(latents: Tensor, *positional: Any, **named: Any) -> Any:
-            if self.job.outcome is not None:
-                return original(latents, *positional, **named)
+            if not is_ours() or not follower.finished or self.job.outcome is not None:
+                return original.decode(latents, *positional, **named)
             if latents.dim() != 4:
                 self.job.outcome = Decoding("dense", "autoencoders of videos, also of single pictures, run densely")
-                return original(latents, *positional, **named)
+                return original.decode(latents, *positional, **named)
             # Graphs are made for strides: those of the latents must not depend on what the scheduler did.
             latents = latents.contiguous()
-            return self._decoder.decode(vae, self.job, lambda: original(latents, *positional, **named))
+            with numbers.paused():
+                return self._decoder.decode(view, self.job, lambda: dense(latents, *positional, **named))
 
         return decode
 
-    def _encode(self, vae: Any) -> Any:
-        original = vae.encode
-
-        @wraps(original)
+    def _encode(self, vae: Any, is_ours: Callable[[], bool], follower: StepFollower) -> Any:
+        @wraps(vae.encode)
         def encode(*positional: Any, **named: Any) -> Any:
+            if not is_ours():
+                return vae.encode(*positional, **named)
             given = (*positional, sorted(named.items(), key=lambda item: item[0]))
             found = None if self._generation else self.encodes.find(vae, given)
             if found is not None:
                 self.encodes_reused += 1
                 return found
-            result = original(*positional, **named)
+            result = vae.encode(*positional, **named)
             if self._generation:
                 self.encodes.note(vae, given, result)
+            else:
+                follower.trajectory.calls.expect_other_inputs()
             return result
 
         return encode

@@ -1,24 +1,28 @@
-"""The compiled network of a session, and putting it into the pipeline for the duration of one call."""
+"""The compiled network of a session, and the pipeline that is called with it in place of the user's."""
 
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fisedit_compile import private
 from fisedit_compile.errors import PipelineError
-from fisedit_compile.pipelines.attributes import replaced_attribute
 from fisedit_compile.pipelines.autoencoder import AutoencoderCall
 from fisedit_compile.pipelines.compiling import CompiledNetwork
 from fisedit_compile.pipelines.guidance import NETWORKS
-from fisedit_compile.pipelines.network_calls import TOKENS_ARGUMENT, NetworkCalls
+from fisedit_compile.pipelines.network_calls import TOKENS_ARGUMENT
+from fisedit_compile.pipelines.random_numbers import PROMPTS, RandomNumbers
 from fisedit_compile.pipelines.steps import StepFollower, followed_scheduler
 from fisedit_compile.pipelines.timing import StageClock
+from fisedit_compile.pipelines.twin import Cancellation, check_untouched, run_arguments, twin_of, uncompiled, unmarked
 from fisedit_compile.runtime import Domain, Relay, Runtime
 
 CONTENT_ARGUMENTS = ("guidance",)
@@ -28,8 +32,18 @@ NETWORK_RELAY = Relay()
 """What networks are compiled with, so that the sessions of a pipeline share its graphs."""
 
 
+@dataclass
+class _Call:
+    """A pipeline call in progress, and what gives the thread's random operators back behind the network."""
+
+    clock: StageClock
+    follower: StepFollower
+    numbers: RandomNumbers
+    resume: ExitStack = field(default_factory=ExitStack)
+
+
 class PipelineBinding:
-    """Compiles a pipeline's U-Net or transformer beside the pipeline, which stays as the user made it between calls.
+    """Compiles a pipeline's U-Net or transformer beside the pipeline, which stays as the user made it.
 
     Args:
         pipe: a diffusers pipeline.
@@ -54,9 +68,9 @@ class PipelineBinding:
         self._runtime = runtime
         self._options = dict(options)
         self._compiled: CompiledNetwork | None = None
+        self._compiled_from: tuple[torch.nn.Module, Any] | None = None
         self._tokens: tuple[Domain, ...] = ()
-        self._clock: StageClock | None = None
-        self._calls: NetworkCalls | None = None
+        self._local = threading.local()
 
     @property
     def module(self) -> torch.nn.Module:
@@ -70,69 +84,134 @@ class PipelineBinding:
         return next(self.module.parameters()).device
 
     @contextmanager
-    def installed(self, clock: StageClock, autoencoder: AutoencoderCall, follower: StepFollower) -> Iterator[None]:
-        """Put the compiled network, a timed text encoding and the session's autoencoder into the pipeline, and take
-        them out again.
+    def calling(
+        self, clock: StageClock, autoencoder: AutoencoderCall, follower: StepFollower, numbers: RandomNumbers
+    ) -> Iterator[Any]:
+        """The pipeline to call: a twin of the user's with the compiled network, a timed text encoding and the session's
+        autoencoder. The user's own stays as it is, for whoever calls it meanwhile.
 
         Args:
             clock: counts the seconds by stage.
             autoencoder: of this call.
             follower: of the steps. Pipelines with ``callback_on_step_end`` get it by that argument; otherwise it
                 follows the scheduler.
+            numbers: that this thread draws at random.
 
         Raises:
-            PipelineError: the network is offloaded to the host between calls.
+            PipelineError: the network is offloaded to the host between calls; at the end, the run was cancelled.
         """
-        pipe, original = self._pipe, getattr(self._pipe, self._name)
-        tokens = follower.trajectory.tokens
+        pipe = self._pipe
         if getattr(self.module, "_hf_hook", None) is not None:
             raise PipelineError(
                 "the pipeline's network is offloaded (its hooks would be tied to the compiled module, and stay so); "
                 "call pipe.remove_all_hooks() and pipe.to(device), or save memory by the session's storage and budget"
             )
-        if self._compiled is None or self._compiled.module is not self.module or self._tokens != tokens:
+        compiled = self._compile(follower.trajectory.tokens, clock)
+        twin = twin_of(pipe)
+        follower.cancellation = Cancellation(pipe, twin)
+        ours = {self._name: compiled.stand_in, "vae": autoencoder.view(pipe.vae, follower, numbers)}
+        if callable(getattr(pipe, "encode_prompt", None)):
+            encode = follower.trajectory.prompts.padding(twin.encode_prompt)
+            ours["encode_prompt"] = _timed(encode, clock, numbers)
+        if callable(getattr(pipe, "prepare_latents", None)):
+            ours["prepare_latents"] = _noted(twin.prepare_latents, follower)
+        own = {name: vars(pipe)[name] for name in ours if name in vars(pipe)}
+
+        def take_back() -> None:
+            for name in ours:
+                vars(twin).pop(name, None)
+            vars(twin).update(own)
+
+        @contextmanager
+        def left_alone(turn: int) -> Iterator[None]:
+            """What the user's callback finds: a pipeline with the user's own parts, whatever it does with them."""
+            before = run_arguments(pipe)
+            take_back()
+            with numbers.callback(turn):
+                yield
+            check_untouched(pipe, twin, before)
+            changed = [name for name, part in own.items() if vars(twin)[name] is not part]
+            if changed:
+                raise PipelineError(
+                    f"the callback exchanged the pipeline's {' and '.join(changed)}, with which a session cannot go "
+                    "on; make two sessions, or exchange it before generating"
+                )
+            vars(twin).update(ours)
+
+        follower.left_alone = left_alone
+        with ExitStack() as restore:
+            restore.enter_context(NETWORK_RELAY.using(self._runtime))
+            restore.enter_context(compiled.following(follower.trajectory.compiled))
+            if twin.scheduler is not pipe.scheduler:
+                numbers.follow_scheduler(twin.scheduler)
+            if "callback_on_step_end" not in inspect.signature(type(pipe).__call__).parameters:
+                restore.enter_context(followed_scheduler(twin, follower))
+            self._local.call = _Call(clock, follower, numbers)
+            restore.callback(setattr, self._local, "call", None)
+            # A callback may keep the twin: then it is a pipeline as any other.
+            restore.callback(take_back)
+            vars(twin).update(ours)
+            restore.enter_context(numbers.running())
+            yield twin
+            follower.check_finished(twin)
+            follower.check_obeyed(twin)
+
+    def _compile(self, tokens: tuple[Domain, ...], clock: StageClock) -> CompiledNetwork:
+        """The compiled network; made anew where it is another one than before, or takes other tokens."""
+        made_from = (self.module, self.module._compiled_call_impl)
+        if self._compiled is None or self._compiled_from != made_from or self._tokens != tokens:
             options = {**self._options, "content": list(CONTENT_ARGUMENTS)}
             if tokens:
                 options["tokens"] = {TOKENS_ARGUMENT: [(domain.height, domain.width) for domain in tokens]}
-            self._compiled = CompiledNetwork(self.module, NETWORK_RELAY, options)
-            self._tokens = tokens
-            # A hook of the compiled module itself runs outside of the graph, and not in the user's module.
+            with unmarked(self.module):
+                self._compiled = CompiledNetwork(uncompiled(self.module), NETWORK_RELAY, options)
+            self._compiled_from, self._tokens = made_from, tokens
+            # Hooks of the compiled module itself run outside of the graph, and not in the user's module.
             self._compiled.stand_in.register_forward_pre_hook(self._before_call, with_kwargs=True)
+            self._compiled.stand_in.register_forward_hook(self._after_call, always_call=True)
             clock.lap("setup")
-        with ExitStack() as restore:
-            restore.enter_context(NETWORK_RELAY.using(self._runtime))
-            restore.enter_context(self._compiled.following(follower.trajectory.compiled))
-            if callable(getattr(pipe, "encode_prompt", None)):
-                encode = follower.trajectory.prompts.padding(pipe.encode_prompt)
-                restore.enter_context(replaced_attribute(pipe, "encode_prompt", _timed(encode, clock)))
-            if getattr(self.module, "_compiled_call_impl", None) is not None:
-                # The user called compile() on the network; its calls would never come to the session's compiled one.
-                restore.enter_context(replaced_attribute(self.module, "_compiled_call_impl", None))
-            restore.enter_context(autoencoder.installed(pipe.vae))
-            if "callback_on_step_end" not in inspect.signature(type(pipe).__call__).parameters:
-                restore.enter_context(followed_scheduler(pipe, follower))
-            self._clock, self._calls = clock, follower.trajectory.calls
-            restore.callback(setattr, pipe, self._name, original)
-            setattr(pipe, self._name, self._compiled.stand_in)
-            yield
-            follower.check_obeyed(pipe)
+        return self._compiled
 
     def _before_call(self, module: torch.nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
         private.keep_sizes(positional, named)
-        if self._calls is not None:
-            self._calls.add(self.module, positional, named)
-            if self._tokens:
-                self._calls.check_tokens(self._pipe, {domain.size for domain in self._tokens})
-        if self._clock is not None:
-            self._clock.begin_call()
+        call: _Call | None = getattr(self._local, "call", None)
+        if call is None:
+            return
+        calls = call.follower.trajectory.calls
+        call.numbers.begin_loop()
+        calls.add(self.module, positional, named)
+        calls.check_map(self._pipe)
+        if self._tokens:
+            calls.check_tokens(self._pipe, {domain.size for domain in self._tokens})
+        call.clock.begin_call()
+        call.resume.enter_context(call.numbers.paused())
+
+    def _after_call(self, *_: Any) -> None:
+        call: _Call | None = getattr(self._local, "call", None)
+        if call is not None:
+            call.resume.close()
 
 
-def _timed(function: Callable[..., Any], clock: StageClock) -> Callable[..., Any]:
+def _noted(prepare: Callable[..., Any], follower: StepFollower) -> Callable[..., Any]:
+    """The preparation of a pipeline's latents, which are noted: of what size the network has to be called."""
+
+    @wraps(prepare)
+    def noted(*positional: Any, **named: Any) -> Any:
+        result = prepare(*positional, **named)
+        latents = result[0] if isinstance(result, tuple) and result else result
+        if isinstance(latents, Tensor) and latents.dim() == 4:
+            follower.trajectory.calls.expect_map(Domain(*latents.shape[-2:]))
+        return result
+
+    return noted
+
+
+def _timed(function: Callable[..., Any], clock: StageClock, numbers: RandomNumbers) -> Callable[..., Any]:
     """The text encoding of a pipeline, timed."""
 
     @wraps(function)
     def timed(*positional: Any, **named: Any) -> Any:
-        with clock.stage("text"):
+        with clock.stage("text"), numbers.section(PROMPTS):
             return function(*positional, **named)
 
     return timed

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,9 +25,10 @@ from fisedit_compile.pipelines.region import (
     RegionDecoder,
     Statistics,
     box_share,
-    collect_statistics,
+    noting_decoder,
     unsupported,
 )
+from fisedit_compile.pipelines.twin import uncompiled, unmarked
 from fisedit_compile.runtime import Relay, Runtime
 from fisedit_compile.runtime.fingerprint import Weights
 
@@ -138,12 +138,13 @@ class SparseDecoder:
         self._choice = choice
         self._options = dict(options)
         self._compiled: CompiledNetwork | None = None
+        self._compiled_from: tuple[nn.Module, Any] | None = None
 
     def decode(self, vae: Any, job: DecodeJob, call: Callable[[], Any]) -> Any:
         """Decode once.
 
         Args:
-            vae: the autoencoder; its ``decoder`` is exchanged while it decodes.
+            vae: a view of the autoencoder; its ``decoder`` is exchanged while it decodes.
             job: what is decoded; its outcome is set.
             call: decodes with whatever ``vae.decoder`` is.
 
@@ -211,8 +212,11 @@ class SparseDecoder:
         return best, grown
 
     def _compiled_decoder(self, decoder: nn.Module) -> Any:
-        if self._compiled is None or self._compiled.module is not decoder:
-            self._compiled = CompiledNetwork(decoder, DECODER_RELAY, self._options)
+        made_from = (decoder, decoder._compiled_call_impl)
+        if self._compiled is None or self._compiled_from != made_from:
+            with unmarked(decoder):
+                self._compiled = CompiledNetwork(uncompiled(decoder), DECODER_RELAY, self._options)
+            self._compiled_from = made_from
             self._compiled.stand_in.register_forward_pre_hook(lambda _, latents: private.keep_sizes(latents))
         return self._compiled.stand_in
 
@@ -252,9 +256,8 @@ class SparseDecoder:
             except BudgetError as error:
                 missing = error.fact
         noting = job.keep and self._choice != "sparse" and unsupported(decoder) is None
-        context = collect_statistics(decoder) if noting else nullcontext(None)
-        with context as statistics:
-            result = _exchanged(vae, decoder, call)
+        noter, statistics = noting_decoder(decoder) if noting else (decoder, None)
+        result = _exchanged(vae, noter, call)
         weights = Weights(list(decoder.parameters())) if noting else None
         job.made = DecodeRecord(decoder, None, statistics, weights, missing)
         job.outcome = Decoding("dense", reason)

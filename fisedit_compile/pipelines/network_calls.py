@@ -15,9 +15,16 @@ import torch
 from torch import Tensor
 
 from fisedit_compile.errors import PipelineError
+from fisedit_compile.runtime import Domain
 
 TOKENS_ARGUMENT = "hidden_states"
 """What the networks of pipelines that pack latents call their tokens."""
+
+PICTURE_ARGUMENTS = ("sample", TOKENS_ARGUMENT)
+"""What networks call the latents that they are given."""
+
+SAME_START = 1e-3
+"""Greatest difference of what the first call is given, as a share of the greatest value: encodes differ by rounding."""
 
 Forms = dict[str, tuple[int, ...]]
 """The shapes of the tensors of a network call, by the names of its arguments."""
@@ -34,6 +41,9 @@ class NetworkCalls:
         self._recorded = recorded
         self._forms: list[Forms] = []
         self._ends: list[int] = []
+        self._map: Domain | None = None
+        self._start: tuple[str, Tensor] | None = None
+        self._other_inputs = False
 
     def add(self, module: torch.nn.Module, positional: tuple[Any, ...], named: Mapping[str, Any]) -> None:
         """The network is about to be called.
@@ -45,6 +55,9 @@ class NetworkCalls:
         forms = dict(_forms(arguments))
         number = len(self._forms)
         self._forms.append(forms)
+        if not number:
+            name = next((name for name in PICTURE_ARGUMENTS if isinstance(arguments.get(name), Tensor)), None)
+            self._start = None if name is None else (name, arguments[name].detach().clone())
         if self._recorded is None:
             return
         if number >= len(self._recorded._forms):
@@ -53,6 +66,46 @@ class NetworkCalls:
         for name in {**forms, **before}:
             if forms.get(name) != before.get(name):
                 raise _difference(name, before.get(name), forms.get(name))
+        if not number:
+            self._check_start(self._recorded)
+
+    def _check_start(self, recorded: NetworkCalls) -> None:
+        """Refuse an edit that starts from other noise: nothing else that comes to the first call depends on prompts."""
+        if self._start is None or recorded._start is None or self._other_inputs:
+            return
+        now, before = self._start[1].float(), recorded._start[1].float()
+        if float((now - before).abs().max()) > SAME_START * float(before.abs().max()):
+            raise PipelineError(
+                f"the network is first given other latents ({self._start[0]}) than when the picture was generated: the "
+                "noise, or an input picture, comes from elsewhere than PyTorch's generators and the arguments; give a "
+                "generator, or latents, to generate"
+            )
+
+    def expect_other_inputs(self) -> None:
+        """The input pictures were encoded again, by an encoder with other weights, so the first call gets others."""
+        self._other_inputs = True
+
+    def expect_map(self, domain: Domain) -> None:
+        """The pipeline has prepared latents of this size, and the network is to be called with maps of the same."""
+        self._map = domain
+
+    def check_map(self, pipe: Any) -> None:
+        """Refuse a network that is called with parts of the picture: a mask of the picture would be laid over each.
+
+        Args:
+            pipe: the pipeline, for the message.
+
+        Raises:
+            PipelineError: the last call had a map of another size than the pipeline's latents.
+        """
+        forms = self._forms[-1] if self._forms else {}
+        shape = next((forms[name] for name in PICTURE_ARGUMENTS if name in forms), ())
+        if self._map is not None and len(shape) == 4 and Domain(*shape[-2:]) != self._map:
+            raise PipelineError(
+                f"{type(pipe).__name__} calls its network with maps of {Domain(*shape[-2:])} cells, and its latents "
+                f"have {self._map}: it makes the picture from parts, over each of which a mask of the picture cannot "
+                "be laid. Make a picture of the size of one part, or call the pipeline itself, without a session"
+            )
 
     def end_turn(self) -> None:
         """A turn of the pipeline's loop is done.

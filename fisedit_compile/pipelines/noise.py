@@ -8,7 +8,7 @@ import torch
 
 from fisedit_compile.errors import PipelineError
 
-Generators = torch.Generator | list[torch.Generator]
+Generators = torch.Generator | list[torch.Generator] | None
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,8 @@ class NoiseSource:
 
     Attributes:
         devices: one for each generator.
-        states: one for each generator, as ``torch.Generator.get_state`` returns it.
+        states: one for each generator, as ``torch.Generator.get_state`` returns it; empty: the run had none, and all
+            its noise is noted by :mod:`fisedit_compile.pipelines.random_numbers`.
         single: whether the run had one generator, not a list of one.
     """
 
@@ -33,8 +34,10 @@ class NoiseSource:
         """Remember the present state of the generators.
 
         Raises:
-            PipelineError: they are neither a generator nor a list of generators.
+            PipelineError: they are neither a generator nor a list of generators nor None.
         """
+        if generators is None:
+            return cls((), (), False)
         every = [generators] if isinstance(generators, torch.Generator) else generators
         if not isinstance(every, list) or not every or not all(isinstance(one, torch.Generator) for one in every):
             raise PipelineError(f"generator must be a torch.Generator or a list of them, got {generators!r}")
@@ -51,9 +54,4 @@ class NoiseSource:
             generator = torch.Generator(device)
             generator.set_state(state)
             made.append(generator)
-        return made[0] if self.single else made
-
-
-def new_generator() -> torch.Generator:
-    """A generator on the host, seeded from PyTorch's global one, so that ``torch.manual_seed`` makes it repeatable."""
-    return torch.Generator().manual_seed(int(torch.randint(2**63 - 1, ()).item()))
+        return made[0] if self.single else made or None

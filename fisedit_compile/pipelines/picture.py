@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,9 @@ from torch import Tensor
 
 from fisedit_compile.errors import PipelineError
 from fisedit_compile.pipelines.report import Report
+
+PROMPT_SHOWN = 60
+"""Most characters of a prompt in the line that describes a picture."""
 
 
 def as_pixels(images: Any) -> Tensor:
@@ -35,7 +39,7 @@ def as_pixels(images: Any) -> Tensor:
     )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Picture:
     """A generated or an edited picture.
 
@@ -80,6 +84,27 @@ class Picture:
     def image(self) -> Any:
         """The first of :attr:`images`."""
         return self.images[0]
+
+    def __repr__(self) -> str:
+        """One line: what it is, its size, what it was made from, and how much of it was edited."""
+        size = self.latents.shape if self.pixels is None else self.pixels.shape
+        what = "latents" if self.pixels is None else "pixels"
+        parts = [repr(self.name), f"{what} {'x'.join(map(str, size))}"]
+        if self.prompt is not None:
+            prompt = repr(self.prompt)
+            parts.append(f"prompt {prompt if len(prompt) <= PROMPT_SHOWN else prompt[:PROMPT_SHOWN] + '...'}")
+        if self.mask is not None:
+            parts.append(f"mask {float(self.mask.float().mean()):.1%}")
+        return f"Picture({', '.join(parts)})"
+
+    def _repr_png_(self) -> bytes | None:
+        """The pictures of the batch side by side, as a notebook shows them; None for latents."""
+        if self.pixels is None:
+            return None
+        array = VaeImageProcessor.pt_to_numpy(self.pixels.float())
+        content = io.BytesIO()
+        VaeImageProcessor.numpy_to_pil(np.concatenate(list(array), axis=1))[0].save(content, format="PNG")
+        return content.getvalue()
 
     @property
     def mask_image(self) -> Image.Image | None:

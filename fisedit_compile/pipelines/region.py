@@ -9,14 +9,16 @@ neighbours.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from scipy import ndimage
 from torch import Tensor, nn
+
+from fisedit_compile.pipelines.twin import module_tree
 
 MARGIN = 4
 """Latent cells by which a box is wider, on every side, than what is taken from it."""
@@ -55,9 +57,9 @@ def _norms(decoder: Any) -> dict[str, nn.GroupNorm]:
     }
 
 
-@contextmanager
-def collect_statistics(decoder: nn.Module) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Note the statistics of the group norms of a dense decode inside the context."""
+def noting_decoder(decoder: nn.Module) -> tuple[nn.Module, Statistics]:
+    """A decoder that does what another one does, whose tensors it shares, and the statistics of the group norms that it
+    notes when it decodes."""
     found: dict[str, tuple[Tensor, Tensor]] = {}
 
     def note(name: str, module: nn.GroupNorm, inputs: tuple[Any, ...]) -> None:
@@ -65,11 +67,10 @@ def collect_statistics(decoder: nn.Module) -> Iterator[dict[str, tuple[Tensor, T
         variance, mean = torch.var_mean(grouped, dim=2, correction=0)
         found[name] = mean, torch.rsqrt(variance + module.eps)
 
-    with ExitStack() as undo:
-        for name, module in _norms(decoder).items():
-            handle = module.register_forward_pre_hook(lambda module, inputs, name=name: note(name, module, inputs))
-            undo.callback(handle.remove)
-        yield found
+    noting: nn.Module = module_tree(decoder)
+    for name, module in _norms(noting).items():
+        module.register_forward_pre_hook(lambda module, inputs, name=name: note(name, module, inputs))
+    return noting, found
 
 
 def _normalise(module: nn.GroupNorm, statistics: tuple[Tensor, Tensor], values: Tensor) -> Tensor:
@@ -93,38 +94,27 @@ class RegionDecoder(nn.Module):
     def __init__(self, decoder: Any, statistics: Statistics, mask: Tensor, background: Tensor) -> None:
         super().__init__()
         self.decoder = decoder
-        self._statistics, self._mask, self._background = statistics, mask, background
+        # Group norms of others who decode at the same time are not touched.
+        self._blocks = module_tree(decoder)
+        for name, norm in _norms(self._blocks).items():
+            norm.forward = partial(_normalise, norm, statistics[name])  # type: ignore[method-assign]
+        self._mask, self._background = mask, background
 
     def forward(self, latents: Tensor, latent_embeds: None = None) -> Tensor:
         """Decode ``[B, C, height, width]``; cells outside the mask are the background's."""
-        decoder, mask = self.decoder, self._mask.any(dim=0)
+        decoder, blocks, mask = self.decoder, self._blocks, self._mask.any(dim=0)
         lowest = decoder.mid_block(decoder.conv_in(latents), None)
         result = self._background.to(lowest.dtype).clone()
         scale = result.shape[-1] // latents.shape[-1]
-        with _fixed_norms(decoder, self._statistics):
-            for rows, columns in boxes(mask):
-                values = lowest[:, :, rows, columns]
-                for block in decoder.up_blocks:
-                    values = block(values, None)
-                values = decoder.conv_out(decoder.conv_act(decoder.conv_norm_out(values)))
-                inside = mask[rows, columns].repeat_interleave(scale, 0).repeat_interleave(scale, 1)
-                target = result[:, :, _scaled(rows, scale), _scaled(columns, scale)]
-                target.copy_(torch.where(inside, values, target))
+        for rows, columns in boxes(mask):
+            values = lowest[:, :, rows, columns]
+            for block in blocks.up_blocks:
+                values = block(values, None)
+            values = blocks.conv_out(blocks.conv_act(blocks.conv_norm_out(values)))
+            inside = mask[rows, columns].repeat_interleave(scale, 0).repeat_interleave(scale, 1)
+            target = result[:, :, _scaled(rows, scale), _scaled(columns, scale)]
+            target.copy_(torch.where(inside, values, target))
         return result
-
-
-@contextmanager
-def _fixed_norms(decoder: nn.Module, statistics: Statistics) -> Iterator[None]:
-    """Make the group norms above the lowest resolution use given statistics inside the context."""
-    with ExitStack() as undo:
-        for name, module in _norms(decoder).items():
-
-            def forward(values: Tensor, name: str = name, module: nn.GroupNorm = module) -> Tensor:
-                return _normalise(module, statistics[name], values)
-
-            module.forward = forward  # type: ignore[assignment]
-            undo.callback(vars(module).pop, "forward")
-        yield
 
 
 def _scaled(cells: slice, scale: int) -> slice:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,14 +16,17 @@ from fisedit_compile.errors import PipelineError
 from fisedit_compile.pipelines.arguments import CallArguments, keep_value
 from fisedit_compile.pipelines.autoencoder import AutoencoderCall, EncodeMemory
 from fisedit_compile.pipelines.binding import PipelineBinding
-from fisedit_compile.pipelines.decoding import DecodeJob, DecodeRecord, SparseDecoder
+from fisedit_compile.pipelines.decoding import DecodeJob, SparseDecoder
+from fisedit_compile.pipelines.history import Entry, taking_turns
 from fisedit_compile.pipelines.latents import packed_resolutions
 from fisedit_compile.pipelines.masking import AutomaticMask, grow_mask, paste_outside, to_pixels
 from fisedit_compile.pipelines.network_state import NetworkState
-from fisedit_compile.pipelines.noise import Generators, NoiseSource, new_generator
+from fisedit_compile.pipelines.noise import Generators, NoiseSource
 from fisedit_compile.pipelines.picture import Picture, as_pixels
 from fisedit_compile.pipelines.prompts import PromptLengths, check_prompt_tokens
+from fisedit_compile.pipelines.random_numbers import RandomNumbers
 from fisedit_compile.pipelines.report import Report, SeamError, finest_first, notes_on
+from fisedit_compile.pipelines.safety import check_unflagged, flagged_note, unflagged, with_flagged
 from fisedit_compile.pipelines.schedulers import describe_scheduler, scheduler_difference, steps_for_calls
 from fisedit_compile.pipelines.steps import EditFollower, StepFollower, Trajectory
 from fisedit_compile.pipelines.timing import StageClock
@@ -31,31 +35,12 @@ from fisedit_compile.runtime import Runtime
 from fisedit_compile.runtime.masks import WHITE_THRESHOLD, MaskLike
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """A picture of the history and what an edit of it needs.
-
-    ``arguments`` are those of the pipeline call without the generator; ``dense_seconds`` is the total of the dense run
-    the history began with, without its set-up; ``decode`` is what its decode left for edits (None: it had none), and
-    ``encodes`` what the generation's input pictures became.
-    """
-
-    picture: Picture
-    trajectory: Trajectory
-    arguments: dict[str, Any]
-    noise: NoiseSource
-    scheduler: tuple[str, dict[str, Any]]
-    network: NetworkState
-    dense_seconds: float
-    decode: DecodeRecord | None
-    encodes: EncodeMemory
-
-
 class EditSession:
     """Generates a picture with a diffusers pipeline and edits it, computing only what changes.
 
-    The pipeline is not modified: its network is compiled beside it, and in its place only while the session calls the
-    pipeline.  Works with pipelines that have a U-Net or a transformer and ``callback_on_step_end`` (text-to-image,
+    The pipeline is not modified: a session calls a twin of it, which shares its networks, and has the compiled one and
+    a state and scheduler of its own.  Other threads may use the pipeline meanwhile; calls of one session take turns.
+    Works with pipelines that have a U-Net or a transformer and ``callback_on_step_end`` (text-to-image,
     image-to-image and inpainting; Stable Diffusion 1.x, 2.x, XL and 3, Flux) and with any scheduler that steps each
     latent on its own (DDIM, PNDM, Euler, DPM-Solver++ multistep, Heun, flow matching by Euler).
 
@@ -105,8 +90,9 @@ class EditSession:
         self._arguments = CallArguments(pipe)
         check_prompt_tokens(pipe, prompt_tokens)
         self._prompt_tokens = prompt_tokens
-        self._entries: list[_Entry] = []
+        self._entries: list[Entry] = []
         self._named = 0
+        self.turn = threading.RLock()
 
     @property
     def history(self) -> tuple[Picture, ...]:
@@ -114,6 +100,7 @@ class EditSession:
         return tuple(entry.picture for entry in self._entries)
 
     @session_words()
+    @taking_turns
     def generate(
         self,
         prompt: str | list[str] | None = None,
@@ -127,16 +114,17 @@ class EditSession:
         Args:
             prompt: as for the pipeline.
             num_inference_steps: as for the pipeline; None: the pipeline's default.
-            generator: source of the noise; None: a new one, seeded from PyTorch's global generator.
+            generator: source of the noise; None: PyTorch's global generator, as for the pipeline.
             **arguments: further arguments of the pipeline.  A ``callback_on_step_end`` of your own is called first
-                after every network call, in edits as well, and what it returns is obeyed.
+                after every network call, in edits as well, and what it returns is obeyed.  The pipeline that it is
+                given is that of the run.
 
         Returns:
             The picture; it is what the pipeline itself returns for these arguments, within float tolerance.
 
         Raises:
-            PipelineError: an argument that the pipeline does not know or a session cannot honour; or the run was
-                interrupted.
+            PipelineError: an argument that the pipeline does not know or a session cannot honour; noise that could
+                not be repeated; or the run was cancelled.
             BudgetError: the recorded run would exceed the budget.  The previous picture counts until this one is done;
                 call :meth:`reset` before to make room.
         """
@@ -145,21 +133,20 @@ class EditSession:
             given["num_inference_steps"] = num_inference_steps
         given = {name: keep_value(value) for name, value in given.items() if name != "prompt" or value is not None}
         self._arguments.check(given)
-        generator = generator if generator is not None else new_generator()
-        noise = NoiseSource.of(generator)
+        noise, numbers = NoiseSource.of(generator), RandomNumbers()
         clock = StageClock(self._binding.device)
         prompts = PromptLengths(self._prompt_tokens)
         size = self._arguments.value(given, "height"), self._arguments.value(given, "width")
         resolutions = packed_resolutions(self.pipe, *size, self._arguments.control_sizes(given))
         trajectory = Trajectory(resolutions, prompts=prompts)
         made_size = self._arguments.made_size(given)
-        follower = StepFollower(*self._arguments.user_callback(given), clock, trajectory, made_size)
+        follower = StepFollower(*self._arguments.user_callback(given), clock, trajectory, made_size, numbers)
         with ExitStack() as undo:
             name = self._new_name("generation")
             undo.callback(self._drop, name)
             autoencoder = AutoencoderCall(self._decoder, DecodeJob(name), EncodeMemory(), generation=True)
             with self.runtime.record(name):
-                pixels, flagged = self._call(clock, follower, given, generator, autoencoder)
+                pixels, flagged = self._call(clock, follower, given, generator, autoencoder, numbers)
             clock.lap("decode")
             if autoencoder.outcome is not None:
                 clock.set_up("decode", autoencoder.outcome.setup)
@@ -178,11 +165,12 @@ class EditSession:
                 output_type=self._arguments.output_type(given),
             )
             scheduler = describe_scheduler(self.pipe.scheduler)
-            entry = _Entry(
+            entry = Entry(
                 picture,
                 follower.trajectory,
                 given,
                 noise,
+                numbers,
                 scheduler,
                 NetworkState(self._binding.module),
                 dense_seconds,
@@ -195,6 +183,7 @@ class EditSession:
         return picture
 
     @session_words()
+    @taking_turns
     def edit(
         self,
         prompt: str | list[str] | None = None,
@@ -222,10 +211,11 @@ class EditSession:
                 embeddings, callbacks, output type.
 
         Returns:
-            The edited picture.
+            The edited picture.  One that the pipeline's safety checker blackened is not kept, and the report says so.
 
         Raises:
-            PipelineError: nothing was generated yet, or a change would break the correspondence with the recorded run.
+            PipelineError: nothing was generated yet, the safety checker blackened the last picture, a change would
+                break the correspondence with the recorded run, or the run was cancelled.
             MaskError: the mask cannot be used, or was given together with ``automatic_mask``; or only a threshold was.
             OptionError: ``white_threshold`` is not above 0 and up to 1.
             WeightsChangedError: the network's weights are not those of the recorded run.
@@ -234,6 +224,7 @@ class EditSession:
         if not self._entries:
             raise PipelineError("there is no picture to edit yet; call generate first")
         entry = self._entries[-1]
+        check_unflagged(entry.picture)
         self._check_pipeline(entry)
         if prompt is not None:
             changes = {**changes, "prompt": prompt}
@@ -243,12 +234,14 @@ class EditSession:
         latent_mask = entry.trajectory.cells.given_mask(
             mask, entry.trajectory.latents[-1], white_threshold, automatic_mask
         )
+        numbers = RandomNumbers(entry.numbers)
         follower = EditFollower(
             *self._arguments.user_callback(given),
             clock,
             recorded=entry.trajectory,
             mask=latent_mask,
             settings=automatic_mask or self.automatic_mask,
+            numbers=numbers,
         )
         with ExitStack() as undo:
             name = self._new_name("edit")
@@ -258,14 +251,17 @@ class EditSession:
             early_mask = latent_mask if follower.sparse_from_start else None
             with self.runtime.edit(entry.picture.name, mask=early_mask, save_as=name if keep else None) as run:
                 follower.run = run
-                pixels, flagged = self._call(clock, follower, given, entry.noise.generators(), autoencoder)
+                pixels, flagged = self._call(clock, follower, given, entry.noise.generators(), autoencoder, numbers)
             picture = self._finish(name, entry, given, follower, clock, pixels, flagged, autoencoder)
-            undo.pop_all()
+            keep = keep and not any(flagged or ())
+            if keep:
+                undo.pop_all()
         if keep:
             made = replace(entry, picture=picture, trajectory=follower.trajectory, arguments=given, decode=job.made)
             self._entries.append(made)
         return picture
 
+    @taking_turns
     def undo(self) -> Picture:
         """Drop the last edit and its recorded run; the picture before it is returned and is the current one again.
 
@@ -277,6 +273,7 @@ class EditSession:
         self._drop(self._entries.pop().picture.name)
         return self._entries[-1].picture
 
+    @taking_turns
     def reset(self) -> None:
         """Forget the whole history and free its recorded runs."""
         while self._entries:
@@ -292,7 +289,7 @@ class EditSession:
         self._named += 1
         return f"{kind}-{self._named}"
 
-    def _check_pipeline(self, entry: _Entry) -> None:
+    def _check_pipeline(self, entry: Entry) -> None:
         """Refuse a pipeline whose parts were exchanged since the recorded run."""
         entry.network.check(self._binding.module)
         difference = scheduler_difference(entry.scheduler, describe_scheduler(self.pipe.scheduler))
@@ -306,6 +303,7 @@ class EditSession:
         given: Mapping[str, Any],
         generator: Generators,
         autoencoder: AutoencoderCall,
+        numbers: RandomNumbers,
     ) -> tuple[Tensor | None, tuple[bool, ...] | None]:
         """Call the pipeline; the pixels ``[B, 3, height, width]`` (None: latents wanted), and what was flagged."""
         asked = self._arguments.asked_type(given)
@@ -316,8 +314,9 @@ class EditSession:
             "generator": generator,
         }
         arguments = {**given, **{name: value for name, value in ours.items() if self._arguments.accepts(name)}}
-        with self._binding.installed(clock, autoencoder, follower):
-            output = self.pipe(**arguments)
+        arguments = follower.with_own_callback(arguments)
+        with self._binding.calling(clock, autoencoder, follower, numbers) as pipe:
+            output = pipe(**arguments)
         flagged, images = (getattr(output, name, None) for name in ("nsfw_content_detected", "images"))
         if asked == "latent":
             follower.take_output(self.pipe, images)
@@ -327,7 +326,7 @@ class EditSession:
     def _finish(
         self,
         name: str,
-        entry: _Entry,
+        entry: Entry,
         given: Mapping[str, Any],
         follower: EditFollower,
         clock: StageClock,
@@ -344,15 +343,16 @@ class EditSession:
         base = entry.picture.pixels
         if pixels is not None and base is not None:
             pixel_mask = to_pixels(mask, *pixels.shape[-2:])
-            if any(flagged or ()):
-                notes = (*notes, "the safety checker blackened a picture, so nothing was pasted")
-            else:
-                halo = self._decoder.halo
-                near = to_pixels(grow_mask(mask, max(1, halo)), *pixels.shape[-2:])
-                pixels, errors = paste_outside(pixels, base, pixel_mask, near)
-                decoded = autoencoder.outcome
-                # Without a halo nothing was decoded outside the mask, so there is nothing to compare.
-                seam = SeamError(*errors) if halo or decoded is None or decoded.mask is None else None
+            halo = self._decoder.halo
+            near = to_pixels(grow_mask(mask, max(1, halo)), *pixels.shape[-2:])
+            pasted, errors = paste_outside(*unflagged((pixels, base, pixel_mask, near), flagged))
+            pixels = with_flagged(pasted, pixels, flagged)
+            decoded = autoencoder.outcome
+            # Without a halo nothing was decoded outside the mask, so there is nothing to compare.
+            compared = len(pasted) and (halo or decoded is None or decoded.mask is None)
+            seam = SeamError(*errors) if compared else None
+        if any(flagged or ()):
+            notes = (*notes, flagged_note(flagged or ()))
         clock.lap("decode")
         density = finest_first(self.runtime.stats.density) if clock.calls("sparse") else {}
         return Picture(

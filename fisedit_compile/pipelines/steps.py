@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, Protocol
@@ -18,8 +18,10 @@ from fisedit_compile.pipelines.latents import LatentCells
 from fisedit_compile.pipelines.masking import AutomaticMask, MaskFinder
 from fisedit_compile.pipelines.network_calls import NetworkCalls
 from fisedit_compile.pipelines.prompts import PromptLengths
+from fisedit_compile.pipelines.random_numbers import RandomNumbers
 from fisedit_compile.pipelines.schedulers import calls_for_steps, steps_for_calls
 from fisedit_compile.pipelines.timing import StageClock
+from fisedit_compile.pipelines.twin import Cancellation
 from fisedit_compile.runtime import Domain
 
 
@@ -67,6 +69,12 @@ class StepFollower:
         clock: counts the seconds of every call.
         trajectory: empty; it is filled.
         size: height and width that the picture must have in pixels; None: whatever the pipeline makes.
+        numbers: that the run draws at random; None: not followed.
+
+    Attributes:
+        cancellation: tells whether the user cancelled the run.
+        left_alone: what the user's callback is called in, by the turn.
+        finished: whether the pipeline's loop is done.
     """
 
     def __init__(
@@ -76,8 +84,13 @@ class StepFollower:
         clock: StageClock,
         trajectory: Trajectory,
         size: tuple[int, int] | None = None,
+        numbers: RandomNumbers | None = None,
     ) -> None:
         self.trajectory = trajectory
+        self.cancellation: Cancellation | None = None
+        self.left_alone: Callable[[int], AbstractContextManager[None]] = lambda _: nullcontext()
+        self.finished = False
+        self._numbers = numbers
         self._size = size
         self._returned: dict[str, Any] = {}
         self._callback = callback
@@ -95,26 +108,66 @@ class StepFollower:
         Raises:
             PipelineError: the user's callback returns no dictionary or interrupts the run.
         """
-        self._clock.turn(self.stage, last=call + 1 == _turns(pipe))
+        last = call + 1 >= _turns(pipe)
+        self._clock.turn(self.stage, last)
+        self._check_cancelled(pipe, call + 1)
         self.trajectory.calls.end_turn()
+        if self._numbers is not None:
+            self._numbers.end_turn(last)
         self.check_obeyed(pipe)
         outputs: dict[str, Any] = {}
         if self._callback is not None:
             given = {name: tensors[name] for name in self._names}
-            outputs = _check_outputs(pipe, call, self._callback(pipe, call, timestep, given))
+            with self.left_alone(call):
+                outputs = _check_outputs(self._callback(pipe, call, timestep, given))
+            self._check_cancelled(pipe, call + 1, "callback_on_step_end interrupted the run")
         if call == 0:
             self.trajectory.timesteps = pipe.scheduler.timesteps.cpu()
             # Latents of no known form are refused before anything is made of them.
             cells = LatentCells.of(tensors["latents"], self.trajectory.tokens)
             if cells.tokens is not None:
                 self.trajectory.calls.check_tokens(pipe, {cells.tokens.size})
+            else:
+                self.trajectory.calls.expect_map(cells.domain)
+                self.trajectory.calls.check_map(pipe)
             if self._size is not None:
                 cells.check_size(pipe, *self._size)
         latents = self.after_call(pipe, call, outputs.get("latents", tensors["latents"]))
         outputs["latents"] = latents
         self.trajectory.latents.append(latents.detach().clone())
         self._returned = outputs
+        self.finished = last
         return outputs
+
+    def with_own_callback(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a pipeline call, with the user's ``callback``, as older pipelines know it, called as the one
+        of this follower is."""
+        callback = arguments.get("callback")
+        if not callable(callback):
+            return arguments
+
+        @wraps(callback)
+        def called(*positional: Any, **named: Any) -> Any:
+            with self.left_alone(len(self.trajectory.latents)):
+                return callback(*positional, **named)
+
+        return {**arguments, "callback": called}
+
+    def check_finished(self, pipe: Any) -> None:
+        """Check, when the pipeline returned, that it was not cancelled.
+
+        Raises:
+            PipelineError: it was.
+        """
+        self._check_cancelled(pipe, len(self.trajectory.latents))
+
+    def _check_cancelled(self, pipe: Any, turns: int, what: str = "the run was cancelled") -> None:
+        asked = getattr(pipe, "interrupt", False) if self.cancellation is None else self.cancellation.asked
+        if asked:
+            raise PipelineError(
+                f"{what} after call {turns} of {_turns(pipe)} (the pipeline's _interrupt was set). A cancelled run is "
+                "incomplete and can be neither a base nor an edit of one, so nothing was kept; the history is as before"
+            )
 
     def check_obeyed(self, pipe: Any) -> None:
         """Check that the pipeline took the latents of the turn before; also called behind the last turn.
@@ -187,15 +240,10 @@ def followed_scheduler(pipe: Any, follower: StepFollower) -> Iterator[None]:
         yield
 
 
-def _check_outputs(pipe: Any, call: int, outputs: Any) -> dict[str, Any]:
+def _check_outputs(outputs: Any) -> dict[str, Any]:
     """A copy of what the user's callback returned."""
     if not isinstance(outputs, dict):
         raise PipelineError(f"callback_on_step_end must return a dictionary of tensors, got {type(outputs).__name__}")
-    if getattr(pipe, "interrupt", False):
-        raise PipelineError(
-            f"callback_on_step_end interrupted the run after call {call + 1} of {_turns(pipe)}; an "
-            "incomplete run can be neither a base nor an edit of one, so nothing was kept"
-        )
     return dict(outputs)
 
 
@@ -207,6 +255,7 @@ class EditFollower(StepFollower):
         recorded: the trajectory of the picture that is edited.
         mask: bool ``[B or 1, height, width]`` at the latents' resolution, or None to find it.
         settings: how to find it.
+        numbers: that the run draws at random.
     """
 
     def __init__(
@@ -217,10 +266,11 @@ class EditFollower(StepFollower):
         recorded: Trajectory,
         mask: Tensor | None,
         settings: AutomaticMask,
+        numbers: RandomNumbers | None = None,
     ) -> None:
         own = Trajectory(recorded.tokens, NetworkCalls(recorded.calls), PromptLengths(recorded=recorded.prompts))
         own.compiled = CompiledRun(recorded.compiled)
-        super().__init__(callback, names, clock, own)
+        super().__init__(callback, names, clock, own, numbers=numbers)
         self.mask = mask
         self.run: MaskReceiver | None = None
         self._recorded = recorded

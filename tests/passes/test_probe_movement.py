@@ -74,7 +74,12 @@ def test_a_table_moves_as_a_flip_does() -> None:
             "reads its indices from a tensor",
         ),
         (
-            lambda b, x: b.call(aten.reshape.default, b.call(aten.permute.default, x, [0, 1, 3, 2]), [1, 4, *SIZE]),
+            lambda b, x: b.call(
+                aten.unflatten.int,
+                b.call(aten.roll.default, b.call(aten.flatten.using_ints, x, 2), [3], [2]),
+                2,
+                list(SIZE),
+            ),
             "its positions do not stay where they are",
         ),
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict, namedtuple
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,7 +28,7 @@ from PIL import Image
 
 from fisedit_compile.errors import PipelineError
 from fisedit_compile.pipelines.arguments import CallArguments, keep_value, same_value
-from fisedit_compile.pipelines.noise import NoiseSource, new_generator
+from fisedit_compile.pipelines.noise import NoiseSource
 
 
 @pytest.fixture
@@ -226,9 +228,25 @@ def test_what_is_no_generator_is_refused(wrong: Any) -> None:
         NoiseSource.of(wrong)
 
 
-def test_a_new_generator_follows_the_global_seed() -> None:
-    torch.manual_seed(5)
-    first = new_generator().initial_seed()
-    torch.manual_seed(5)
-    assert new_generator().initial_seed() == first
-    assert new_generator().initial_seed() != first
+def test_runs_without_a_generator_have_none() -> None:
+    assert NoiseSource.of(None).generators() is None
+
+
+def test_kept_dictionaries_are_out_of_reach() -> None:
+    @dataclass(frozen=True)
+    class Setting:
+        values: dict[str, Any]
+
+    Pair = namedtuple("Pair", "left right")
+    inner = {"scale": 1.0, "parts": [torch.zeros(2)]}
+    given = {"a": inner, "b": Setting(inner), "c": Pair(inner, {3}), "d": OrderedDict(inner)}
+    kept = keep_value(given)
+    inner["scale"] = 2.0
+    inner["parts"][0].add_(1)
+    given["c"].right.add(4)
+    given["d"]["scale"] = 3.0
+    for found in (kept["a"], kept["b"].values, kept["c"].left, kept["d"]):
+        assert found["scale"] == 1.0 and found["parts"][0].sum() == 0
+    assert kept["c"].right == {3} and type(kept["d"]) is OrderedDict and type(kept["c"]) is Pair
+    assert same_value(kept["a"], kept["d"]) and not same_value(kept["a"], inner)
+    assert not same_value({"a": torch.ones(2)}, {"b": torch.ones(2)})

@@ -29,7 +29,7 @@ def test_a_position_is_active_when_a_cell_that_it_covers_is() -> None:
         Term(drawn(4, 7, seed=3), drawn(5, 6, seed=4), turned=True),
     ]
     mask = drawn(2, 6, 7, seed=5)
-    domain = Domain(4, 5, Cover.of(terms))
+    domain = Domain(4, 5, cover=Cover.of(terms))
     assert torch.equal(reduce_mask(mask, domain), brute_force(terms, mask, 4, 5))
 
 
@@ -38,13 +38,13 @@ def test_terms_tell_covers_apart_in_any_order_and_contained_ones_do_not_count() 
     inside = Term(one.rows & drawn(4, 6, seed=5), one.columns)
     nothing = Term(torch.zeros(4, 6, dtype=torch.bool), one.columns)
     assert Cover.of([one, other]) == Cover.of([other, inside, one, nothing]) != Cover.of([one])
-    assert hash(Domain(4, 5, Cover.of([one]))) == hash(Domain(4, 5, Cover.of([one, inside])))
+    assert hash(Domain(4, 5, cover=Cover.of([one]))) == hash(Domain(4, 5, cover=Cover.of([one, inside])))
     assert Cover.of([one]) != Cover.of([one._replace(turned=True)])
     assert WHOLE.whole and not Cover.of([one]).whole
 
 
 def test_domains_of_one_size_at_different_places_differ_and_have_an_order() -> None:
-    moved = Domain(4, 5, Cover.of([Term(drawn(4, 6, seed=1), drawn(5, 7, seed=2))]))
+    moved = Domain(4, 5, cover=Cover.of([Term(drawn(4, 6, seed=1), drawn(5, 7, seed=2))]))
     assert moved != Domain(4, 5) == moved.whole
     assert sorted([moved, Domain(4, 5)]) == [Domain(4, 5), moved]
     assert str(Domain(4, 5)) == "4x5" and str(moved).startswith("4x5 moved ")
@@ -73,7 +73,9 @@ def test_tiles_are_active_with_any_of_their_positions() -> None:
 
 
 def test_plans_of_one_size_at_two_places_have_rows_of_their_own() -> None:
-    flipped = Domain(3, 4, Cover.of([Term(torch.eye(3, dtype=torch.bool), torch.eye(4, dtype=torch.bool).flip(0))]))
+    flipped = Domain(
+        3, 4, cover=Cover.of([Term(torch.eye(3, dtype=torch.bool), torch.eye(4, dtype=torch.bool).flip(0))])
+    )
     mask = torch.zeros(1, 3, 4, dtype=torch.bool)
     mask[0, 1, :2] = True
     turned = Stencil.of("table", Domain(3, 4), flipped, rows=(0, 1, 2), columns=(3, 2, 1, 0))

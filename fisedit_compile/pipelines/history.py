@@ -1,0 +1,58 @@
+"""The history of a session: its pictures with what edits of them need, changed by one thread at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, TypeVar, cast
+
+from fisedit_compile.pipelines.autoencoder import EncodeMemory
+from fisedit_compile.pipelines.decoding import DecodeRecord
+from fisedit_compile.pipelines.network_state import NetworkState
+from fisedit_compile.pipelines.noise import NoiseSource
+from fisedit_compile.pipelines.picture import Picture
+from fisedit_compile.pipelines.random_numbers import RandomNumbers
+from fisedit_compile.pipelines.steps import Trajectory
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A picture of the history and what an edit of it needs.
+
+    Attributes:
+        picture: as it was returned.
+        trajectory: of its run.
+        arguments: of the pipeline call, without the generator.
+        noise, numbers: what the run drew that the history began with, by its generators and altogether.
+        scheduler: its class and settings.
+        network: what the network was.
+        dense_seconds: total of the dense run the history began with, without its set-up.
+        decode: what its decode left for edits; None: it had none.
+        encodes: what the generation's input pictures became.
+    """
+
+    picture: Picture
+    trajectory: Trajectory
+    arguments: dict[str, Any]
+    noise: NoiseSource
+    numbers: RandomNumbers
+    scheduler: tuple[str, dict[str, Any]]
+    network: NetworkState
+    dense_seconds: float
+    decode: DecodeRecord | None
+    encodes: EncodeMemory
+
+
+def taking_turns(method: Method) -> Method:
+    """Let one thread at a time into the methods of a session that change its history: into those that have its lock,
+    ``turn``."""
+
+    @wraps(method)
+    def alone(session: Any, *positional: Any, **named: Any) -> Any:
+        with session.turn:
+            return method(session, *positional, **named)
+
+    return cast(Method, alone)
