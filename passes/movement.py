@@ -130,7 +130,7 @@ class Movement:
         return Spatial(Domain(domain.height, domain.width, cover=geometry.cover), layout.dims)
 
     def _of(self, node: fx.Node, layout: Spatial, inferred: bool) -> Geometry:
-        moved = self._moved(node, layout)
+        moved = self._moved(node, layout, inferred)
         if moved is not None:
             return moved
         domain = layout.domain.whole
@@ -157,7 +157,7 @@ class Movement:
         others = any(value in self._derived and value not in operands for value in reads)
         return self.places.with_everything(found, domain) if others or node.target in IN_PLACE else found
 
-    def _moved(self, node: fx.Node, layout: Spatial) -> Geometry | None:
+    def _moved(self, node: fx.Node, layout: Spatial, inferred: bool) -> Geometry | None:
         """The geometry of what resizes or moves by a rule; None for anything else."""
         x = node.args[0] if node.args else None
         source = spatial_of(x)
@@ -175,7 +175,7 @@ class Movement:
         if target in PERMUTES and len(source.dims) == len(layout.dims):
             order = permutation(node, len(source.dims))
             return self._transposed(x) if transposed([source.dims[dim] for dim in order]) else None
-        if target in RESHAPES and source.domain.whole != layout.domain.whole:
+        if inferred and target in RESHAPES and source.domain.whole != layout.domain.whole:
             return self._in_patches(x, layout.domain)
         if target in PADS and source.space_rank == 2 and not isinstance(pad := read_pad(node, source.dims), str):
             return self._padded(node, x, layout.domain, pad)

@@ -70,7 +70,7 @@ def test_channels_are_turned_on_rows() -> None:
 
 def test_what_is_joined_is_summed_at_its_places() -> None:
     builder = GraphBuilder()
-    x, y = builder.picture(), builder.input(2, 6, 2, 4, name="y", spatial="bchw")
+    x, y = builder.picture(), builder.input(2, 6, 2, 4, name="y", spatial=layout("bchw", Domain(2, 4)))
     module, _ = run(builder, builder.call(aten.cat.default, [x, y], 2))
     first = table((0, 1, 2, 3, 4, -1, -1), (0, 1, 2, 3))
     second = table((-1, -1, -1, -1, -1, 0, 1), (0, 1, 2, 3), source=2)

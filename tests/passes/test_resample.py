@@ -164,10 +164,10 @@ def test_condition_1_what_is_padded_has_rows_and_columns(dims) -> None:
 )
 def test_a_pad_may_have_any_dimensions_and_remove_positions(dims, amounts) -> None:
     builder = GraphBuilder()
-    node = builder.call(aten.constant_pad_nd.default, builder.input(2, 5, 4, 6, spatial=dims), amounts)
-    module, _ = run(builder, node)
     sizes = dict(zip(dims, (2, 5, 4, 6), strict=True))
     source = Domain(sizes["h"], sizes["w"])
+    x = builder.input(2, 5, 4, 6, spatial=layout(dims, source))
+    module, _ = run(builder, builder.call(aten.constant_pad_nd.default, x, amounts))
     top, bottom = (-1, 3) if len(amounts) > 2 else (0, 0)
     target = Domain(source.height + top + bottom, source.width + 3)
     stencil = Stencil.of("pad", source, target, left=1, right=2, top=top, bottom=bottom, mode="constant")

@@ -9,6 +9,7 @@ import torch
 from sparsifying import refused, sparsify, updates
 
 from fisedit_compile.passes.sparsify_layout import FAMILY, sparsify_layout
+from fisedit_compile.runtime.spec import Domain
 
 from execution import check_masked
 from graphs import GraphBuilder, aten, layout, outputs, spell
@@ -188,7 +189,6 @@ def reasons(builder: GraphBuilder, node) -> list[str]:
         ((1, 20, 6), "bsc", (aten.squeeze.dim, 0), "the batch dimension is lost"),
         # 2. Channels only
         ((2, 20, 6), "bsc", (aten.slice.Tensor, 1, 0, 4), "it cuts along positions or samples"),
-        ((2, 6, 5, 1), "bchw", (aten.slice.Tensor, 2, 0, 1), "it cuts out single positions"),
         ((2, 20, 6), "bsc", (aten.flip.default, [1]), "it turns samples, or rows and columns as one"),
         ((2, 6, 5, 4), "bchw", (aten.flip.default, [0, 3]), "it turns samples, or rows and columns as one"),
         ((2, 6, 5, 4), "bchw", (aten.roll.default, [3]), "it rolls all dimensions as one"),
@@ -203,6 +203,12 @@ def test_conditions_1_and_2(shape, dims, change, reason) -> None:
     builder = GraphBuilder()
     target, *arguments = change
     assert reasons(builder, builder.call(target, builder.input(*shape, spatial=dims), *arguments)) == [reason]
+
+
+def test_condition_2_what_a_cut_leaves_has_more_than_one_position() -> None:
+    builder = GraphBuilder()
+    x = builder.input(2, 6, 5, 1, spatial=layout("bchw", Domain(5, 1)))
+    assert reasons(builder, builder.call(aten.slice.Tensor, x, 2, 0, 1)) == ["it cuts out single positions"]
 
 
 def test_condition_2_an_example_that_is_spatial_is_not_enough() -> None:

@@ -184,7 +184,7 @@ def test_the_result_is_independent_of_the_input() -> None:
         torch.zeros(3),
         torch.zeros(1, 2, 3, 5),
         torch.zeros(1, 1, 1, 3, 3),
-        torch.rand(1, 3, 5, 6),
+        torch.arange(90).view(1, 3, 5, 6) / 90,
         torch.tensor([[0.0, 1.5]]),
         torch.tensor([[0.0, 256.0]]),
         torch.tensor([[0.0, float("inf")]]),
