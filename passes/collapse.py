@@ -101,6 +101,7 @@ def collapse(graph_module: fx.GraphModule, opaque: Opaque, report: Report) -> fx
     report.matches.clear()
     report.misses.clear()
     report.connections.clear()
+    report.lost.clear()
     report.match(NAME)
     if report.dense_reason is None:
         report.dense_nodes.append(Miss("trace", call.name, str(opaque), opaque.reason))

@@ -71,6 +71,7 @@ class Places:
     def __init__(self, mask: Domain) -> None:
         self.mask = mask
         self._cells: dict[tuple[Canvas, int, int], Tensor] = {}
+        self._everything: dict[Domain, tuple[Term, ...]] = {}
 
     def input(self, domain: Domain) -> Geometry:
         """That of an input of the graph: it depends on the cells that it covers."""
@@ -80,6 +81,11 @@ class Places:
     def made(self, domain: Domain, places: Sequence[Place], cone: Sequence[Term]) -> Geometry:
         """A geometry from its places and its cone; closure is added."""
         distinct = _distinct(places)
+        if cone is self.everything(domain):
+            # Every cover meets that.
+            whole = distinct == (Place.whole(domain),)
+            covered = [self._term(place, domain) for place in distinct]
+            return Geometry(distinct, cone, WHOLE if whole else self._cover(domain, covered))
         cone = tuple(without_contained(cone))[:MOST_TERMS]
         terms = [self._term(place, domain) for place in distinct]
         missed = _closure(terms, cone, domain)
@@ -94,14 +100,23 @@ class Places:
 
     def everything(self, domain: Domain) -> tuple[Term, ...]:
         """All cells for every position."""
-        rows = torch.ones(domain.height, self.mask.height, dtype=torch.bool)
-        return (Term(rows, torch.ones(domain.width, self.mask.width, dtype=torch.bool)),)
+        if domain not in self._everything:
+            rows = torch.ones(domain.height, self.mask.height, dtype=torch.bool)
+            columns = torch.ones(domain.width, self.mask.width, dtype=torch.bool)
+            self._everything[domain] = (Term(rows, columns),)
+        return self._everything[domain]
 
     def met(self, domain: Domain, geometries: Sequence[Geometry]) -> Geometry:
         """That of what is made of several values position by position: active where any of them is."""
+        first = geometries[0]
+        if all(geometry is first for geometry in geometries):
+            return first
         if any(geometry.unknown for geometry in geometries):
             return self.unknown(domain)
         places = [place for geometry in geometries for place in geometry.places]
+        everything = self.everything(domain)
+        if any(geometry.cone is everything for geometry in geometries):
+            return self.made(domain, places, everything)
         return self.made(domain, places, [term for geometry in geometries for term in geometry.cone])
 
     def both(self, domain: Domain, geometries: Sequence[Geometry]) -> Geometry:
@@ -135,7 +150,7 @@ class Places:
         if source.unknown:
             return self.unknown(domain)
         places = [Place(vertical(rows), horizontal(columns), turned) for rows, columns, turned in source.places]
-        return self.made(domain, places, self.seen(source.cone, reads))
+        return self.made(domain, places, self.seen(source.cone, reads, domain))
 
     def resized(self, source: Geometry, domain: Domain, cone: Sequence[Term]) -> Geometry:
         """That of what changes size and keeps its canvas."""
@@ -156,9 +171,11 @@ class Places:
         cone, cover = ([Term(t.columns, t.rows, not t.turned) for t in old] for old in (source.cone, terms))
         return Geometry(tuple(places), tuple(cone), self._cover(domain, cover))
 
-    @staticmethod
-    def seen(cone: Sequence[Term], reads: tuple[Reads, Reads]) -> list[Term]:
-        """The cone of what reads rows and columns of a value with a cone."""
+    def seen(self, cone: Sequence[Term], reads: tuple[Reads, Reads], domain: Domain) -> Sequence[Term]:
+        """The cone of what reads rows and columns of a value with a cone; ``domain`` is the resulting size."""
+        source = Domain(reads[0].shape[1], reads[1].shape[1])
+        if cone is self._everything.get(source) and bool(reads[0].any(1).all() and reads[1].any(1).all()):
+            return self.everything(domain)
         return [Term(_reached(reads[0], term.rows), _reached(reads[1], term.columns), term.turned) for term in cone]
 
     def terms(self, geometry: Geometry, domain: Domain) -> list[Term]:

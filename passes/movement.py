@@ -267,7 +267,7 @@ class Movement:
                 return self._sized(x, stencil)
         geometry = self.geometry(x)
         reads = self._probe.resize_reads(node, size, domain)
-        cone = self.places.everything(domain) if reads is None else self.places.seen(geometry.cone, reads)
+        cone = self.places.everything(domain) if reads is None else self.places.seen(geometry.cone, reads, domain)
         return self.places.resized(geometry, domain, cone)
 
     def _joined(self, node: fx.Node, layout: Spatial) -> Geometry | None:
@@ -297,7 +297,7 @@ class Movement:
                 place - at if at <= place < at + sizes[number] else OUTSIDE for place in range(len(tables[number]))
             ]
             reads = (_table_reads(tables[0], size.height), _table_reads(tables[1], size.width))
-            cone += self.places.seen(geometry.cone, reads)
+            cone += self.places.seen(geometry.cone, reads, domain)
             at += sizes[number]
         return self.places.made(domain, found, cone)
 
