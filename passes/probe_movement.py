@@ -23,7 +23,7 @@ from torch import Tensor, fx
 
 from fisedit_compile.passes.ir import shape_of, spatial_of
 from fisedit_compile.passes.layouts import Spatial
-from fisedit_compile.passes.marked_runs import REFUSALS, MarkedRun, evaluate, size_of
+from fisedit_compile.passes.marked_runs import REFUSALS, MarkedRun, coarse_size, evaluate, size_of
 from fisedit_compile.passes.targets import OVERLOAD
 from fisedit_compile.runtime.spec import Domain
 
