@@ -25,6 +25,7 @@ from fisedit_compile.passes.resample import FAMILY as RESAMPLE
 from fisedit_compile.passes.resample import PADS, POOLS, read_pad
 from fisedit_compile.passes.resample import read_stencil as read_resampling
 from fisedit_compile.passes.sparsify_attention import FAMILY as ATTENTION
+from fisedit_compile.passes.sparsify_attention import is_within
 from fisedit_compile.passes.sparsify_conv import read_convolution
 from fisedit_compile.passes.sparsify_layout import JOINS, PERMUTES, RESHAPES, permutation
 from fisedit_compile.passes.sparsify_linear import FAMILY as LINEAR
@@ -127,7 +128,7 @@ class Movement:
             return moved
         domain = layout.domain.whole
         here = [value for value in _maps(node) if _size(value) == domain]
-        if ATTENTION.matches(node.target) and here and node.args[0] is here[0]:
+        if ATTENTION.matches(node.target) and here and node.args[0] is here[0] and not is_within(node):
             return self.places.with_everything(self.geometry(here[0]), domain)
         stays = inferred or is_elementwise(node.target) or node.target in IN_PLACE or LINEAR.matches(node.target)
         if stays and here:
