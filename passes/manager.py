@@ -46,6 +46,7 @@ from fisedit_compile.passes.sparsify_pointwise import FAMILY as POINTWISE
 from fisedit_compile.passes.split_joined import split_joined
 from fisedit_compile.passes.tokens import declare_tokens
 from fisedit_compile.passes.undo_merges import undo_merges
+from fisedit_compile.passes.unfold_windows import unfold_windows
 from fisedit_compile.passes.verify import verify
 from fisedit_compile.runtime.spec import Domain, Stencil
 
@@ -131,6 +132,7 @@ def build_program(
     runner.run("join_slices", edit, lambda: join_slices(edit, report))
     runner.run("normalise_attention", edit, lambda: normalise_attention(edit, report))
     runner.run("undo_merges", edit, lambda: undo_merges(edit, report))
+    runner.run("unfold_windows", edit, lambda: unfold_windows(edit, inputs, report))
     runner.run("split_joined", edit, lambda: split_joined(edit, report))
     runner.run("propagate_domains", edit, lambda: propagate_domains(edit, inputs, kinds, report))
     if opaque is not None:

@@ -166,7 +166,9 @@ def attention_graph(prompt: bool, heads: bool, biased: bool) -> tuple[GraphBuild
 
 def dense_attention(heads: bool, mixed: torch.Tensor, source: torch.Tensor, weights) -> torch.Tensor:
     """Attention of tokens ``mixed`` [B, S, C] over ``source``."""
-    projected = [functional.linear(value, weight) for value, weight in zip((mixed, source, source), weights[:3])]
+    projected = [
+        functional.linear(value, weight) for value, weight in zip((mixed, source, source), weights[:3], strict=True)
+    ]
     if heads:
         projected = [value.unflatten(2, (3, 2)).transpose(1, 2) for value in projected]
     result = functional.scaled_dot_product_attention(*projected, *weights[3:])
