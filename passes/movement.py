@@ -20,6 +20,7 @@ from fisedit_compile.passes.geometry import Geometry, Places, joined
 from fisedit_compile.passes.ir import shape_of, spatial_of
 from fisedit_compile.passes.layouts import HEIGHT, NCHW, Spatial
 from fisedit_compile.passes.moves import CROPS, SPLITS, TURNS, Crop, joined_axis, read_crops, read_turn, transposed
+from fisedit_compile.passes.patches import patch_stencil
 from fisedit_compile.passes.probe_movement import MovementProbe
 from fisedit_compile.passes.resample import FAMILY as RESAMPLE
 from fisedit_compile.passes.resample import PADS, POOLS, read_pad
@@ -205,8 +206,9 @@ class Movement:
         size = _size(x)
         cut = domain.size < size.size
         kind = "pixel_unshuffle" if cut else "pixel_shuffle"
-        factor = max(size.height // max(domain.height, 1), domain.height // max(size.height, 1))
-        return self._sized(x, Stencil.of(kind, size, domain.whole, factor=factor))
+        fine, coarse = (size, domain) if cut else (domain, size)
+        factors = (fine.height // coarse.height, fine.width // coarse.width)
+        return self._sized(x, patch_stencil(kind, size, domain.whole, factors))
 
     def _sized(self, x: fx.Node, stencil: Stencil) -> Geometry:
         """That of a resize whose taps are known."""

@@ -1,19 +1,20 @@
 """What is folded into the batch stays a dimension of its own.
 
-Why: transformers with windows cut the map, put the windows of all samples one behind the other, ``[B * windows, T, C]``,
-and take them apart again behind their attention. A value whose samples are merged with something else has no layout
-that rows know. Kept apart, the windows are the positions of a coarser resolution (see patches.py), and what lies within
-one are channels.
+Why: transformers with windows cut the map, put the windows of all samples one behind the other,
+``[B * windows, T, C]``, and take them apart again behind their attention. A value whose samples are merged with
+something else has no layout that rows know. Kept apart, the windows are the positions of a coarser resolution (see
+patches.py), and what lies within one are channels.
 
-Before: ``w = reshape(x, [B * n, T, C])``; ``y = linear(w, p)``; ``z = reshape(y, [B, n, T, C])``     (x ``[B, n, T, C]``)
-After:  ``z = linear(x, p)``
+Before: ``y = linear(reshape(x, [B * n, T, C]), w)``; ``z = reshape(y, [B, n, T, C])``     (x ``[B, n, T, C]``)
+After:  ``z = linear(x, w)``
 
 Conditions:
-1. The fold merges the first dimension with those behind it, is made from an input that is no parameter, and that
-   input's first dimension is as long.
+1. The fold merges the samples, which are the first dimension or were permuted from there, with what is behind them; it
+   is made from an input that is no parameter, and has as many samples as that.
 2. Behind it, operators treat the folded dimension's indices alike: elementwise operators, linear layers, products, norms
    and reductions over other dimensions, attention, permutations, reshapes that keep it. Operands that are not folded
    have one element there, or all of them.
+   Something does so.
 3. What any other operator reads is folded again; a reshape that does not keep the folded dimension reads the elements
    as they are.
 """
@@ -43,7 +44,7 @@ PRODUCTS = {aten.matmul.default, aten.bmm.default}
 
 @dataclass(frozen=True)
 class Unfolded:
-    """A value whose dimension ``dim``, in the graph as it was, is ``sizes`` here: samples and what was merged with them.
+    """A value whose dimension ``dim`` is two here, of ``sizes``: samples, and what was merged with them.
 
     ``node`` has those two dimensions; its value is a list for operators with several results.
     """
@@ -66,18 +67,24 @@ class Unfolded:
         return dim + (dim > self.dim)
 
 
-def _fold(node: fx.Node) -> int | None:
-    """How many indices a reshape merges with the first dimension (condition 1); None when it does not."""
+def _samples(node: fx.Node) -> int:
+    """Which dimension of a value are the samples: the first, unless it was permuted."""
+    return permutation(node, len(shape_of(node))).index(0) if node.target in PERMUTES else 0
+
+
+def _fold(node: fx.Node) -> tuple[int, int] | None:
+    """The dimension in which a reshape merges samples with what is behind them, and with how much (condition 1)."""
     if node.target not in RESHAPES or not isinstance(node.args[0], fx.Node):
         return None
     before, after = shape_of(node.args[0]), shape_of(node)
-    if len(before) < 3 or len(after) < 2 or before[0] < 1 or math.prod(before) == 0:
+    dim = _samples(node.args[0])
+    if len(before) < dim + 3 or len(after) < dim + 2 or before[:dim] != after[:dim] or math.prod(before) == 0:
         return None
-    merged = before[0]
-    for size in before[1:-1]:
+    merged = before[dim]
+    for size in before[dim + 1 : -1]:
         merged *= size
-        if merged == after[0] and merged > before[0]:
-            return merged // before[0]
+        if merged == after[dim] and merged > before[dim]:
+            return dim, merged // before[dim]
     return None
 
 
@@ -87,19 +94,20 @@ class _Unfolder:
     def __init__(self, batches: set[int], derived: set[fx.Node]) -> None:
         self.batches, self.derived = batches, derived
         self.known: dict[fx.Node, Unfolded] = {}
-        self.folds = 0
+        self.folds: list[fx.Node] = []
 
     def visit(self, node: fx.Node) -> None:
         """Make a node's unfolded value if it has one, and let it read the unfolded values of its operands."""
-        count = _fold(node)
+        fold = _fold(node)
         source = node.args[0] if node.args else None
-        if count is not None and isinstance(source, fx.Node) and source not in self.known and source in self.derived:
-            batch = shape_of(source)[0]
+        if fold is not None and isinstance(source, fx.Node) and source not in self.known and source in self.derived:
+            dim, count = fold
+            batch, after = shape_of(source)[dim], shape_of(node)
             if batch in self.batches:
                 sizes = (batch, count)
-                new = insert_call(node, aten.reshape.default, source, [*sizes, *shape_of(node)[1:]])
-                self.known[node] = Unfolded(new, 0, sizes)
-                self.folds += 1
+                new = insert_call(node, aten.reshape.default, source, [*after[:dim], *sizes, *after[dim + 1 :]])
+                self.known[node] = Unfolded(new, dim, sizes)
+                self.folds.append(node)
             return
         if not any(value in self.known for value in node.all_input_nodes):
             return
@@ -126,10 +134,9 @@ class _Unfolder:
                 self.known[node] = Unfolded(new, dim, found.sizes)
                 return
         new = insert_call(node, aten.reshape.default, found.node, list(after))
-        count = _fold(new)
         node.replace_all_uses_with(new)
         self.derived.add(new)
-        if count is not None:  # more is merged with it
+        if _fold(new) is not None:  # more is merged with it
             self.visit(new)
 
     def _made(self, node: fx.Node) -> Unfolded | None:
@@ -304,9 +311,11 @@ class _Unfolder:
         return Unfolded(new, dim - vanishing * sum(other < dim for other in dims), found.sizes)
 
     def fold_again(self) -> None:
-        """Let everything else read folded values (condition 3)."""
+        """Let everything else read folded values (condition 3); a fold that nothing reads apart stays as it is."""
+        idle = {node for node in self.folds if not self.known[node].node.users}
+        self.folds = [node for node in self.folds if node not in idle]
         for node, found in self.known.items():
-            if isinstance(node.meta.get("val"), Tensor):
+            if isinstance(node.meta.get("val"), Tensor) and node not in idle:
                 readers = [user for user in node.users if user not in self.known]
                 if readers:
                     folded = insert_call(node, aten.reshape.default, found.node, list(shape_of(node)))
@@ -335,7 +344,7 @@ def unfold_windows(graph_module: fx.GraphModule, infos: Sequence[InputInfo], rep
                 derived.add(node)
             unfolder.visit(node)
     unfolder.fold_again()
-    for _ in range(unfolder.folds):
+    for _ in unfolder.folds:
         report.match(NAME)
     eliminate_dead_code(graph)
     graph.lint()

@@ -19,17 +19,18 @@ CHANNELS, HEADS = 12, 3
 KINDS = ("pixel", "border", "rectangle", "per-sample")
 
 
-def partition(x: Tensor, side: int) -> Tensor:
-    """``[B, H, W, C]`` to ``[B * windows, side * side, C]``."""
+def partition(x: Tensor, side: int, across: int | None = None) -> Tensor:
+    """``[B, H, W, C]`` to ``[B * windows, side * across, C]``."""
     batch, height, width, channels = x.shape
-    x = x.view(batch, height // side, side, width // side, side, channels)
-    return x.permute(0, 1, 3, 2, 4, 5).reshape(-1, side * side, channels)
+    across = across or side
+    x = x.view(batch, height // side, side, width // across, across, channels)
+    return x.permute(0, 1, 3, 2, 4, 5).reshape(-1, side * across, channels)
 
 
-def together(windows: Tensor, side: int, height: int, width: int) -> Tensor:
+def together(windows: Tensor, height: int, width: int, side: int, across: int | None = None) -> Tensor:
     """The inverse."""
-    channels = windows.shape[-1]
-    x = windows.reshape(-1, height // side, width // side, side, side, channels)
+    channels, across = windows.shape[-1], across or side
+    x = windows.reshape(-1, height // side, width // across, side, across, channels)
     return x.permute(0, 1, 3, 2, 4, 5).reshape(-1, height, width, channels)
 
 
@@ -89,7 +90,7 @@ class Block(nn.Module):
         size = padded.shape[1:3]
         moved = torch.roll(padded, (-shift, -shift), (1, 2)) if shift else padded
         mask = apart(*size, side, shift) if shift else None
-        attended = together(self.attend(partition(moved, side), mask), side, *size)
+        attended = together(self.attend(partition(moved, side), mask), *size, side)
         back = torch.roll(attended, (shift, shift), (1, 2)) if shift else attended
         x = x + back[:, :height, :width]
         return x + self.mlp(self.second(x))
@@ -110,17 +111,36 @@ class Swin(nn.Module):
 class Kernels(nn.Module):
     """Linear layers within windows of the padded map, without attention."""
 
-    def __init__(self) -> None:
+    def __init__(self, side: int, across: int) -> None:
         super().__init__()
-        self.mix, self.last = nn.Linear(9, 9), nn.Conv2d(3, 3, 3, padding=1)
+        self.side, self.across = side, across
+        self.mix, self.last = nn.Linear(side * across, side * across), nn.Conv2d(3, 3, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[2:]
-        padded = functional.pad(x.permute(0, 2, 3, 1), (0, 0, 0, -width % 3, 0, -height % 3))
-        windows = partition(padded, 3)
+        padded = functional.pad(x.permute(0, 2, 3, 1), (0, 0, 0, -width % self.across, 0, -height % self.side))
+        windows = partition(padded, self.side, self.across)
         mixed = windows + self.mix(windows.transpose(1, 2)).transpose(1, 2)
-        back = together(mixed, 3, *padded.shape[1:3])[:, :height, :width]
+        back = together(mixed, *padded.shape[1:3], self.side, self.across)[:, :height, :width]
         return self.last(back.permute(0, 3, 1, 2))
+
+
+class Crossed(nn.Module):
+    """Queries of windows, keys and values of another projection, packed apart in front of the samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.pair = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 8, 3, padding=1)
+        self.last = nn.Conv2d(4, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, _, height, width = x.shape
+        shape = (batch, -1, height // 3, 3, width // 5, 5)
+        query = self.query(x).view(shape).permute(0, 2, 4, 3, 5, 1).reshape(-1, 15, 4)
+        pair = self.pair(x).view(batch, 2, 4, *shape[2:]).permute(1, 0, 3, 5, 4, 6, 2)
+        key, value = pair.reshape(2, -1, 15, 4).unbind(0)
+        found = ((query @ key.transpose(1, 2)).softmax(-1) @ value).view(batch, height // 3, width // 5, 3, 5, 4)
+        return self.last(found.permute(0, 5, 1, 3, 2, 4).reshape(batch, 4, height, width))
 
 
 NETWORKS: dict[str, tuple[tuple[int, int], Callable[[], nn.Module]]] = {
@@ -128,7 +148,9 @@ NETWORKS: dict[str, tuple[tuple[int, int], Callable[[], nn.Module]]] = {
     "fused": ((22, 27), lambda: Swin(4, "fused", 2)),
     "cosine": ((23, 17), lambda: Swin(7, "cosine", 3)),
     "one row of windows": ((7, 25), lambda: Swin(8, "fused", 3)),
-    "linear": ((13, 17), Kernels),
+    "linear": ((13, 17), lambda: Kernels(3, 3)),
+    "not square": ((13, 19), lambda: Kernels(2, 4)),
+    "keys apart": ((21, 25), Crossed),
 }
 
 
