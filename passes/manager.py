@@ -53,8 +53,8 @@ from fisedit_compile.runtime.spec import Domain, Stencil
 logger = logging.getLogger(__name__)
 
 #: Passes that may be left out: what they would have rewritten stays dense.
-OPTIONAL = ("expand_layers", "join_slices", "normalise_attention", "undo_merges", "sparsify_conv", "sparsify_norm",
-            "sparsify_attention", "sparsify_linear", "sparsify_layout", "sparsify_complex", "sparsify_pointwise",
+OPTIONAL = ("expand_layers", "join_slices", "normalise_attention", "undo_merges", "unfold_windows", "sparsify_conv",
+            "sparsify_norm", "sparsify_attention", "sparsify_linear", "sparsify_layout", "sparsify_complex", "sparsify_pointwise",
             "resample", "hoist_invariants", "choose_convolution", "convolve_maps",
             "multiply_maps", "pack_weights")  # fmt: skip
 

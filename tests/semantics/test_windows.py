@@ -143,6 +143,23 @@ class Crossed(nn.Module):
         return self.last(found.permute(0, 5, 1, 3, 2, 4).reshape(batch, 4, height, width))
 
 
+class Grid(nn.Module):
+    """Attention between positions that lie at the same place of each of 4x4 blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.packed = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4, 12)
+        self.last = nn.Conv2d(4, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, _, height, width = x.shape
+        x = self.before(x).permute(0, 2, 3, 1)
+        grid = x.view(batch, 4, height // 4, 4, width // 4, 4).permute(0, 2, 4, 1, 3, 5).reshape(-1, 16, 4)
+        found = functional.scaled_dot_product_attention(*self.packed(grid).chunk(3, -1))
+        found = found.view(batch, height // 4, width // 4, 4, 4, 4).permute(0, 3, 1, 4, 2, 5)
+        return self.last((x + found.reshape(batch, height, width, 4)).permute(0, 3, 1, 2))
+
+
 NETWORKS: dict[str, tuple[tuple[int, int], Callable[[], nn.Module]]] = {
     "product": ((22, 27), lambda: Swin(4)),
     "fused": ((22, 27), lambda: Swin(4, "fused", 2)),
@@ -151,6 +168,7 @@ NETWORKS: dict[str, tuple[tuple[int, int], Callable[[], nn.Module]]] = {
     "linear": ((13, 17), lambda: Kernels(3, 3)),
     "not square": ((13, 19), lambda: Kernels(2, 4)),
     "keys apart": ((21, 25), Crossed),
+    "grid": ((20, 28), Grid),
 }
 
 
