@@ -31,7 +31,7 @@ from torch import fx
 from fisedit_compile.passes.arguments import read_arguments
 from fisedit_compile.passes.family import Family, Inferred, rewrite_family
 from fisedit_compile.passes.ir import RowsBuilder, shape_of, spatial_of
-from fisedit_compile.passes.layouts import BATCH, CHANNEL, SPACE
+from fisedit_compile.passes.layouts import BATCH, CHANNEL, SPACE, Spatial
 from fisedit_compile.passes.report import Report
 from fisedit_compile.passes.targets import aten
 
@@ -89,11 +89,27 @@ def _mask_rows(node: fx.Node, builder: RowsBuilder) -> fx.Node | None:
 
 
 def _attend_within(node: fx.Node, builder: RowsBuilder) -> None:
-    """Attention of the tokens of each active position."""
+    """Attention of the tokens of each active position, samples and positions as one batch where there are heads."""
     given = read_arguments(node)
     rows = [builder.rows(given[name]) for name in ("query", "key", "value")]  # [B, N, *heads, tokens, D]
-    output = builder.call(node.target, *rows, _mask_rows(node, builder), scale=given["scale"])
-    builder.replace(output)
+    mask = _mask_rows(node, builder)
+    spatial = spatial_of(given["query"])
+    assert spatial is not None
+    batch, *channels = (shape_of(node)[dim] for dim in (spatial.batch_dim, *spatial.channel_dims))
+    # A mask for each sample, but not for each position, would have to be repeated.
+    sizes = [1, 1] if mask is None else _sizes(given["attn_mask"], spatial)
+    folded = len(channels) == 3 and (sizes[0] == 1 or max(sizes[1:]) > 1)
+    if folded:
+        rows = [builder.call(aten.flatten.using_ints, value, 0, 1) for value in rows]
+        mask = mask if mask is None else builder.call(aten.flatten.using_ints, mask, 0, 1)
+    output = builder.call(node.target, *rows, mask, scale=given["scale"])
+    builder.replace(builder.call(aten.reshape.default, output, [batch, -1, *channels]) if folded else output)
+
+
+def _sizes(mask: fx.Node, spatial: Spatial) -> list[int]:
+    """How many samples and positions a mask tells apart."""
+    shape = (1,) * (len(spatial.dims) - len(shape_of(mask))) + shape_of(mask)
+    return [shape[spatial.batch_dim], *(shape[dim] for dim in spatial.space_dims)]
 
 
 def _attend_with_mask(node: fx.Node, builder: RowsBuilder) -> None:
@@ -117,9 +133,9 @@ def _attend_with_mask(node: fx.Node, builder: RowsBuilder) -> None:
             operand = with_heads_first(whole)
         operands.append(operand)
     if mask is not None and shape_of(mask)[-2:-1] not in ((), (1,)):
-        rows = _mask_rows(node, builder)
-        assert rows is not None
-        mask = with_heads_first(rows)
+        differing = _mask_rows(node, builder)
+        assert differing is not None
+        mask = with_heads_first(differing)
     output = builder.call(node.target, *operands, mask, scale=given["scale"])
     builder.replace(with_heads_first(output))
 

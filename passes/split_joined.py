@@ -16,9 +16,9 @@ Conditions:
    layers and norms over other dimensions, permutations, reshapes that keep it, and attention, where it counts the
    queries and where a mask made of joined values is the same for all of them; or overwrite exactly one of the parts
    (rotary positions written into those of the picture).
-3. The cut takes some of the elements; or the graph returns the value as it is (a class token in front of those of the
-   picture), or attention is among the operators, and something that is not reads their result: then the parts are joined
-   again there.
+3. The cut takes some of the elements. Or tokens ``[B, T, C]`` are joined and the graph returns the value as it is (a
+   class token in front of the picture's), or attention is among the operators and something that is not reads their
+   result: then the parts are joined again there.
 """
 
 from __future__ import annotations

@@ -11,10 +11,9 @@ After:  ``z = linear(x, w)``
 Conditions:
 1. The fold merges the samples, which are the first dimension or were permuted from there, with what is behind them; it
    is made from an input that is no parameter, and has as many samples as that.
-2. Behind it, operators treat the folded dimension's indices alike: elementwise operators, linear layers, products, norms
-   and reductions over other dimensions, attention, permutations, reshapes that keep it. Operands that are not folded
-   have one element there, or all of them.
-   Something does so.
+2. An operator behind it treats the indices of the folded dimension alike: elementwise operators, linear layers,
+   products, norms and reductions over other dimensions, attention, permutations, reshapes that keep it. Operands that are
+   not folded have one element there, or all of them.
 3. What any other operator reads is folded again; a reshape that does not keep the folded dimension reads the elements
    as they are.
 """
@@ -207,11 +206,11 @@ class _Unfolder:
         if min(len(shape_of(left)), len(shape_of(right))) < 2:
             return None
         if left in self.known and len(shape_of(right)) == 2:
-            found = self.known[left]
-            if right in self.known or found.dim == rank - 1:
+            known = self.known[left]
+            if right in self.known or known.dim == rank - 1:
                 return None
-            new = insert_call(node, aten.matmul.default, found.node, right)
-            return Unfolded(new, found.dim, found.sizes)
+            new = insert_call(node, aten.matmul.default, known.node, right)
+            return Unfolded(new, known.dim, known.sizes)
         places = {
             (found.dim + rank - len(shape_of(value)), found.sizes)
             for value in (left, right)

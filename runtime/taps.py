@@ -50,7 +50,9 @@ def axis_taps(stencil: Stencil) -> tuple[AxisTaps, AxisTaps]:
 
 
 def subpositions(stencil: Stencil, positions: Tensor) -> Tensor:
-    """Which of its ``height * width`` channels, the two factors, of each output channel a target position of a pixel shuffle reads.
+    """Which channel of those of each output channel a target position of a pixel shuffle reads.
+
+    There are ``height * width`` of them, the two factors.
 
     Args:
         stencil: of kind ``pixel_shuffle``.
