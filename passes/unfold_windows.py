@@ -12,8 +12,8 @@ Conditions:
 1. The fold merges the samples, which are the first dimension or were permuted from there, with what is behind them; it
    is made from an input that is no parameter, and has as many samples as that.
 2. An operator behind it treats the indices of the folded dimension alike: elementwise operators, linear layers,
-   products, norms and reductions over other dimensions, attention, permutations, reshapes that keep it. Operands that are
-   not folded have one element there, or all of them.
+   products, norms and reductions over other dimensions, attention, permutations, reshapes that keep it. Operands that
+   are not folded have one element there, or all of them.
 3. What any other operator reads is folded again; a reshape that does not keep the folded dimension reads the elements
    as they are.
 """
