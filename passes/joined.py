@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor, fx
 
@@ -64,7 +65,7 @@ def _attended(node: fx.Node, known: Known) -> Joined | None:
     if mask is None:
         return query
     keys = known.get(mask)  # all parts read all keys
-    if shape_of(mask)[-2:-1] != (1,) or (mask in known and keys != Joined(len(shape_of(mask)) - 1, query.sizes)):
+    if mask in known and (shape_of(mask)[-2:-1] != (1,) or keys != Joined(len(shape_of(mask)) - 1, query.sizes)):
         return None
     return query
 
@@ -147,15 +148,21 @@ def _of_first(node: fx.Node, joined: Joined) -> Joined | list[Joined] | None:
     return None
 
 
-@dataclass(frozen=True)
-class Cut:
-    """Elements ``start`` to ``stop`` of part ``number`` of ``source``; ``node`` stands for them."""
+class Elements(NamedTuple):
+    """Elements ``start`` to ``stop`` of part ``number``."""
 
-    node: fx.Node
-    source: fx.Node
     number: int
     start: int
     stop: int
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Elements of one part of ``source``, or of several that follow each other; ``node`` stands for them."""
+
+    node: fx.Node
+    source: fx.Node
+    elements: tuple[Elements, ...]
 
 
 def _bounds(node: fx.Node, joined: Joined) -> list[tuple[fx.Node, int, int]]:
@@ -178,14 +185,40 @@ def _bounds(node: fx.Node, joined: Joined) -> list[tuple[fx.Node, int, int]]:
     return []
 
 
-def find_cuts(node: fx.Node, joined: Joined) -> list[Cut]:
-    """The readers of a joined value that take elements of one part."""
+def find_cuts(node: fx.Node, joined: Joined, root: bool) -> list[Cut]:
+    """The readers of a joined value that take some of its elements; those of one part, where it is the join itself."""
     found = []
     for reader in node.users:
         for result, start, stop in _bounds(reader, joined) if reader.args and reader.args[0] is node else ():
-            begin = 0
-            for number, size in enumerate(joined.sizes):
-                if begin <= start < stop <= begin + size:
-                    found.append(Cut(result, node, number, start - begin, stop - begin))
-                begin += size
+            if start >= stop or (start, stop) == (0, sum(joined.sizes)):
+                continue
+            ends = list(itertools.accumulate(joined.sizes, initial=0))
+            elements = [
+                Elements(number, max(start, first) - first, min(stop, last) - first)
+                for number, (first, last) in enumerate(itertools.pairwise(ends))
+                if max(start, first) < min(stop, last)
+            ]
+            if len(elements) == 1 or not root:
+                found.append(Cut(result, node, tuple(elements)))
+    return found
+
+
+def find_ends(nodes: Collection[fx.Node], known: Known, roots: Collection[fx.Node]) -> list[fx.Node]:
+    """The values that are read as they are, joined, at the end of what treats their parts alike.
+
+    Where attention reads them, that is whatever reads them; where tokens ``[B, T, C]`` are joined, the graph's output.
+    """
+    attended = any(node.target is aten.scaled_dot_product_attention.default for node in known)
+    tokens = any(len(shape_of(root)) == 3 and known[root] == Joined(1, known[root].sizes) for root in roots)  # type: ignore[union-attr]
+
+    def reads(user: fx.Node, joined: Joined) -> bool:
+        if user.op == "output":
+            return attended or tokens
+        return attended and user not in known and not _bounds(user, joined)
+
+    found = []
+    for node in nodes:
+        joined = known.get(node)
+        if isinstance(joined, Joined) and node not in roots and any(reads(user, joined) for user in node.users):
+            found.append(node)
     return found

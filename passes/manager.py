@@ -23,6 +23,7 @@ from fisedit_compile.passes.deferred import copy_graph
 from fisedit_compile.passes.densify import densify
 from fisedit_compile.passes.expand_layers import expand_layers
 from fisedit_compile.passes.family import Family, rewrite_nodes
+from fisedit_compile.passes.fold_attention import fold_attention
 from fisedit_compile.passes.hoist_invariants import hoist_invariants
 from fisedit_compile.passes.hoist_parameters import hoist_parameters
 from fisedit_compile.passes.insert_cache_ops import insert_cache_ops
@@ -46,15 +47,16 @@ from fisedit_compile.passes.sparsify_pointwise import FAMILY as POINTWISE
 from fisedit_compile.passes.split_joined import split_joined
 from fisedit_compile.passes.tokens import declare_tokens
 from fisedit_compile.passes.undo_merges import undo_merges
+from fisedit_compile.passes.unfold_windows import unfold_windows
 from fisedit_compile.passes.verify import verify
 from fisedit_compile.runtime.spec import Domain, Stencil
 
 logger = logging.getLogger(__name__)
 
 #: Passes that may be left out: what they would have rewritten stays dense.
-OPTIONAL = ("expand_layers", "join_slices", "normalise_attention", "undo_merges", "sparsify_conv", "sparsify_norm",
-            "sparsify_attention", "sparsify_linear", "sparsify_layout", "sparsify_complex", "sparsify_pointwise",
-            "resample", "hoist_invariants", "choose_convolution", "convolve_maps",
+OPTIONAL = ("expand_layers", "join_slices", "normalise_attention", "undo_merges", "unfold_windows", "sparsify_conv",
+            "sparsify_norm", "sparsify_attention", "sparsify_linear", "sparsify_layout", "sparsify_complex",
+            "sparsify_pointwise", "resample", "hoist_invariants", "choose_convolution", "convolve_maps",
             "multiply_maps", "pack_weights")  # fmt: skip
 
 
@@ -131,6 +133,7 @@ def build_program(
     runner.run("join_slices", edit, lambda: join_slices(edit, report))
     runner.run("normalise_attention", edit, lambda: normalise_attention(edit, report))
     runner.run("undo_merges", edit, lambda: undo_merges(edit, report))
+    runner.run("unfold_windows", edit, lambda: unfold_windows(edit, inputs, report))
     runner.run("split_joined", edit, lambda: split_joined(edit, report))
     runner.run("propagate_domains", edit, lambda: propagate_domains(edit, inputs, kinds, report))
     if opaque is not None:
@@ -141,6 +144,7 @@ def build_program(
         runner.run(family.name, edit, lambda family=family: rewrite_nodes(family, edit.graph, report))  # type: ignore[misc]
     runner.run("densify", edit, lambda: densify(edit, report))
     report.mac_counts = list(count_macs(record.graph, edit.graph))
+    runner.run("fold_attention", record, lambda: fold_attention(record, report))
     runner.run("lower_conversions", edit, lambda: lower_conversions(edit, report))
     eliminate_dead_code(edit.graph)
     runner.run("insert_cache_ops", edit, lambda: insert_cache_ops(edit, record, report))

@@ -20,11 +20,13 @@ from fisedit_compile.passes.geometry import Geometry, Places, joined
 from fisedit_compile.passes.ir import spatial_of
 from fisedit_compile.passes.layouts import HEIGHT, NCHW, Spatial
 from fisedit_compile.passes.moves import CROPS, SPLITS, TURNS, Crop, joined_axis, read_crops, read_turn, transposed
+from fisedit_compile.passes.patches import patch_stencil
 from fisedit_compile.passes.probe_movement import MovementProbe
 from fisedit_compile.passes.resample import FAMILY as RESAMPLE
 from fisedit_compile.passes.resample import PADS, POOLS, read_pad
 from fisedit_compile.passes.resample import read_stencil as read_resampling
 from fisedit_compile.passes.sparsify_attention import FAMILY as ATTENTION
+from fisedit_compile.passes.sparsify_attention import is_within
 from fisedit_compile.passes.sparsify_conv import read_convolution
 from fisedit_compile.passes.sparsify_layout import JOINS, PERMUTES, RESHAPES, permutation
 from fisedit_compile.passes.sparsify_linear import FAMILY as LINEAR
@@ -135,7 +137,7 @@ class Movement:
             return moved
         domain = layout.domain.whole
         here = [value for value in _maps(node) if _size(value) == domain]
-        if ATTENTION.matches(node.target) and here and node.args[0] is here[0]:
+        if ATTENTION.matches(node.target) and here and node.args[0] is here[0] and not is_within(node):
             return self.places.with_everything(self.geometry(here[0]), domain)
         stays = inferred or is_elementwise(node.target) or node.target in IN_PLACE or LINEAR.matches(node.target)
         if stays and here:
@@ -213,8 +215,9 @@ class Movement:
         size = _size(x)
         cut = domain.size < size.size
         kind = "pixel_unshuffle" if cut else "pixel_shuffle"
-        factor = max(size.height // max(domain.height, 1), domain.height // max(size.height, 1))
-        return self._sized(x, Stencil.of(kind, size, domain.whole, factor=factor))
+        fine, coarse = (size, domain) if cut else (domain, size)
+        factors = (fine.height // coarse.height, fine.width // coarse.width)
+        return self._sized(x, patch_stencil(kind, size, domain.whole, factors))
 
     def _sized(self, x: fx.Node, stencil: Stencil) -> Geometry:
         """That of a resize whose taps are known."""

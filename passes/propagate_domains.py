@@ -50,6 +50,7 @@ from fisedit_compile.passes.program import InputInfo
 from fisedit_compile.passes.recognise import Recogniser
 from fisedit_compile.passes.report import Report
 from fisedit_compile.passes.sparsify_attention import FAMILY as ATTENTION
+from fisedit_compile.passes.sparsify_attention import is_within
 from fisedit_compile.passes.sparsify_layout import ALIAS, JOINS
 from fisedit_compile.passes.sparsify_norm import TARGETS as NORMS
 from fisedit_compile.passes.targets import RESOLUTION_CHANGES, aten, is_elementwise
@@ -117,7 +118,7 @@ def find_resolutions(derived: Sequence[fx.Node], batch: int, domains: set[Domain
 def _meet(node: fx.Node, movement: Movement, derived: dict[fx.Node, None]) -> None:
     """Bring operands of one size to the place of the result: what a row operator reads has the rows that it makes."""
     operands = [value for value in dict.fromkeys(node.all_input_nodes) if spatial_of(value) is not None]
-    if ATTENTION.matches(node.target):
+    if ATTENTION.matches(node.target) and not is_within(node):
         _meet_keys(node, [value for value in operands if value is not node.args[0]], movement, derived)
         operands = [value for value in operands if value is node.args[0]]
     elif node.target in JOINS and (known := spatial_of(operands[0])) is not None and joined_axis(node, known):
@@ -189,16 +190,18 @@ def _domain(node: fx.Node) -> Domain:
 
 
 def _mask_outputs(graph: fx.Graph, movement: Movement, derived: dict[fx.Node, None]) -> None:
-    """Bring each output to the place at which it is masked."""
+    """Bring each output, and what is joined with other tokens to one, to the place at which it is masked."""
     output = next(iter(reversed(graph.nodes)))
-    for value in output.all_input_nodes:
-        spatial = spatial_of(value)
-        if spatial is None or value.op == "placeholder":
-            continue
-        geometry = movement.geometry(value)
-        cover = movement.places.output(geometry, spatial.domain.whole)
-        if cover != spatial.domain.cover:
-            output.replace_input_with(value, _at(value, output, replace(geometry, cover=cover), movement, derived))
+    joins = [value for value in output.all_input_nodes if value.target in JOINS and spatial_of(value) is None]
+    for reader in (output, *joins):
+        for value in reader.all_input_nodes:
+            spatial = spatial_of(value)
+            if spatial is None or value.op == "placeholder":
+                continue
+            geometry = movement.geometry(value)
+            cover = movement.places.output(geometry, spatial.domain.whole)
+            if cover != spatial.domain.cover:
+                reader.replace_input_with(value, _at(value, reader, replace(geometry, cover=cover), movement, derived))
 
 
 def _annotate(

@@ -13,7 +13,7 @@ What is cut, joined or turned along height and width, or has them exchanged: mov
 
 Conditions:
 1. Every dimension group keeps positions, samples and channels apart (see layouts.reshape_layout), or cuts the map
-   into square patches or puts them together (see patches.py). Writes into channels: writes.py.
+   into patches or windows or puts them together (see patches.py). Writes into channels: writes.py.
 2. What is overwritten, squeezed or expanded is a channel dimension; what is joined or cut is one, or height or width.
 3. All joined values have the same dimensions, also a value and what is written into it; one that is not spatial has
    its full size.

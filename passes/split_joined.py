@@ -1,8 +1,9 @@
 """What is joined along a dimension and cut apart again later is computed part by part.
 
-Why: transformers join tokens of a prompt, or a class token, with those of the picture, treat all of them alike, and cut
-them apart at their end (Stable Diffusion 3, AuraFlow, vision transformers). Joined, they are not the positions of a
-picture, and everything would stay dense; part by part, those of the picture are rows.
+Why: transformers join tokens of a prompt, or class and register tokens, with those of the picture, treat all of them
+alike, and cut them apart at their end (Stable Diffusion 3, AuraFlow, vision transformers) or return them. Joined, they
+are not the positions of a picture, and everything would stay dense, and what is returned would not be masked; part by
+part, those of the picture are rows.
 
 Before: ``j = cat([t, x], 1)``; ``y = linear(j, w)``; ``z = scaled_dot_product_attention(y, y, y)``;
         ``r = slice(z, 1, T, T + S)``
@@ -13,8 +14,11 @@ Conditions:
 1. Values are joined along another dimension than the first.
 2. Between the join and the cut, operators treat the indices of that dimension alike: elementwise operators, linear
    layers and norms over other dimensions, permutations, reshapes that keep it, and attention, where it counts the
-   queries; or overwrite exactly one of the parts (rotary positions written into those of the picture).
-3. The cut takes elements of one part.
+   queries and where a mask made of joined values is the same for all of them; or overwrite exactly one of the parts
+   (rotary positions written into those of the picture).
+3. The cut takes some of the elements. Or tokens ``[B, T, C]`` are joined and the graph returns the value as it is (a
+   class token in front of the picture's), or attention is among the operators and something that is not reads their
+   result: then the parts are joined again there.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ from torch import Tensor, fx
 
 from fisedit_compile.passes.arguments import read_arguments
 from fisedit_compile.passes.ir import eliminate_dead_code, insert_call, shape_of
-from fisedit_compile.passes.joined import Cut, Joined, behind, find_cuts, written_part
+from fisedit_compile.passes.joined import Cut, Joined, behind, find_cuts, find_ends, written_part
 from fisedit_compile.passes.report import Report
 from fisedit_compile.passes.sparsify_layout import RESHAPES
 from fisedit_compile.passes.targets import aten, is_elementwise
@@ -80,7 +84,7 @@ class _Splitter:
         if node.target is aten.scaled_dot_product_attention.default:
             given = read_arguments(node)
             operands = (self.part(given["query"], number), self.whole(given["key"]), self.whole(given["value"]))
-            mask = () if given["attn_mask"] is None else (self.whole(given["attn_mask"]),)
+            mask = () if given["attn_mask"] is None else (self._mask(node, given["attn_mask"], number),)
             keywords = {"enable_gqa": True} if given.get("enable_gqa") else {}
             return insert_call(node, node.target, *operands, *mask, scale=given["scale"], **keywords)
         if node.target in RESHAPES or node.target is aten.expand.default:
@@ -115,15 +119,32 @@ class _Splitter:
         start = sum(joined.sizes[:number])
         return insert_call(node, aten.slice.Tensor, value, dim, start, start + joined.sizes[number])
 
+    def _mask(self, node: fx.Node, mask: fx.Node, number: int) -> fx.Node:
+        """What an attention's mask says of the queries of a part."""
+        joined, rank = self.joined[node], len(shape_of(mask))
+        assert isinstance(joined, Joined)
+        whole = self.whole(mask)
+        if rank < 2 or shape_of(mask)[-2] == 1:
+            return whole
+        start = sum(joined.sizes[:number])
+        return insert_call(node, aten.slice.Tensor, whole, rank - 2, start, start + joined.sizes[number])
+
     def replace(self, cut: Cut) -> None:
-        """Take a cut from its part."""
+        """Take a cut from its parts."""
         node, joined = cut.node, self.joined[cut.source]
         assert isinstance(joined, Joined)
-        new = self.part(cut.source, cut.number)
         if node.target is aten.select.int:
-            new = insert_call(node, aten.select.int, new, joined.dim, cut.start)
-        elif (cut.start, cut.stop) != (0, joined.sizes[cut.number]):
-            new = insert_call(node, aten.slice.Tensor, new, joined.dim, cut.start, cut.stop)
+            (elements,) = cut.elements
+            part = self.part(cut.source, elements.number)
+            node.replace_all_uses_with(insert_call(node, aten.select.int, part, joined.dim, elements.start))
+            return
+        pieces = []
+        for number, start, stop in cut.elements:
+            part = self.part(cut.source, number)
+            if (start, stop) != (0, joined.sizes[number]):
+                part = insert_call(node, aten.slice.Tensor, part, joined.dim, start, stop)
+            pieces.append(part)
+        new = pieces[0] if len(pieces) == 1 else insert_call(node, aten.cat.default, pieces, joined.dim)
         node.replace_all_uses_with(new)
 
 
@@ -150,12 +171,20 @@ def _analyse(
 
 
 def _split(nodes: Sequence[fx.Node], sizes: tuple[int, ...]) -> int:
-    """Compute part by part what is joined of parts of these sizes; returns the number of cuts."""
+    """Compute part by part what is joined of parts of these sizes; returns the number of cuts and ends."""
     joined, roots = _analyse(nodes, sizes)
     splitter = _Splitter(joined, roots)
-    cuts = [cut for node, value in joined.items() if isinstance(value, Joined) for cut in find_cuts(node, value)]
+    ends = find_ends(nodes, joined, roots)
+    cuts = [
+        cut
+        for node, value in joined.items()
+        if isinstance(value, Joined)
+        for cut in find_cuts(node, value, node in roots)
+    ]
     for cut in cuts:
         splitter.replace(cut)
+    for node in ends:
+        splitter.whole(node)
     # Whoever else reads a value that is now made part by part reads the parts joined: nothing is computed twice.
     made: set[fx.Node] = set()
     while missing := {node for node, _ in splitter.parts} - made:
@@ -164,7 +193,7 @@ def _split(nodes: Sequence[fx.Node], sizes: tuple[int, ...]) -> int:
             splitter.whole(node)
     for node, whole in splitter.wholes.items():
         node.replace_all_uses_with(whole)
-    return len(cuts)
+    return len(cuts) + len(ends)
 
 
 def split_joined(graph_module: fx.GraphModule, report: Report) -> fx.GraphModule:

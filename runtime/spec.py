@@ -79,8 +79,16 @@ class Stencil:
         if self.kind == "bilinear":
             return 4
         if self.kind == "pixel_unshuffle":
-            return self.integer("factor") ** 2
+            height, width = self.factors
+            return height * width
         return 1
+
+    @property
+    def factors(self) -> tuple[int, int]:
+        """By how much a pixel shuffle multiplies, or its inverse divides, height and width: ``factor``, and for the
+        width ``factor_x`` where that is another."""
+        names = dict(self.parameters)
+        return self.integer("factor"), self.integer("factor_x" if "factor_x" in names else "factor")
 
 
 @dataclass(frozen=True)

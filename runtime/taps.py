@@ -50,17 +50,19 @@ def axis_taps(stencil: Stencil) -> tuple[AxisTaps, AxisTaps]:
 
 
 def subpositions(stencil: Stencil, positions: Tensor) -> Tensor:
-    """Which of its ``factor**2`` channels of each output channel a target position of a pixel shuffle reads.
+    """Which channel of those of each output channel a target position of a pixel shuffle reads.
+
+    There are ``height * width`` of them, the two factors.
 
     Args:
         stencil: of kind ``pixel_shuffle``.
         positions: int64, any shape, in the target domain.
 
     Returns:
-        int64 of the same shape, ``(y % factor) * factor + x % factor``.
+        int64 of the same shape, ``(y % height) * width + x % width``.
     """
-    factor, width = stencil.integer("factor"), stencil.target.width
-    return (positions // width % factor) * factor + positions % width % factor
+    (height, width), columns = stencil.factors, stencil.target.width
+    return (positions // columns % height) * width + positions % columns % width
 
 
 def _kernel(stencil: Stencil, axis: str) -> int:
@@ -129,11 +131,11 @@ def _pad(stencil: Stencil, axis: str, source: int, target: int) -> AxisTaps:
 
 
 def _pixel_shuffle(stencil: Stencil, axis: str, source: int, target: int) -> AxisTaps:
-    return AxisTaps(_bounded(torch.arange(target).view(target, 1) // stencil.integer("factor"), source))
+    return AxisTaps(_bounded(torch.arange(target).view(target, 1) // stencil.factors[axis == "x"], source))
 
 
 def _pixel_unshuffle(stencil: Stencil, axis: str, source: int, target: int) -> AxisTaps:
-    factor = stencil.integer("factor")
+    factor = stencil.factors[axis == "x"]
     return AxisTaps(_bounded(torch.arange(target)[:, None] * factor + torch.arange(factor), source))
 
 

@@ -175,8 +175,9 @@ class Reference:
             if node not in derived or node.op != "call_function":
                 continue
             results = [value for value in flatten(node.meta.get("val")) if value.dim() == 4]
-            if self._leads_to_a_resolution(node, resolutions):
-                resolutions |= {height_and_width(value) for value in results}
+            last = self._keeps_channels_last(node, resolutions)
+            if last or self._leads_to_a_resolution(node, resolutions):
+                resolutions |= {tuple(value.shape[1:3]) if last else height_and_width(value) for value in results}
         self.resolutions = sorted(resolutions)
         places: dict[str, tuple[Place | None, ...]] = {}
         joins: set[tuple[int, int, int, int]] = set()
@@ -205,6 +206,17 @@ class Reference:
             return False
         joins = node.target is aten.cat.default and node.args[1:] and node.args[1] % 4 > 1
         return joins or permutation(node) == [0, 1, 3, 2] or node.target is aten.slice.Tensor
+
+    @staticmethod
+    def _keeps_channels_last(node: fx.Node, resolutions: set[tuple[int, int]]) -> bool:
+        """Whether a node pads or cuts a map ``[B, H, W, C]``."""
+        source = node.args[0] if node.args else None
+        value = source.meta.get("val") if isinstance(source, fx.Node) else None
+        if "pad" not in str(node.target) and node.target is not aten.slice.Tensor:
+            return False
+        if not isinstance(value, Tensor) or value.dim() != 4:
+            return False
+        return tuple(value.shape[1:3]) in resolutions and height_and_width(value) not in resolutions
 
     def _find_fields(self, sources: set[fx.Node]) -> dict[str, tuple[Field, ...]]:
         """What the positions of each value stand for."""

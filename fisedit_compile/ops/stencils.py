@@ -153,23 +153,24 @@ def pack_conv_weight(weight: Tensor, transposed: bool, groups: int) -> Tensor:
     return packed.view(weight.shape[0], -1)
 
 
-def _pixel_select_shape(taps: Tensor, subposition: Tensor, factor: int) -> Tensor:
-    return taps.new_empty((taps.shape[0], taps.shape[1], taps.shape[3] // (factor * factor)))
+def _pixel_select_shape(taps: Tensor, subposition: Tensor, factor: int, factor_x: int | None = None) -> Tensor:
+    return taps.new_empty((taps.shape[0], taps.shape[1], taps.shape[3] // (factor * (factor_x or factor))))
 
 
-@operator("(Tensor taps, Tensor subposition, int factor) -> Tensor", _pixel_select_shape)
-def pixel_select(taps: Tensor, subposition: Tensor, factor: int) -> Tensor:
+@operator("(Tensor taps, Tensor subposition, int factor, int? factor_x=None) -> Tensor", _pixel_select_shape)
+def pixel_select(taps: Tensor, subposition: Tensor, factor: int, factor_x: int | None = None) -> Tensor:
     """The channels of a pixel shuffle that belong to each target row.
 
     Args:
-        taps: ``[B, N, 1, C * factor**2]``, the source row of each target row.
-        subposition: int64 ``[1 or B, N]``, ``(y % factor) * factor + x % factor``.
-        factor: upscale factor.
+        taps: ``[B, N, 1, C * factor * factor_x]``, the source row of each target row.
+        subposition: int64 ``[1 or B, N]``, ``(y % factor) * factor_x + x % factor_x``.
+        factor: by which the height grows.
+        factor_x: by which the width grows; None for as much.
 
     Returns:
         ``[B, N, C]``, contiguous.
     """
     batch, count = taps.shape[:2]
-    split = taps.reshape(batch, count, -1, factor * factor)
+    split = taps.reshape(batch, count, -1, factor * (factor_x or factor))
     chosen = subposition[:, :, None, None].expand(batch, count, split.shape[2], 1)
     return split.gather(3, chosen).squeeze(3)

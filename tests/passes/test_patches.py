@@ -63,9 +63,10 @@ def test_putting_together(shape, dims, change, after, order, channels) -> None:
 @pytest.mark.parametrize(
     ("shape", "dims", "domain", "change"),
     [
-        ((2, 3, 10, 14), "bchw", FINE, [2, 3, 5, 2, 2, 7]),  # cut into halves of rows
+        ((2, 3, 10, 14), "bchw", FINE, [2, 3, 10, 2, 7]),  # cut into halves of rows
         ((2, 3, 10, 14), "bchw", FINE, [2, 3, 5, 2, 14]),
         ((2, 3, 5, 2, 7, 1, 3), "bchcwcc", COARSE, [2, 3, 10, 21]),
+        ((2, 3, 5, 1, 7, 2), "bchcwc", COARSE, [2, 3, 5, 14]),  # joined across only
         ((2, 3, 5, 7, 2), "bchwc", COARSE, [2, 3, 5, 14]),
         ((2, 3, 2, 5, 2, 7), "bcchcw", COARSE, [2, 3, 10, 14]),  # offsets before positions: nothing lies together
     ],
@@ -80,6 +81,14 @@ def test_a_map_of_one_patch_is_not_cut() -> None:
     assert reshape_patches(layout("bchw", Domain(4, 4)), (2, 3, 4, 4), (2, 3, 1, 4, 1, 4)) is None
     found = reshape_patches(layout("bchw", Domain(4, 8)), (2, 3, 4, 8), (2, 3, 1, 4, 2, 4))
     assert found is not None and found.after == Spatial(Domain(1, 2), layout("bchcwc").dims)
+
+
+def test_windows_need_not_be_square() -> None:
+    domain = Domain(6, 8)
+    found = reshape_patches(layout("bhwc", domain), (2, 6, 8, 3), (2, 3, 2, 2, 4, 3))
+    assert found is not None and found.factors == (2, 4) and found.after == Spatial(Domain(3, 2), layout("bhcwcc").dims)
+    found = reshape_patches(Spatial(Domain(3, 2), layout("bhcwcc").dims), (2, 3, 2, 2, 4, 3), (2, 6, 8, 3))
+    assert found is not None and found.factors == (2, 4) and found.after == Spatial(domain, layout("bhwc").dims)
 
 
 def windows(x: Tensor) -> Tensor:

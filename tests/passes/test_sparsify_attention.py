@@ -103,17 +103,13 @@ def self_attention(query="bcsc", key="bcsc", value="bcsc", key_heads=3, mask=Non
     [
         # 1. The query
         (dict(query=None), QUERY),
-        (dict(query="bsscc"), QUERY),
-        (dict(query="bscc"), QUERY),
+        (dict(query="bcss"), QUERY),
         # 2. Key and value
         (dict(key=None), "only one of key and value is a spatial value"),
         (dict(value=None), "only one of key and value is a spatial value"),
         (dict(key="bscc"), "key and value do not have the dimensions of the query"),
         (dict(value="bscc"), "key and value do not have the dimensions of the query"),
         # 3. The mask
-        (dict(mask=(2, 1, 1, 20)), "a self-attention with a mask"),
-        (dict(key=None, value=None, mask=(2, 1, 20, 20)), "the mask differs from query to query"),
-        (dict(key=None, value=None, mask=(20, 20)), "the mask differs from query to query"),
         # 4. Dropout, causality, heads
         (dict(dropout_p=0.1), RANDOM),
         (dict(is_causal=True), RANDOM),
@@ -132,13 +128,20 @@ def test_condition_2_key_and_value_have_one_resolution() -> None:
     assert refused(sparsify_attention, FAMILY, builder, attention) == ["key and value lie on different resolutions"]
 
 
+def test_condition_3_the_mask_has_no_more_dimensions() -> None:
+    builder = GraphBuilder()
+    tokens = queries(builder, "q", "k", "v", shape=(2, 20, 4), spatial="bsc")
+    attention = builder.call(SDPA, *tokens, builder.input(1, 2, 20, 20, name="mask"))
+    assert refused(sparsify_attention, FAMILY, builder, attention) == ["the mask has more dimensions than the query"]
+
+
 def test_condition_3_the_mask_is_not_spatial() -> None:
     builder, attention = self_attention(key=None, value=None, mask=(2, 1, 1, 20))
     attention.args[3].meta["spatial"] = layout("bccs")
     assert refused(sparsify_attention, FAMILY, builder, attention) == ["the mask is a spatial value"]
 
 
-def attention_graph(prompt: bool, heads: bool) -> tuple[GraphBuilder, torch.fx.Node]:
+def attention_graph(prompt: bool, heads: bool, biased: bool) -> tuple[GraphBuilder, torch.fx.Node]:
     """From a picture to tokens, one projection for each operand, attention, and the tokens of the result."""
     builder = GraphBuilder()
     x = builder.input(2, 6, 5, 4)
@@ -154,7 +157,8 @@ def attention_graph(prompt: bool, heads: bool) -> tuple[GraphBuilder, torch.fx.N
         return builder.call(aten.transpose.int, split, 1, 2)
 
     operands = [project(tokens, "wq"), project(source, "wk"), project(source, "wv")]
-    attended = builder.call(SDPA, *operands)
+    bias = [builder.parameter(*((3,) if heads else ()), 20, 7 if prompt else 20, name="bias")] if biased else []
+    attended = builder.call(SDPA, *operands, *bias)
     if heads:
         attended = builder.call(aten.reshape.default, builder.call(aten.transpose.int, attended, 1, 2), [2, 20, 6])
     return builder, attended
@@ -163,19 +167,21 @@ def attention_graph(prompt: bool, heads: bool) -> tuple[GraphBuilder, torch.fx.N
 def dense_attention(heads: bool, mixed: torch.Tensor, source: torch.Tensor, weights) -> torch.Tensor:
     """Attention of tokens ``mixed`` [B, S, C] over ``source``."""
     projected = [
-        functional.linear(value, weight) for value, weight in zip((mixed, source, source), weights, strict=True)
+        functional.linear(value, weight) for value, weight in zip((mixed, source, source), weights[:3], strict=True)
     ]
     if heads:
         projected = [value.unflatten(2, (3, 2)).transpose(1, 2) for value in projected]
-    result = functional.scaled_dot_product_attention(*projected)
+    result = functional.scaled_dot_product_attention(*projected, *weights[3:])
     return result.transpose(1, 2).flatten(2) if heads else result
 
 
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("heads", [True, False])
 @pytest.mark.parametrize("prompt", [True, False])
-def test_attention_computes_the_masked_dense_result(prompt, heads, batch) -> None:
-    builder, attended = attention_graph(prompt, heads)
+@pytest.mark.parametrize("biased", [True, False])
+def test_attention_computes_the_masked_dense_result(biased, prompt, heads, batch) -> None:
+    """With a bias, it differs from query to query."""
+    builder, attended = attention_graph(prompt, heads, biased)
     program = compile_graph(builder, attended)
     assert program.report.dense_nodes == [] and program.report.matches["sparsify_attention"] == 1
     first = random_inputs(builder, 1)
@@ -189,5 +195,5 @@ def test_attention_computes_the_masked_dense_result(prompt, heads, batch) -> Non
 
     mixed_input = mix(second[0], first[0], mask)
     mixed = mix(tokens([mixed_input]), tokens(first), mask, 1, flat=True)
-    expected = dense_attention(heads, mixed, second[1] if prompt else mixed, second[-3:])
+    expected = dense_attention(heads, mixed, second[1] if prompt else mixed, second[1 + prompt :])
     assert_near(result, mix(expected, base.outputs[0], mask, 1, flat=True))
