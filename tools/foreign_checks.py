@@ -77,7 +77,7 @@ def as_map(value: Tensor, height: int, width: int) -> Tensor | None:
 
 
 def grown(mask: Tensor) -> Tensor:
-    """A mask with the positions beside it: outputs of another size whose positions moved are masked by where they lie."""
+    """A mask with the positions beside it: outputs of another size that moved are masked by where they lie."""
     return functional.max_pool2d(mask[None].float(), 3, 1, 1)[0] > 0
 
 
@@ -87,7 +87,7 @@ def fits(size: int, picture: int) -> bool:
 
 
 def calibrate(network: nn.Module, picture: Tensor, others: tuple[Any, ...]) -> None:
-    """Set the statistics of batch norms by a run: with random weights and others, values fade away in deep networks."""
+    """Set the statistics of batch norms by a run: with those of new norms, values fade away in deep networks."""
     norms = [part for part in network.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
         norm.momentum = 1.0
@@ -184,12 +184,14 @@ class Checks:
             size = (first.shape[1], first.shape[2])
             if not (fits(size[0], self.height) and fits(size[1], self.width)):
                 continue
-            outside = ~reduce_mask(mask[None], Domain(*size))
-            changed = int(((first != second).any(-1) & outside).sum())
-            if changed:
-                wrong.append(
-                    f"{name} mask: {changed} of {int(outside.sum())} outside of output {number} {size} changed"
-                )
+            active = reduce_mask(mask[None], Domain(*size))
+            changed = (first != second).any(-1) & ~active
+            beyond = int((changed & ~reduce_mask(grown(mask)[None], Domain(*size))).sum())
+            self.fringe += int(changed.sum()) - beyond
+            if beyond or (changed.any() and size == (self.height, self.width)):
+                count = f"{int(changed.sum())} of {int((~active).sum())}"
+                text = f"{count} outside of output {number} {size} changed, {beyond} not beside the mask"
+                wrong.append(f"{name} mask: {text}")
         return wrong
 
     def check_inside(self, name: str, mask: Tensor, edited: list[Tensor]) -> list[str]:

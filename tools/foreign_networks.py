@@ -93,8 +93,9 @@ def spandrel() -> list[Foreign]:
         ("Swin2SR", "Swin2SR.__arch.Swin2SR.Swin2SR", small | {"upsampler": "pixelshuffle"}),
         ("HAT", "HAT.__arch.HAT.HAT", small | {"upsampler": "pixelshuffle", "squeeze_factor": 4}),
         ("DRCT", "DRCT.__arch.drct_arch.DRCT", small | {"upsampler": "pixelshuffle", "gc": 8}),
-        ("ATD", "ATD.__arch.atd_arch.ATD", small | {"upsampler": "pixelshuffle", "category_size": 64, "num_tokens": 16}),
-        ("GRL", "GRL.__arch.grl.GRL", {"embed_dim": 16, "depths": [2], "num_heads_window": [2], "num_heads_stripe": [2]}),
+        ("ATD", "ATD.__arch.atd_arch.ATD", small | {"upsampler": "pixelshuffle", "category_size": 64}),
+        ("GRL", "GRL.__arch.grl.GRL",
+         {"embed_dim": 16, "depths": [2], "num_heads_window": [2], "num_heads_stripe": [2]}),
         ("DAT", "DAT.__arch.DAT.DAT", {"embed_dim": 16, "split_size": [2, 4], "depth": [2], "num_heads": [2]}),
         ("RGT", "RGT.__arch.rgt.RGT", {"embed_dim": 16, "depth": [2], "num_heads": [2]}),
         ("CRAFT", "CRAFT.__arch.CRAFT.CRAFT", {"embed_dim": 12, "depths": [2], "num_heads": [2]}),
@@ -111,7 +112,7 @@ def spandrel() -> list[Foreign]:
         ("KBNet_l", "KBNet.__arch.kbnet_l.KBNet_l", {"num_blocks": [1] * 4, "num_refinement_blocks": 1}),
         ("NAFNet", "NAFNet.__arch.NAFNet_arch.NAFNet", {"width": 8, "enc_blk_nums": [1] * 3, "dec_blk_nums": [1] * 3}),
         ("MixDehazeNet", "MixDehazeNet.__arch.MixDehazeNet.MixDehazeNet", {"embed_dims": [8, 16, 32, 16, 8]}),
-        ("LaMa", "LaMa.__arch.LaMa.LaMa", {}),
+        ("LaMa", "LaMa.__arch.LaMa.LaMa", {"in_nc": 4}),
         ("MMRealSR", "MMRealSR.__arch.mmrealsr_arch.MMRRDBNet_test", {"num_in_ch": 3, "num_out_ch": 3, "num_block": 1}),
         ("MoESR", "MoESR.__arch.MoESR.MoESR", {"dim": 16, "n_blocks": 1, "n_block": 2}),
         ("MoSR", "MoSR.__arch.mosr_arch.MoSR", {"n_block": 3, "dim": 16}),
@@ -119,7 +120,8 @@ def spandrel() -> list[Foreign]:
         ("PLKSR", "PLKSR.__arch.PLKSR.PLKSR", {"dim": 16, "n_blocks": 3}),
         ("RealPLKSR", "PLKSR.__arch.RealPLKSR.RealPLKSR", {"dim": 16, "n_blocks": 3}),
         ("RCAN", "RCAN.__arch.rcan_arch.RCAN", {"n_resgroups": 2, "n_resblocks": 2, "n_feats": 16, "reduction": 4}),
-        ("RCAN unshuffle", "RCAN.__arch.rcan_arch.RCAN", {"n_resgroups": 1, "n_resblocks": 2, "unshuffle_mod": True, "scale": 2}),
+        ("RCAN unshuffle", "RCAN.__arch.rcan_arch.RCAN",
+         {"n_resgroups": 1, "n_resblocks": 2, "unshuffle_mod": True, "scale": 2}),
         ("RealCUGAN 2x", "RealCUGAN.__arch.upcunet_v3.UpCunet2x", {}),
         ("RealCUGAN 3x", "RealCUGAN.__arch.upcunet_v3.UpCunet3x", {}),
         ("RealCUGAN 4x", "RealCUGAN.__arch.upcunet_v3.UpCunet4x", {}),
@@ -132,7 +134,8 @@ def spandrel() -> list[Foreign]:
         ("DRUNet", "DRUNet.__arch.network_unet.DRUNet", {"in_nc": 3, "out_nc": 3, "nc": [8, 16, 16, 32], "nb": 1}),
         ("DnCNN", "DnCNN.__arch.network_dncnn.DnCNN", {"in_nc": 3, "out_nc": 3, "nc": 16, "nb": 6}),
         ("ESRGAN", "ESRGAN.__arch.RRDB.RRDBNet", {"num_filters": 16, "num_blocks": 2}),
-        ("ESRGAN unshuffle", "ESRGAN.__arch.RRDB.RRDBNet", {"num_filters": 16, "num_blocks": 1, "scale": 2, "shuffle_factor": 2, "in_nc": 12}),
+        ("ESRGAN unshuffle", "ESRGAN.__arch.RRDB.RRDBNet",
+         {"num_filters": 16, "num_blocks": 1, "scale": 2, "shuffle_factor": 2, "in_nc": 12}),
         ("FBCNN", "FBCNN.__arch.FBCNN.FBCNN", {"in_nc": 3, "out_nc": 3, "nc": [8, 16, 16, 512], "nb": 1}),
         ("Compact", "Compact.__arch.SRVGG.SRVGGNetCompact", {"num_feat": 16, "num_conv": 4}),
     )  # fmt: skip
@@ -161,8 +164,10 @@ def torchvision() -> list[Foreign]:
         Foreign("torchvision", name, made(segmentation + name, weights=None, weights_backbone=None, num_classes=5))
         for name in ("fcn_resnet50", "deeplabv3_resnet50", "deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large")
     ]
-    names = "resnet18 vgg11 mobilenet_v2 mobilenet_v3_small shufflenet_v2_x0_5 squeezenet1_1 mnasnet0_5 regnet_y_400mf "
-    names += "efficientnet_b0 convnext_tiny densenet121 googlenet swin_t swin_v2_t"
+    names = """
+        resnet18 vgg11 mobilenet_v2 mobilenet_v3_small shufflenet_v2_x0_5 squeezenet1_1 mnasnet0_5
+        regnet_y_400mf efficientnet_b0 convnext_tiny densenet121 googlenet swin_t swin_v2_t
+    """
     for name in names.split():
         options = {"init_weights": False, "aux_logits": False} if name == "googlenet" else {}
         found.append(Foreign("torchvision", name, features(name, options)))
@@ -187,16 +192,17 @@ def features(name: str, options: dict[str, Any]) -> Callable[[], nn.Module]:
 
 def timm() -> list[Foreign]:
     """Maps of the stages of classifiers, and tokens of transformers."""
-    names = "resnet18 resnet26d seresnet18 resnest14d skresnet18 mobilenetv3_small_050 mobilenetv4_conv_small efficientnet_b0 "
-    names += "efficientnetv2_rw_t regnetx_002 regnety_002 convnext_atto convnextv2_atto poolformer_s12 ghostnet_050 lcnet_035 "
-    names += "mnasnet_small tinynet_e hrnet_w18_small dla34 repvgg_a0 edgenext_xx_small mobilevit_xxs mobilevitv2_050 "
-    names += (
-        "pvt_v2_b0 efficientvit_b0 fastvit_t8 inception_next_atto starnet_s1 mobileone_s0 repghostnet_050 rexnetr_200 "
-    )
-    names += "cspresnet50 ese_vovnet19b_dw selecsls42 hgnetv2_b0 res2net50_14w_8s xception41 darknet17 repvit_m0_9 caformer_s18 "
-    names += "convformer_s18 focalnet_tiny_srf davit_tiny efficientformer_l1 efficientformerv2_s0 nextvit_small "
-    names += "coatnet_pico_rw_224 maxvit_rmlp_pico_rw_256 swin_tiny_patch4_window7_224 swinv2_tiny_window8_256 hiera_tiny_224 "
-    names += "tiny_vit_5m_224 ghostnetv2_100 shvit_s1 mambaout_femto rdnet_tiny"
+    names = """
+        resnet18 resnet26d seresnet18 resnest14d skresnet18 mobilenetv3_small_050 mobilenetv4_conv_small
+        efficientnet_b0 efficientnetv2_rw_t regnetx_002 regnety_002 convnext_atto convnextv2_atto
+        poolformer_s12 ghostnet_050 lcnet_035 mnasnet_small tinynet_e hrnet_w18_small dla34 repvgg_a0
+        edgenext_xx_small mobilevit_xxs mobilevitv2_050 pvt_v2_b0 efficientvit_b0 fastvit_t8
+        inception_next_atto starnet_s1 mobileone_s0 repghostnet_050 rexnetr_200 cspresnet50 ese_vovnet19b_dw
+        selecsls42 hgnetv2_b0 res2net50_14w_8s xception41 darknet17 repvit_m0_9 caformer_s18 convformer_s18
+        focalnet_tiny_srf davit_tiny efficientformer_l1 efficientformerv2_s0 nextvit_small
+        coatnet_pico_rw_224 maxvit_rmlp_pico_rw_256 swin_tiny_patch4_window7_224 swinv2_tiny_window8_256
+        hiera_tiny_224 tiny_vit_5m_224 ghostnetv2_100 shvit_s1 mambaout_femto rdnet_tiny
+    """
     options = {
         "swin_tiny_patch4_window7_224": {"img_size": ODD, "depths": (2, 2, 2)},
         "swinv2_tiny_window8_256": {"img_size": ODD, "depths": (2, 2, 2)},
@@ -210,18 +216,19 @@ def timm() -> list[Foreign]:
         "efficientformer_l1": (224, 224),
         "efficientformerv2_s0": (224, 224),
     } | dict.fromkeys(
-        ("coatnet_pico_rw_224", "hiera_tiny_224", "convformer_s18", "caformer_s18", "nextvit_small", "hrnet_w18_small", "dla34"), EVEN)  # fmt: skip
+        ("coatnet_pico_rw_224", "hiera_tiny_224", "convformer_s18", "caformer_s18", "nextvit_small",
+         "hrnet_w18_small", "dla34"), EVEN)  # fmt: skip
     found = [
         Foreign("timm", name, made("timm.create_model", name, features_only=True, **options.get(name, {})),
                 sizes.get(name, ODD))
         for name in names.split()
     ]  # fmt: skip
-    tokens = "vit_tiny_patch16_224 deit_tiny_distilled_patch16_224 beit_base_patch16_224 eva02_tiny_patch14_224 "
-    tokens += "vit_small_patch14_reg4_dinov2 vit_small_patch16_dinov3 xcit_nano_12_p16_224 cait_xxs24_224 volo_d1_224 "
-    tokens += (
-        "mixer_s32_224 gmlp_ti16_224 resmlp_12_224 crossvit_tiny_240 convit_tiny visformer_tiny pit_ti_224 levit_128s "
-    )
-    tokens += "flexivit_small naflexvit_base_patch16_gap nest_tiny gcvit_xxtiny"
+    tokens = """
+        vit_tiny_patch16_224 deit_tiny_distilled_patch16_224 beit_base_patch16_224 eva02_tiny_patch14_224
+        vit_small_patch14_reg4_dinov2 vit_small_patch16_dinov3 xcit_nano_12_p16_224 cait_xxs24_224
+        volo_d1_224 mixer_s32_224 gmlp_ti16_224 resmlp_12_224 crossvit_tiny_240 convit_tiny visformer_tiny
+        pit_ti_224 levit_128s flexivit_small naflexvit_base_patch16_gap nest_tiny gcvit_xxtiny
+    """
     for name in tokens.split():
         patch = 14 if "patch14" in name else 16
         size = (5 * patch, 7 * patch)
@@ -250,12 +257,15 @@ def token_features(name: str, options: dict[str, Any]) -> Callable[[], nn.Module
 def segmentation_models() -> list[Foreign]:
     """Segmentation with encoders of all kinds."""
     pairs = (
-        ("Unet", "resnet18"), ("Unet", "mobilenet_v2"), ("Unet", "efficientnet-b0"), ("Unet", "timm-mobilenetv3_small_minimal_100"),
+        ("Unet", "resnet18"), ("Unet", "mobilenet_v2"), ("Unet", "efficientnet-b0"),
+        ("Unet", "timm-mobilenetv3_small_minimal_100"),
         ("UnetPlusPlus", "resnet18"), ("MAnet", "resnet18"), ("Linknet", "resnet18"), ("FPN", "resnet18"),
         ("FPN", "mobilenet_v2"), ("PSPNet", "resnet18"), ("PAN", "resnet18"), ("DeepLabV3", "resnet18"),
-        ("DeepLabV3Plus", "resnet18"), ("DeepLabV3Plus", "mobilenet_v2"), ("UPerNet", "resnet18"), ("Segformer", "mit_b0"),
+        ("DeepLabV3Plus", "resnet18"), ("DeepLabV3Plus", "mobilenet_v2"), ("UPerNet", "resnet18"),
+        ("Segformer", "mit_b0"),
         ("Segformer", "resnet18"), ("Unet", "mit_b0"), ("FPN", "mit_b0"), ("Unet", "tu-convnext_atto"),
-        ("Unet", "vgg11"), ("Unet", "densenet121"), ("Unet", "mobileone_s0"), ("DPT", "tu-vit_tiny_patch16_224.augreg_in21k"),
+        ("Unet", "vgg11"), ("Unet", "densenet121"), ("Unet", "mobileone_s0"),
+        ("DPT", "tu-vit_tiny_patch16_224.augreg_in21k"),
     )  # fmt: skip
     found = []
     for decoder, encoder in pairs:
@@ -274,6 +284,7 @@ def denoising_diffusion() -> list[Foreign]:
     uvit = "denoising_diffusion_pytorch.simple_diffusion.UViT"
     karras = "denoising_diffusion_pytorch.KarrasUnet"
     source = "denoising-diffusion-pytorch"
+    two: dict[str, Any] = {"dim_mults": (1, 2)}
     small: dict[str, Any] = {
         "image_size": 64,
         "dim": 16,
@@ -287,8 +298,8 @@ def denoising_diffusion() -> list[Foreign]:
 
     return [
         Foreign(source, "Unet", made(unet, 16, dim_mults=(1, 2, 2)), (60, 84), others=timestep),
-        Foreign(source, "Unet learned", made(unet, 16, dim_mults=(1, 2), learned_sinusoidal_cond=True), others=timestep, size=EVEN),
-        Foreign(source, "Unet all attention", made(unet, 16, dim_mults=(1, 2), full_attn=True), (44, 52), others=timestep),
+        Foreign(source, "Unet learned", made(unet, 16, learned_sinusoidal_cond=True, **two), EVEN, others=timestep),
+        Foreign(source, "Unet all attention", made(unet, 16, full_attn=True, **two), (44, 52), others=timestep),
         Foreign(source, "UViT", made(uvit, 16, dim_mults=(1, 2), vit_depth=2), EVEN, others=timestep),
         Foreign(source, "KarrasUnet", made(karras, channels=3, **small), (64, 64), others=stretch),
     ]  # fmt: skip
@@ -315,16 +326,18 @@ def monai() -> list[Foreign]:
         ("DynUNet", "DynUNet", plain | kernels | {"filters": [8, 16, 32], "norm_name": "batch"}, four),
         ("DynUNet instance", "DynUNet", plain | kernels | {"filters": [8, 16, 32]}, four),
         ("SegResNet", "SegResNet", plain | {"blocks_down": (1, 1, 1), "blocks_up": (1, 1)}, four),
-        ("SegResNet batch", "SegResNet", plain | {"blocks_down": (1, 1, 1), "blocks_up": (1, 1), "norm": "BATCH"}, four),
+        ("SegResNet batch", "SegResNet", plain | {"blocks_down": (1, 1), "blocks_up": (1,), "norm": "BATCH"}, four),
         ("SegResNet pixelshuffle", "SegResNet",
          plain | {"blocks_down": (1, 1), "blocks_up": (1,), "norm": "BATCH", "upsample_mode": "pixelshuffle"}, four),
         ("SegResNetDS", "SegResNetDS", plain | {"init_filters": 8, "blocks_down": (1, 1, 1)}, four),
         ("FlexibleUNet", "FlexibleUNet",
-         {"in_channels": 3, "out_channels": 2, "backbone": "efficientnet-b0", "decoder_channels": (32, 16, 16, 8, 8)}, EVEN),
+         {"in_channels": 3, "out_channels": 2, "backbone": "efficientnet-b0",
+          "decoder_channels": (32, 16, 16, 8, 8)}, EVEN),
         ("AutoEncoder", "AutoEncoder", plain | {"channels": (8, 16, 32), "strides": (2, 2, 1), "norm": "BATCH"}, four),
         ("AutoencoderKL", "AutoencoderKL", plain | groups | {"num_res_blocks": 1}, four),
         ("VQVAE", "VQVAE", plain | {"channels": (8, 16), "num_res_layers": 1, "num_res_channels": 8, "embedding_dim": 8,
-         "num_embeddings": 16, "downsample_parameters": ((2, 4, 1, 1),) * 2, "upsample_parameters": ((2, 4, 1, 1, 0),) * 2}, four),
+         "num_embeddings": 16, "downsample_parameters": ((2, 4, 1, 1),) * 2,
+         "upsample_parameters": ((2, 4, 1, 1, 0),) * 2}, four),
         ("SwinUNETR", "SwinUNETR",
          plain | {"feature_size": 12, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 2, 4), "norm_name": "batch"}, EVEN),
         ("UNETR", "UNETR", plain | wide | {"feature_size": 8, "norm_name": "batch"}, EVEN),
@@ -333,7 +346,6 @@ def monai() -> list[Foreign]:
          plain | {"init_filters": 8, "blocks_down": (1, 1), "blocks_bottleneck": 1, "blocks_up": (1, 1)}, four),
         ("HighResNet", "HighResNet", plain, ODD),
         ("Quicknat", "Quicknat", {"num_classes": 3, "num_channels": 3, "num_filters": 8}, EVEN),
-        ("HoVerNet", "HoVerNet", {"mode": "fast"}, (256, 256)),
         ("PatchDiscriminator", "PatchDiscriminator", {"spatial_dims": 2, "channels": 8, "in_channels": 3}, ODD),
     )  # fmt: skip
     found = [

@@ -44,7 +44,9 @@ def diffusers() -> list[Foreign]:
             up_block_out_channels=(16, 32), layers_per_up_block=1, norm_num_groups=8, **coded,
         ),
         "VQModel": made("diffusers.VQModel", **blocks, **coded, num_vq_embeddings=16, vq_embed_dim=4),
-        "DiTTransformer2DModel": made("diffusers.DiTTransformer2DModel", **dit, norm_num_groups=4, num_embeds_ada_norm=8),
+        "DiTTransformer2DModel": made(
+            "diffusers.DiTTransformer2DModel", **dit, norm_num_groups=4, num_embeds_ada_norm=8
+        ),
         "PixArtTransformer2DModel": made(
             "diffusers.PixArtTransformer2DModel", **dit, cross_attention_dim=16, caption_channels=16, norm_num_groups=4
         ),
@@ -58,12 +60,14 @@ def diffusers() -> list[Foreign]:
         ),
         "AuraFlowTransformer2DModel": made(
             "diffusers.AuraFlowTransformer2DModel", sample_size=16, num_mmdit_layers=1, num_single_dit_layers=1,
-            attention_head_dim=8, num_attention_heads=2, joint_attention_dim=16, caption_projection_dim=16, pos_embed_max_size=512,
+            attention_head_dim=8, num_attention_heads=2, joint_attention_dim=16, caption_projection_dim=16,
+            pos_embed_max_size=512,
         ),
         "AutoencoderDC": made(
             "diffusers.AutoencoderDC", latent_channels=4, attention_head_dim=8,
             encoder_block_out_channels=(16, 16), decoder_block_out_channels=(16, 16),
-            encoder_block_types=("ResBlock", "EfficientViTBlock"), decoder_block_types=("ResBlock", "EfficientViTBlock"),
+            encoder_block_types=("ResBlock", "EfficientViTBlock"),
+            decoder_block_types=("ResBlock", "EfficientViTBlock"),
             encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1),
             encoder_qkv_multiscales=((), (5,)), decoder_qkv_multiscales=((), (5,)),
         ),
@@ -129,11 +133,10 @@ def transformers() -> list[Foreign]:
         ("Swin2SR", "Swin2SRForImageSuperResolution", windows | {"upscale": 2, "window_size": 8}, EVEN),
         ("Segformer", "SegformerForSemanticSegmentation", segments | {"decoder_hidden_size": 16}, ODD),
         ("GLPN", "GLPNForDepthEstimation", segments | {"decoder_hidden_size": 16}, EVEN),
-        ("PvtV2", "PvtV2Model", {"hidden_sizes": [8, 16, 16, 32], "depths": [1] * 4, "num_attention_heads": [1, 2, 2, 4]}, EVEN),
+        ("PvtV2", "PvtV2Model", segments, EVEN),
         ("FocalNet", "FocalNetModel", {"embed_dim": 16, "depths": [1, 1]}, ODD),
         ("MobileNetV1", "MobileNetV1Model", {"depth_multiplier": 0.25}, ODD),
         ("MobileNetV2", "MobileNetV2ForSemanticSegmentation", {"depth_multiplier": 0.35}, ODD),
-        ("MobileViT", "MobileViTForSemanticSegmentation", {}, EVEN),
         ("ViT", "ViTModel", patches, (80, 112)),
         ("DeiT", "DeiTModel", patches, (80, 112)),
         ("BEiT", "BeitModel", patches | {"use_relative_position_bias": True}, (80, 112)),

@@ -8,8 +8,8 @@ The projects must be installed; the networks of those that are not are passed ov
 picture and edited with two masks, in a process and a time of its own. It is ``right`` if
 
 * every call was masked, or a warning says why not;
-* what lies outside the mask is the recording, bit by bit, in outputs whose size is the picture's, and beyond the positions
-  beside the mask where it is a multiple or a part of that;
+* what lies outside the mask is the recording, bit by bit, in outputs whose size is the picture's, and beyond the
+  positions beside the mask where it is a multiple or a part of that;
 * a mask of everything gives the network's own result on the new picture;
 * a picture that did not change gives the recording;
 * positions that depend on nothing outside the mask (found by NaN and by other values there) equal the network's own
@@ -61,25 +61,50 @@ class Heard(logging.Handler):
         self.messages.append(record.getMessage())
 
 
+class Outcome:
+    """What became of one network. As a context it keeps whatever is raised: a foreign network may raise anything, and
+    each error is a row of the table.
+
+    Attributes:
+        row: state, share and all else that is printed.
+        stage: the state if something is raised that is no error of the package.
+    """
+
+    def __init__(self, foreign: Foreign) -> None:
+        self.row: dict[str, Any] = {"source": foreign.source, "name": foreign.name, "size": list(foreign.size)}
+        self.stage = "UNUSABLE"
+        self._started = time.perf_counter()
+
+    def __enter__(self) -> Outcome:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> bool:
+        self.row["seconds"] = time.perf_counter() - self._started
+        if not isinstance(error, Exception):
+            return False
+        text = first_line(error)
+        if isinstance(error, FisEditError) or isinstance(error.__cause__, FisEditError):
+            self.row |= {"state": "REFUSED", "text": text}
+        else:
+            self.row |= {"state": self.stage, "text": f"{type(error).__name__}: {text}"}
+        return True
+
+
 def attempt(foreign: Foreign) -> dict[str, Any]:
     """Build, record, edit and judge one network."""
     torch.manual_seed(0)
-    started = time.perf_counter()
     heard = Heard()
     logging.getLogger("fisedit_compile").addHandler(heard)
-    result: dict[str, Any] = {"source": foreign.source, "name": foreign.name, "size": list(foreign.size)}
-    stage = "UNUSABLE"
-    try:
-        with warnings.catch_warnings(record=True) as caught, torch.no_grad():
-            warnings.simplefilter("always")
-            checks = Checks(foreign)
-            stage = "CRASHED"
-            compiled, wrong = checks.compiled, checks.run()
-            report = fisedit.explain(compiled, checks.new, *checks.others)
-        messages = [*heard.messages, *(str(one.message) for one in caught if "fisedit" in str(one.filename))]
+    with Outcome(foreign) as outcome, warnings.catch_warnings(record=True) as caught, torch.no_grad():
+        warnings.simplefilter("always")
+        checks = Checks(foreign)
+        outcome.stage = "CRASHED"
+        wrong = checks.run()
+        report = fisedit.explain(checks.compiled, checks.new, *checks.others)
+        messages = [*heard.messages, *(str(one.message) for one in caught if "fisedit" in one.filename)]
         if checks.unmasked and not messages:
             wrong.append(f"{checks.unmasked} calls were not masked, without a warning")
-        result |= {
+        outcome.row |= {
             "state": "WRONG" if wrong else "right",
             "text": "; ".join(wrong),
             "share": report.sparse_mac_fraction if report.total_macs else None,
@@ -91,13 +116,8 @@ def attempt(foreign: Foreign) -> dict[str, Any]:
             "unmasked": checks.unmasked,
             "warnings": messages[:3],
         }
-    except FisEditError as error:
-        result |= {"state": "REFUSED", "text": first_line(error)}
-    except Exception as error:
-        # Any exception of any foreign network is a row of the table.
-        state = "REFUSED" if isinstance(error.__cause__, FisEditError) else stage
-        result |= {"state": state, "text": f"{type(error).__name__}: {first_line(error)}"}
-    return result | {"seconds": time.perf_counter() - started}
+    logging.getLogger("fisedit_compile").removeHandler(heard)
+    return outcome.row
 
 
 def first_line(error: BaseException) -> str:
@@ -109,6 +129,12 @@ def first_line(error: BaseException) -> str:
 def attempt_apart(foreign: Foreign, send: Connection) -> None:
     """As ``attempt``, in a process of its own."""
     send.send(attempt(foreign))
+
+
+def warm() -> None:
+    """Compile a small network, so that the forked processes find imported what compiling imports."""
+    with torch.no_grad():
+        attempt(Foreign("torch", "Conv2d", lambda: torch.nn.Conv2d(3, 3, 3, padding=1), (8, 10)))
 
 
 def bounded(foreign: Foreign, seconds: float) -> dict[str, Any]:
@@ -196,7 +222,10 @@ def main() -> int:
     kept = arguments.json is not None and arguments.json.exists()
     results = json.loads(arguments.json.read_text(encoding="utf-8")) if kept else []
     known = {(result["source"], result["name"]) for result in results}
-    for foreign in networks(arguments.sources):
+    found = networks(arguments.sources)
+    if not arguments.here:
+        warm()
+    for foreign in found:
         label = f"{foreign.source}/{foreign.name}"
         if arguments.only and not any(part in label for part in arguments.only):
             continue
