@@ -129,7 +129,8 @@ class MarkedRun:
             return (None,)
         numbers = torch.arange(source.size).view(source.height, source.width)
         marked, seen = self._patterns(chosen, values, numbers, source.size)
-        if len(chosen) == 1 and (tables := _tables(marked, seen, source)) is not None:
+        # Of several maps, what tables say of one leaves out what comes from the others.
+        if len(self._sources) == 1 and (tables := _tables(marked, seen, source)) is not None:
             return (None if source == target and tables == _identity(target) else tables,)
         if source != target:
             return "it changes the size, and no rule says how"

@@ -311,10 +311,6 @@ class Movement:
         if isinstance(found, str):
             self.lost[node] = found
             return self.places.unknown(domain)
-        if found.tables is not None and set(_maps(node)) != {found.sources[0]}:
-            # A part that is written over: the tables say where the rest lies, and nothing of what is written there.
-            self.lost[node] = "it puts several values together, and no rule says how"
-            return self.places.unknown(domain)
         if found.tables is not None:
             return self._by_tables(found.sources[0], domain, found.tables)
         geometries = [self.geometry(source) for source in found.sources]
