@@ -116,7 +116,7 @@ class Checks:
         self.old, self.new, self.third = (torch.rand(shape) for _ in range(3))
         self.others = foreign.others()
         self.height, self.width = foreign.size
-        calibrate(self.network, self.old, self.others)
+        calibrate(self.network, self.old.clone(), self.others)
         self.recorded = self.dense(self.old)
         self.expected = self.dense(self.new)
         if not all(bool(torch.isfinite(value).all()) for value in (*self.recorded, *self.expected)):
@@ -140,17 +140,17 @@ class Checks:
 
     def dense(self, picture: Tensor) -> list[Tensor]:
         """Outputs of the network itself."""
-        return [value.clone() for value in tensors(self.network(picture, *self.others))]
+        return [value.clone() for value in tensors(self.network(picture.clone(), *self.others))]
 
     def edit(self, picture: Tensor, mask: Tensor) -> list[Tensor]:
         """Outputs of an edit."""
         with self.runtime.edit("base", mask=mask):
-            return [value.clone() for value in tensors(self.compiled(picture, *self.others))]
+            return [value.clone() for value in tensors(self.compiled(picture.clone(), *self.others))]
 
     def run(self) -> list[str]:
         """All checks; what does not hold, in words."""
         with self.runtime.record("base"):
-            recorded = [value.clone() for value in tensors(self.compiled(self.old, *self.others))]
+            recorded = [value.clone() for value in tensors(self.compiled(self.old.clone(), *self.others))]
         wrong = self.compare("the recording", recorded, self.recorded)
         for name, mask in (
             ("ragged", ragged_mask(self.height, self.width)),

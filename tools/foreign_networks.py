@@ -334,7 +334,6 @@ def monai() -> list[Foreign]:
          {"in_channels": 3, "out_channels": 2, "backbone": "efficientnet-b0",
           "decoder_channels": (32, 16, 16, 8, 8)}, EVEN),
         ("AutoEncoder", "AutoEncoder", plain | {"channels": (8, 16, 32), "strides": (2, 2, 1), "norm": "BATCH"}, four),
-        ("AutoencoderKL", "AutoencoderKL", plain | groups | {"num_res_blocks": 1}, four),
         ("VQVAE", "VQVAE", plain | {"channels": (8, 16), "num_res_layers": 1, "num_res_channels": 8, "embedding_dim": 8,
          "num_embeddings": 16, "downsample_parameters": ((2, 4, 1, 1),) * 2,
          "upsample_parameters": ((2, 4, 1, 1, 0),) * 2}, four),
