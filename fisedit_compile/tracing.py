@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -132,11 +133,21 @@ def _check_before(graph_module: fx.GraphModule) -> None:
             raise UntraceableGraph(f"module {node.target} was not inlined; its parameters are not graph inputs")
 
 
+def _attribute(graph: fx.Graph, node: fx.Node) -> Any:
+    """What a node that reads an attribute of the traced module reads."""
+    return operator.attrgetter(str(node.target))(graph.owning_module)
+
+
 def _check_after(graph: fx.Graph) -> None:
     """Refuse operators whose result or effect is not a function of their inputs."""
     for node in graph.nodes:
         if node.op == "call_module":
             raise UntraceableGraph(f"module {node.target} was not traced")
+        if node.op == "get_attr" and isinstance(_attribute(graph, node), private.FakeTensor):
+            raise UntraceableGraph(
+                "it makes a tensor in a way of which only the size can be traced, such as torch.Tensor(height, width) "
+                "(torch.empty and torch.zeros can be traced)"
+            )
         if node.op != "call_function":
             continue
         if isinstance(node.target, private.HigherOrderOperator):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import operator
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -119,7 +120,7 @@ class MovementProbe:
                 stack.pop()
                 continue
             if value.op != "call_function":
-                self._constant[value] = value.op == "get_attr"
+                self._constant[value] = value.op == "get_attr" and _has_values(value)
                 continue
             open_ones = [other for other in value.all_input_nodes if other not in self._constant]
             if open_ones:
@@ -146,6 +147,13 @@ class MovementProbe:
         lines = [f"{shape_of(source)} {source.meta['val'].dtype} {spatial_of(source)}" for source in sources]
         lines += [f"{node.target} {fx.node.map_aggregate((node.args, node.kwargs), name)}" for node in region]
         return "\n".join([*lines, str(layout)])
+
+
+def _has_values(node: fx.Node) -> bool:
+    """Whether an attribute of the graph's module is a tensor with values, or no tensor."""
+    owner = node.graph.owning_module
+    value = None if owner is None else operator.attrgetter(str(node.target))(owner)
+    return not isinstance(value, Tensor) or type(value) in (Tensor, torch.nn.Parameter)
 
 
 def _content(value: Any) -> str:

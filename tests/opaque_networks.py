@@ -56,6 +56,13 @@ def dropout(net: Untraceable, x: Tensor) -> Tensor:
     return result
 
 
+def unfilled(net: Untraceable, x: Tensor) -> Tensor:
+    made = torch.Tensor(x.shape[0], 1, *x.shape[2:])
+    made[x[:, :1] > 0] = 2.0
+    made[x[:, :1] <= 0] = 3.0
+    return net.both(x) * made
+
+
 def noise(net: Untraceable, x: Tensor) -> Tensor:
     return net.both(x) + torch.rand_like(x[:, :1])
 
@@ -109,6 +116,7 @@ def viewed(net: Untraceable, x: Tensor) -> Any:
 #: Networks from one map to one map, by the reason they cannot be traced.
 KINDS: dict[str, Callable[..., Any]] = {
     "dropout": dropout,
+    "a tensor of which only the size is traced": unfilled,
     "noise": noise,
     "cond": branches,
     "checkpoint": checkpointed,
