@@ -101,7 +101,7 @@ def test_with_a_halo_as_large_as_the_picture_it_is_the_dense_decode(pipe: Any) -
 
 def test_a_mask_of_everything_is_decoded_densely_and_recorded(session: EditSession) -> None:
     generate(session)
-    edited = session.edit(FIRST, mask=torch.ones(4, 4))
+    edited = session.edit(FIRST, mask=torch.ones(4, 6))
     assert edited.pixels is not None
     torch.testing.assert_close(edited.pixels, dense_decode(session, edited), atol=1e-4, rtol=0)
     assert edited.report.decoder == "dense" and "cheaper than sparse" in edited.report.decoder_reason
@@ -143,7 +143,7 @@ def test_a_found_mask_is_used_for_the_decode(session: EditSession) -> None:
 
 def test_an_empty_mask_decodes_nothing(session: EditSession) -> None:
     base = generate(session)
-    edited = session.edit(FIRST, mask=torch.zeros(4, 4))
+    edited = session.edit(FIRST, mask=torch.zeros(4, 6))
     assert edited.report.decoder == "sparse" and edited.report.decoder_density == 0.0
     assert edited.pixels is not None and base.pixels is not None and torch.equal(edited.pixels, base.pixels)
 
@@ -337,7 +337,7 @@ def test_input_pictures_are_encoded_once(kind: str) -> None:
     base = session.generate(BASE, generator=torch.Generator().manual_seed(4), **given)
     made = len(calls)
     assert made > 0 and base.report.encodes_reused == 0
-    edited = session.edit(FIRST, mask=torch.ones(4, 4))
+    edited = session.edit(FIRST, mask=torch.ones(4, 6))
     assert len(calls) == made and edited.report.encodes_reused == made
     wanted = pipe(FIRST, generator=torch.Generator().manual_seed(4), output_type="pt", **given).images
     assert edited.pixels is not None
@@ -345,7 +345,7 @@ def test_input_pictures_are_encoded_once(kind: str) -> None:
     with torch.no_grad():
         pipe.vae.encoder.conv_in.weight.add_(0.1)
     before = len(calls)
-    session.edit(SECOND, mask=torch.ones(4, 4))
+    session.edit(SECOND, mask=torch.ones(4, 6))
     assert len(calls) == before + made, "an encoder with other weights must encode again"
     handle.remove()
 
