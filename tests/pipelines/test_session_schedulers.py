@@ -74,7 +74,7 @@ def test_a_full_mask_is_the_dense_edit(session: EditSession, name: str) -> None:
     pipe = session.pipe
     pipe.scheduler = make_scheduler(name, pipe.scheduler)
     generate(session)
-    edited = session.edit(FIRST, mask=torch.ones(4, 4), keep=False)
+    edited = session.edit(FIRST, mask=torch.ones(4, 6), keep=False)
     given = {"num_inference_steps": STEPS, **picture_arguments("text-to-image")}
     noise = torch.Generator().manual_seed(4)
     expected = pipe(FIRST, generator=noise, output_type="pt", **given).images

@@ -47,7 +47,7 @@ def test_masks_of_every_form(form: str) -> None:
     if form == "uint8":
         given = mask.to(torch.uint8) * 255
     elif form == "float":
-        given = mask.float() * 0.3
+        given = mask.float() * 0.7
     elif form == "numpy":
         given = mask.numpy()
     elif form == "pil":
