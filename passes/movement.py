@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fisedit_compile.passes.arguments import pair, read_arguments
+from fisedit_compile.passes.arguments import read_arguments
 from fisedit_compile.passes.canvas import Canvas
 from fisedit_compile.passes.geometry import Geometry, Places, joined
 from fisedit_compile.passes.ir import spatial_of
@@ -23,7 +23,7 @@ from fisedit_compile.passes.moves import CROPS, SPLITS, TURNS, Crop, joined_axis
 from fisedit_compile.passes.patches import patch_stencil
 from fisedit_compile.passes.probe_movement import MovementProbe
 from fisedit_compile.passes.resample import FAMILY as RESAMPLE
-from fisedit_compile.passes.resample import PADS, POOLS, read_pad
+from fisedit_compile.passes.resample import PADS, POOLS, pool_stencil, read_pad
 from fisedit_compile.passes.resample import read_stencil as read_resampling
 from fisedit_compile.passes.sparsify_attention import FAMILY as ATTENTION
 from fisedit_compile.passes.sparsify_attention import is_within
@@ -259,11 +259,7 @@ class Movement:
                 return self.places.unknown(domain)
             return self._windowed(x, convolution.stencil(size, domain))
         if node.target in WINDOW_POOLS:
-            given = read_arguments(node)
-            kernel = pair(given["kernel_size"])
-            stride = pair(given["stride"]) if given["stride"] else kernel
-            padding, dilation = pair(given["padding"]), pair(given.get("dilation", 1))
-            return self._windowed(x, window_stencil(size, domain, kernel, stride, padding, dilation))
+            return self._windowed(x, pool_stencil(size, domain, read_arguments(node)))
         if RESAMPLE.matches(node.target) and node.target not in POOLS:
             stencil = read_resampling(node, size, domain)
             if isinstance(stencil, Stencil):
@@ -318,30 +314,6 @@ class Movement:
         if any(_size(source) != domain for source in found.sources):
             geometries = [self.places.resized(geometry, domain, everything) for geometry in geometries]
         return self.places.with_everything(self.places.met(domain, geometries), domain)
-
-
-def window_stencil(
-    source: Domain,
-    target: Domain,
-    kernel: tuple[int, int],
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int] = (1, 1),
-) -> Stencil:
-    """Windows over a map, each of the numbers vertically and horizontally."""
-    return Stencil.of(
-        "window",
-        source,
-        target,
-        kernel_height=kernel[0],
-        kernel_width=kernel[1],
-        stride_y=stride[0],
-        stride_x=stride[1],
-        padding_y=padding[0],
-        padding_x=padding[1],
-        dilation_y=dilation[0],
-        dilation_x=dilation[1],
-    )
 
 
 def _size(node: Any) -> Domain:

@@ -57,10 +57,15 @@ def _scales(given: dict[str, Any]) -> tuple[float, float]:
     return float(given.get("scales_h") or 0.0), float(given.get("scales_w") or 0.0)
 
 
-def _window(source: Domain, target: Domain, given: dict[str, Any]) -> Stencil:
-    kernel = pair(given["kernel_size"])
-    stride = pair(given["stride"]) if given["stride"] else kernel
-    padding, dilation = pair(given["padding"]), pair(given.get("dilation", 1))
+def window_stencil(
+    source: Domain,
+    target: Domain,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int] = (1, 1),
+) -> Stencil:
+    """Windows over a map, each of the numbers vertically and horizontally."""
     return Stencil.of(
         "window",
         source,
@@ -74,6 +79,13 @@ def _window(source: Domain, target: Domain, given: dict[str, Any]) -> Stencil:
         dilation_y=dilation[0],
         dilation_x=dilation[1],
     )
+
+
+def pool_stencil(source: Domain, target: Domain, given: dict[str, Any]) -> Stencil:
+    """The windows of a pooling, from its arguments by name."""
+    kernel = pair(given["kernel_size"])
+    stride = pair(given["stride"]) if given["stride"] else kernel
+    return window_stencil(source, target, kernel, stride, pair(given["padding"]), pair(given.get("dilation", 1)))
 
 
 def read_pad(node: fx.Node, dims: Sequence[str]) -> tuple[dict[str, tuple[int, int]], str] | str:
@@ -124,7 +136,7 @@ def read_stencil(node: fx.Node, source: Domain, target: Domain, dims: Sequence[s
         given = {"kernel_size": kernel, "stride": kernel, "padding": 0}
     elif given["ceil_mode"] and given.get("count_include_pad") and pair(given["padding"]) != (0, 0):
         return "the output size is rounded up while padding is counted"
-    return _window(source, target, given)
+    return pool_stencil(source, target, given)
 
 
 def infer(node: fx.Node) -> Inferred:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from sparsifying import sparsify
 
-from fisedit_compile.passes.movement import window_stencil
+from fisedit_compile.passes.resample import window_stencil
 from fisedit_compile.passes.sparsify_layout import FAMILY, sparsify_layout
 from fisedit_compile.runtime.spec import Domain, Stencil
 
