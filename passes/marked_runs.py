@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -56,7 +57,18 @@ INDEXING = {
     "take",
     "take_along_dim",
 }
+#: Operators behind which a NaN may be none.
+FORGETTING = {"fmax", "fmin", "nan_to_num", "nanmean", "nanmedian", "nanquantile", "nansum"}
 SEEDS = (0, 1)
+#: The row of each row and the column of each column, -1 where nothing is read.
+Tables = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """How a result's positions moved; ``tables`` None: they stay in place."""
+
+    tables: Tables | None = None
 
 
 class MarkedRun:
@@ -85,7 +97,7 @@ class MarkedRun:
     def reason(self) -> str | None:
         """Why trying would not tell; None when it may."""
         value = self._region[-1].meta.get("val")
-        if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
+        if not _has_nan(value):
             return "its result holds no floating numbers"
         for node in self._region:
             name = getattr(node.target, "_opname", "").rstrip("_")
@@ -99,8 +111,8 @@ class MarkedRun:
                 return f"{node.target} draws random numbers"
         return None
 
-    def look(self, chosen: Sequence[fx.Node]) -> tuple[tuple[int, ...], Any] | str:
-        """What the marks show: ``((), tables)``, or why the movement is unknown."""
+    def look(self, chosen: Sequence[fx.Node]) -> Seen | str:
+        """What the marks show, or why the movement is unknown."""
         source, target = size_of(chosen[0]), self._layout.domain.whole
         elements = sum(_elements(node) for node in (*self._region, *self._sources))
         if elements * len(SEEDS) * 2 * max(1, (source.size - 1).bit_length()) > MOST_ELEMENTS:
@@ -111,11 +123,18 @@ class MarkedRun:
             return f"trying it out failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
         if answers[0] != answers[1]:
             return "it moves positions differently for other values"
-        return answers[0] if isinstance(answers[0], str) else ((), answers[0][0])
+        return answers[0]
 
-    def _once(
-        self, chosen: Sequence[fx.Node], source: Domain, target: Domain, seed: int
-    ) -> str | tuple[tuple[tuple[int, ...], tuple[int, ...]] | None]:
+    def _shows_all(self) -> bool:
+        """Whether what is not NaN depends on no marked position: nothing on the way forgets that a value was NaN."""
+        for node in self._region:
+            values = node.meta.get("val")
+            several = values if isinstance(values, (list, tuple)) else (values,)
+            if getattr(node.target, "_opname", "").rstrip("_") in FORGETTING or not all(map(_has_nan, several)):
+                return False
+        return True
+
+    def _once(self, chosen: Sequence[fx.Node], source: Domain, target: Domain, seed: int) -> Seen | str:
         generator = torch.Generator().manual_seed(seed)
         values = {node: self._value(node, generator) for node in self._sources}
         self._given = {
@@ -126,15 +145,16 @@ class MarkedRun:
         }
         coarse = coarse_size(source, target)
         if source != target and coarse is not None and self._keeps(chosen, values, source, target, coarse):
-            return (None,)
+            return Seen()
         numbers = torch.arange(source.size).view(source.height, source.width)
         marked, seen = self._patterns(chosen, values, numbers, source.size)
         # Of several maps, what tables say of one leaves out what comes from the others.
-        if len(self._sources) == 1 and (tables := _tables(marked, seen, source)) is not None:
-            return (None if source == target and tables == _identity(target) else tables,)
+        alone = len(self._sources) == 1 and self._shows_all()
+        if alone and (tables := _tables(marked, seen, source)) is not None:
+            return Seen(None if source == target and tables == _identity(target) else tables)
         if source != target:
             return "it changes the size, and no rule says how"
-        return (None,) if _depends(marked, seen, numbers) else "its positions do not stay where they are"
+        return Seen() if _depends(marked, seen, numbers) else "its positions do not stay where they are"
 
     def _keeps(
         self, chosen: Sequence[fx.Node], values: dict[fx.Node, Tensor], source: Domain, target: Domain, coarse: Domain
@@ -221,7 +241,8 @@ def _indices(node: fx.Node) -> Iterator[fx.Node]:
             yield value
 
 
-def size_of(node: fx.Node) -> Domain:
+def size_of(node: object) -> Domain:
+    """The size of a spatial value, wherever it lies."""
     spatial = spatial_of(node)
     assert spatial is not None
     return spatial.domain.whole
@@ -262,11 +283,16 @@ def _with_marks(value: Tensor, node: fx.Node, marks: Tensor) -> Tensor:
     return value.masked_fill(marks.reshape(shape), math.nan)
 
 
-def _identity(size: Domain) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _has_nan(value: object) -> bool:
+    """Whether a value is a tensor of a type that has NaN."""
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def _identity(size: Domain) -> Tables:
     return tuple(range(size.height)), tuple(range(size.width))
 
 
-def _tables(marked: Tensor, unmarked: Tensor, source: Domain) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+def _tables(marked: Tensor, unmarked: Tensor, source: Domain) -> Tables | None:
     """The row of each row and the column of each column, if each position depends on one position or on none."""
     single, none = (marked ^ unmarked).all(0), ~(marked | unmarked).any(0)
     if not bool((single | none).all()) or not bool(single.any()):

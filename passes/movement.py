@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -18,8 +17,9 @@ from fisedit_compile.passes.arguments import read_arguments
 from fisedit_compile.passes.canvas import Canvas
 from fisedit_compile.passes.geometry import Geometry, Places, joined
 from fisedit_compile.passes.ir import spatial_of
-from fisedit_compile.passes.layouts import HEIGHT, NCHW, Spatial
-from fisedit_compile.passes.moves import CROPS, SPLITS, TURNS, Crop, joined_axis, read_crops, read_turn, transposed
+from fisedit_compile.passes.layouts import HEIGHT, NCHW, WIDTH, Spatial
+from fisedit_compile.passes.marked_runs import size_of
+from fisedit_compile.passes.moves import CROPS, TURNS, Crop, joined_axis, read_crops, read_turn, transposed
 from fisedit_compile.passes.patches import patch_stencil
 from fisedit_compile.passes.probe_movement import MovementProbe
 from fisedit_compile.passes.resample import FAMILY as RESAMPLE
@@ -98,6 +98,8 @@ class Movement:
         self._probe = MovementProbe(derived)
         #: (value, reader) -> the value at the reader's place, as an earlier run left it.
         self.aliases: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
+        #: Values whose rows are computed from the same rows of their operands.
+        self.on_rows: set[fx.Node] = set()
         #: Values behind operators of which it is not known how they move positions, with the reason.
         self.lost: dict[fx.Node, str] = {}
 
@@ -136,13 +138,18 @@ class Movement:
         if moved is not None:
             return moved
         domain = layout.domain.whole
-        here = [value for value in _maps(node) if _size(value) == domain]
+        here = [value for value in _maps(node) if size_of(value) == domain]
         if ATTENTION.matches(node.target) and here and node.args[0] is here[0] and not is_within(node):
             return self.places.with_everything(self.geometry(here[0]), domain)
         stays = inferred or is_elementwise(node.target) or node.target in IN_PLACE or LINEAR.matches(node.target)
         if stays and here:
-            return self.met(node, here)
-        if (within := _along_channels(node)) is not None and _size(within) == domain:
+            if inferred:
+                self.on_rows.add(node)
+            # A softmax over channels is inferred, and mixes no positions.
+            found = self.met(node, here)
+            mixes = node.target in NORMS or (node.target in IN_PLACE and not inferred)
+            return self.places.with_everything(found, domain) if mixes else found
+        if (within := _along_channels(node)) is not None and size_of(within) == domain:
             return self.met(node, [within])
         if node.target in PRODUCTS and (kept := _row_operand(node, layout)) is not None:
             return self.places.with_everything(self.geometry(kept), domain)
@@ -151,13 +158,13 @@ class Movement:
     def met(self, node: fx.Node, operands: Sequence[fx.Node]) -> Geometry:
         """That of what an operator makes of maps of one size, position by position.
 
-        Statistics, and operands that are no such maps but were made from one, depend on everything.
+        Operands that are no such maps but were made from one depend on everything.
         """
-        domain = _size(operands[0])
+        domain = size_of(operands[0])
         found = self.places.met(domain, [self.geometry(value) for value in operands])
         reads = node.all_input_nodes if node.target is not operator.getitem else ()
         others = any(value in self._derived and value not in operands for value in reads)
-        return self.places.with_everything(found, domain) if others or node.target in IN_PLACE else found
+        return self.places.with_everything(found, domain) if others else found
 
     def _moved(self, node: fx.Node, layout: Spatial, inferred: bool) -> Geometry | None:
         """The geometry of what resizes or moves by a rule; None for anything else."""
@@ -170,7 +177,7 @@ class Movement:
             return None
         if target is operator.getitem:
             return None
-        if target in SPLITS | CROPS and (crops := read_crops(node, source)) is not None and target in CROPS:
+        if target in CROPS and (crops := read_crops(node, source)) is not None:
             return self.cropped(x, crops[0], layout.domain)
         if target in TURNS and not isinstance(tables := read_turn(node, source), str):
             return self._by_tables(x, layout.domain, tables)
@@ -187,7 +194,7 @@ class Movement:
 
     def cropped(self, x: fx.Node, crop: Crop, domain: Domain) -> Geometry:
         """That of a part of a value along height or width."""
-        stencil = crop.stencil(_size(x), domain.whole)
+        stencil = crop.stencil(size_of(x), domain.whole)
         return self._windowed(x, stencil)
 
     def _windowed(self, x: fx.Node, stencil: Stencil) -> Geometry:
@@ -196,7 +203,7 @@ class Movement:
 
     def _by_tables(self, x: fx.Node, domain: Domain, tables: tuple[Sequence[int], Sequence[int]]) -> Geometry:
         """That of rows and columns that are taken one by one."""
-        size = _size(x)
+        size = size_of(x)
         reads = (_table_reads(tables[0], size.height), _table_reads(tables[1], size.width))
         return self.places.windowed(
             self.geometry(x),
@@ -207,12 +214,12 @@ class Movement:
         )
 
     def _transposed(self, x: fx.Node) -> Geometry:
-        size = _size(x)
+        size = size_of(x)
         return self.places.transposed(self.geometry(x), Domain(size.width, size.height))
 
     def _in_patches(self, x: fx.Node, domain: Domain) -> Geometry:
         """That of a map cut into patches, or put together from them."""
-        size = _size(x)
+        size = size_of(x)
         cut = domain.size < size.size
         kind = "pixel_unshuffle" if cut else "pixel_shuffle"
         fine, coarse = (size, domain) if cut else (domain, size)
@@ -241,7 +248,7 @@ class Movement:
         if mode != "constant":
             vertical, horizontal = axis_taps(stencil)
             return self._by_tables(x, domain, (vertical.source[:, 0].tolist(), horizontal.source[:, 0].tolist()))
-        (top, bottom), (left, right) = named["height"], named["width"]
+        (top, bottom), (left, right) = named[HEIGHT], named[WIDTH]
         return self.places.windowed(
             self.geometry(x),
             domain.whole,
@@ -252,7 +259,7 @@ class Movement:
 
     def _resized(self, node: fx.Node, x: fx.Node, domain: Domain) -> Geometry:
         """That of convolutions, poolings and resizes of ``[B, C, H, W]``, whether or not they have a rule for rows."""
-        size = _size(x)
+        size = size_of(x)
         if node.target in CONVOLUTIONS:
             convolution = read_convolution(node)
             if isinstance(convolution, str):
@@ -289,7 +296,7 @@ class Movement:
         cone: list[Term] = []
         at = 0
         for value, geometry in zip(nodes, geometries, strict=True):
-            size = _size(value)
+            size = size_of(value)
             sizes = (size.height, size.width)
             tables = [list(range(domain.height)), list(range(domain.width))]
             tables[number] = [
@@ -311,16 +318,9 @@ class Movement:
             return self._by_tables(found.sources[0], domain, found.tables)
         geometries = [self.geometry(source) for source in found.sources]
         everything = self.places.everything(domain)
-        if any(_size(source) != domain for source in found.sources):
+        if any(size_of(source) != domain for source in found.sources):
             geometries = [self.places.resized(geometry, domain, everything) for geometry in geometries]
         return self.places.with_everything(self.places.met(domain, geometries), domain)
-
-
-def _size(node: Any) -> Domain:
-    """The size of a spatial value, wherever it lies."""
-    spatial = spatial_of(node)
-    assert spatial is not None
-    return spatial.domain.whole
 
 
 def _taken(canvas: Canvas, table: Sequence[int]) -> Canvas:

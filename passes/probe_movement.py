@@ -24,7 +24,7 @@ from torch import Tensor, fx
 
 from fisedit_compile.passes.ir import shape_of, spatial_of
 from fisedit_compile.passes.layouts import Spatial
-from fisedit_compile.passes.marked_runs import REFUSALS, MarkedRun, coarse_size, evaluate, size_of
+from fisedit_compile.passes.marked_runs import REFUSALS, MarkedRun, Seen, Tables, coarse_size, evaluate, size_of
 from fisedit_compile.passes.targets import OVERLOAD
 from fisedit_compile.runtime.spec import Domain
 
@@ -39,7 +39,7 @@ class Found:
     """
 
     sources: tuple[fx.Node, ...]
-    tables: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    tables: Tables | None = None
 
 
 class MovementProbe:
@@ -50,7 +50,7 @@ class MovementProbe:
     """
 
     #: What was seen, by what was run.
-    _seen: dict[str, tuple[tuple[int, ...], Any] | str] = {}
+    _seen: dict[str, Seen | str] = {}
 
     def __init__(self, derived: Collection[fx.Node]) -> None:
         self._derived = derived
@@ -66,15 +66,13 @@ class MovementProbe:
         if not chosen:
             return "it changes the size, and no rule says how"
         key = self._description(region, sources, layout)
-        if key not in self._seen:
+        found = self._seen.get(key)  # another thread may clear it
+        if found is None:
             if len(self._seen) > 1024:
                 self._seen.clear()
             run = MarkedRun(region, sources, layout, self._derived, self.constant)
-            self._seen[key] = run.reason() or run.look([sources[at] for at in chosen])
-        found = self._seen[key]
-        if isinstance(found, str):
-            return found
-        return Found(tuple(sources[at] for at in chosen), found[1])
+            found = self._seen[key] = run.reason() or run.look([sources[at] for at in chosen])
+        return found if isinstance(found, str) else Found(tuple(sources[at] for at in chosen), found.tables)
 
     def resize_reads(self, node: fx.Node, source: Domain, target: Domain) -> tuple[Tensor, Tensor] | None:
         """Which rows each row of a resize reads, bool ``[target, source]``, and which columns each column.

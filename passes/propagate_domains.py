@@ -147,12 +147,16 @@ def _meet_keys(node: fx.Node, operands: list[fx.Node], movement: Movement, deriv
 
 
 def _settle(node: fx.Node, movement: Movement, derived: dict[fx.Node, None]) -> None:
-    """Bring statistics' results, which have the rows of their operand, to their own place."""
-    source, spatial = spatial_of(node.args[0]), spatial_of(node)
-    if node.target not in NORMS or source is None or spatial is None or source.domain == spatial.domain:
+    """Bring a result that has the rows of its operands, and lies elsewhere because it depends on more, to its place."""
+    spatial = spatial_of(node)
+    if spatial is None or node not in movement.on_rows:
         return
+    covers = {source.domain.cover for value in node.all_input_nodes if (source := spatial_of(value)) is not None}
+    if covers == {spatial.domain.cover}:
+        return
+    (cover,) = covers
     geometry = movement.geometry(node)
-    node.meta["spatial"] = source
+    node.meta["spatial"] = spatial.at(cover)
     node.replace_all_uses_with(
         _at(node, node.next, geometry, movement, derived), delete_user_cb=lambda user: user.target is not ALIAS
     )
