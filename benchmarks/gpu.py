@@ -30,15 +30,16 @@ import fisedit_compile as fisedit
 from fisedit_compile.bench import edit as whole
 from fisedit_compile.bench.conv_shapes import MODELS, ConvShape, conv_shapes
 from fisedit_compile.bench.masks import make_mask
+from fisedit_compile.bench.networks import build_unet, example_inputs
 from fisedit_compile.bench.unet import DTYPES, describe_machine
-from fisedit_compile.kernels import conv, naive
-from fisedit_compile.kernels.blocks import candidates
-from fisedit_compile.kernels.chips import chip_of
-from fisedit_compile.kernels.pointwise import add_bias
-from fisedit_compile.kernels.tuning import best_choice, gpu_seconds
-from fisedit_compile.models import build_unet, example_inputs
-from fisedit_compile.ops import conv_rows as conv_rows_aten
-from fisedit_compile.ops import pack_conv_weight
+from fisedit_compile.operators import conv_rows as conv_rows_aten
+from fisedit_compile.operators import pack_conv_weight
+from fisedit_compile.operators.convolution import triton as conv
+from fisedit_compile.operators.triton import naive
+from fisedit_compile.operators.triton.blocks import candidates
+from fisedit_compile.operators.triton.chips import chip_of
+from fisedit_compile.operators.triton.pointwise import add_bias
+from fisedit_compile.operators.triton.tuning import best_choice, gpu_seconds
 from fisedit_compile.runtime.plans import build_plan
 from fisedit_compile.runtime.spec import Domain, PlanInput, Stencil
 from fisedit_compile.runtime.tiers import TIERS
@@ -47,8 +48,8 @@ PARTS = ("kernels", "semantics", "sanitizer", "convolutions", "networks", "edits
 #: What the first two of them test, on the GPU.
 TESTS = {
     "kernels": (
-        *("tests/kernels", "--deselect=tests/kernels/test_compilation.py"),
-        *("tests/test_replay.py", "tests/runtime/test_tiers.py"),
+        *("tests/kernels", "--deselect=tests/operators/triton/test_compilation.py"),
+        *("tests/executing/test_replay.py", "tests/runtime/test_tiers.py"),
     ),
     "semantics": tuple(f"tests/semantics/test_{name}.py" for name in ("replay", "tiers", "properties")),
 }

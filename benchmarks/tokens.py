@@ -19,9 +19,9 @@ from torch import Tensor
 
 import fisedit_compile as fisedit
 from fisedit_compile.bench.masks import make_mask
+from fisedit_compile.bench.networks import fill_randomly
 from fisedit_compile.bench.timing import Variant, measure
 from fisedit_compile.bench.unet import describe_machine
-from fisedit_compile.models import fill_randomly
 
 WIDTH, TEXT_WIDTH, POOLED_WIDTH = 128, 1024, 768
 """Of a head, of the prompt's tokens, and of the prompt as a whole."""

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fisedit_compile import errors
-    from fisedit_compile.explain import explain
     from fisedit_compile.pipelines import EditSession
+    from fisedit_compile.reporting.explain import explain
     from fisedit_compile.runtime import Runtime, default_runtime
 
     __version__: str
@@ -22,7 +20,7 @@ _SOURCES = {
     "EditSession": "fisedit_compile.pipelines",
     "Runtime": "fisedit_compile.runtime",
     "default_runtime": "fisedit_compile.runtime",
-    "explain": "fisedit_compile.explain",
+    "explain": "fisedit_compile.reporting.explain",
 }
 
 
@@ -41,16 +39,3 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    """Keeps ``fisedit_compile.explain`` the function: importing the module of that name, from anywhere, would
-    otherwise put the module in its place."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if name == "explain" and isinstance(value, ModuleType):
-            value = value.explain
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -13,9 +13,17 @@ import torch
 from torch import Tensor, fx
 
 from fisedit_compile import private
-from fisedit_compile.compiled_graph import CompiledGraph
-from fisedit_compile.config import Options, parse_options
-from fisedit_compile.description import (
+from fisedit_compile.errors import OptionError
+from fisedit_compile.executing.compiled_graph import CompiledGraph
+from fisedit_compile.executing.executable import Executable, GraphIdentity
+from fisedit_compile.executing.replay import capturer_for
+from fisedit_compile.options import Options, parse_options
+from fisedit_compile.passes import InputInfo, Program, build_program, disabled_passes
+from fisedit_compile.passes.common.literals import spell_literals
+from fisedit_compile.passes.domains.labels import declare_content
+from fisedit_compile.passes.normalise.canonicalize import idle_source
+from fisedit_compile.runtime import PhaseSource, ReachCheck, default_runtime
+from fisedit_compile.tracing.description import (
     GraphInputs,
     UntraceableGraph,
     break_before,
@@ -25,17 +33,9 @@ from fisedit_compile.description import (
     fixed_sizes,
     placeholders,
 )
-from fisedit_compile.dynamo import on_calls
-from fisedit_compile.errors import OptionError
-from fisedit_compile.executable import Executable, GraphIdentity
-from fisedit_compile.forms import StaticTensor
-from fisedit_compile.passes import InputInfo, Program, build_program, disabled_passes
-from fisedit_compile.passes.canonicalize import idle_source
-from fisedit_compile.passes.labels import declare_content
-from fisedit_compile.passes.literals import spell_literals
-from fisedit_compile.replay import capturer_for
-from fisedit_compile.runtime import PhaseSource, ReachCheck, default_runtime
-from fisedit_compile.tracing import trace
+from fisedit_compile.tracing.dynamo import on_calls
+from fisedit_compile.tracing.inputs import StaticTensor
+from fisedit_compile.tracing.trace import trace
 
 logger = logging.getLogger(__name__)
 

@@ -35,9 +35,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, GuardOnDataDependentSymNode, ShapeEnv, free_symbols
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _pop_mode, _push_mode
 
-from fisedit_compile.dynamo import INTEGERS_CHOOSE_GRAPHS
-from fisedit_compile.forms import DynamicNumber, StaticTensor
-from fisedit_compile.replacements import Functionalisable
+from fisedit_compile.tracing.dynamo import INTEGERS_CHOOSE_GRAPHS
+from fisedit_compile.tracing.inputs import DynamicNumber, StaticTensor
+from fisedit_compile.tracing.replacements import Functionalisable
 
 #: What tracing raises for a graph whose sizes or control flow depend on data, or with operators without fake kernels.
 UNTRACEABLE = (

@@ -10,45 +10,45 @@ from pathlib import Path
 
 from torch import fx
 
-import fisedit_compile.ops  # noqa: F401  (registers the operators the passes name)
-from fisedit_compile.config import Options
+import fisedit_compile.operators  # noqa: F401  (registers the operators the passes name)
 from fisedit_compile.errors import OptionError
-from fisedit_compile.passes import sparsify_norm as norms
-from fisedit_compile.passes.canonicalize import canonicalize
-from fisedit_compile.passes.choose_convolution import choose_convolution
-from fisedit_compile.passes.collapse import Opaque, collapse
-from fisedit_compile.passes.convolve_maps import convolve_maps
-from fisedit_compile.passes.count_macs import count_macs
-from fisedit_compile.passes.deferred import copy_graph
-from fisedit_compile.passes.densify import densify
-from fisedit_compile.passes.expand_layers import expand_layers
-from fisedit_compile.passes.family import Family, rewrite_nodes
-from fisedit_compile.passes.fold_attention import fold_attention
-from fisedit_compile.passes.hoist_invariants import hoist_invariants
-from fisedit_compile.passes.hoist_parameters import hoist_parameters
-from fisedit_compile.passes.insert_cache_ops import insert_cache_ops
-from fisedit_compile.passes.ir import eliminate_dead_code, shape_of, spatial_of
-from fisedit_compile.passes.join_slices import join_slices
-from fisedit_compile.passes.lift_cache_io import lift_edit, lift_invariants, lift_stores
-from fisedit_compile.passes.lower_conversions import lower_conversions
-from fisedit_compile.passes.multiply_maps import multiply_maps
-from fisedit_compile.passes.normalise_attention import normalise_attention
-from fisedit_compile.passes.pack_weights import pack_weights
-from fisedit_compile.passes.program import InputInfo, Program
-from fisedit_compile.passes.propagate_domains import propagate_domains
-from fisedit_compile.passes.report import Report
-from fisedit_compile.passes.resample import FAMILY as RESAMPLE
-from fisedit_compile.passes.sparsify_attention import FAMILY as ATTENTION
-from fisedit_compile.passes.sparsify_complex import FAMILY as COMPLEX
-from fisedit_compile.passes.sparsify_conv import FAMILY as CONVOLUTION
-from fisedit_compile.passes.sparsify_layout import FAMILY as LAYOUT
-from fisedit_compile.passes.sparsify_linear import FAMILY as LINEAR
-from fisedit_compile.passes.sparsify_pointwise import FAMILY as POINTWISE
-from fisedit_compile.passes.split_joined import split_joined
-from fisedit_compile.passes.tokens import declare_tokens
-from fisedit_compile.passes.undo_merges import undo_merges
-from fisedit_compile.passes.unfold_windows import unfold_windows
-from fisedit_compile.passes.verify import verify
+from fisedit_compile.options import Options
+from fisedit_compile.passes.caching.hoist_invariants import hoist_invariants
+from fisedit_compile.passes.caching.hoist_parameters import hoist_parameters
+from fisedit_compile.passes.caching.insert_cache_ops import insert_cache_ops
+from fisedit_compile.passes.caching.lift_cache_io import lift_edit, lift_invariants, lift_stores
+from fisedit_compile.passes.caching.verify import verify
+from fisedit_compile.passes.common.deferred import copy_graph
+from fisedit_compile.passes.common.family import Family, rewrite_nodes
+from fisedit_compile.passes.common.ir import eliminate_dead_code, shape_of, spatial_of
+from fisedit_compile.passes.common.program import InputInfo, Program
+from fisedit_compile.passes.common.report import Report
+from fisedit_compile.passes.domains.collapse import Opaque, collapse
+from fisedit_compile.passes.domains.propagate_domains import propagate_domains
+from fisedit_compile.passes.domains.tokens import declare_tokens
+from fisedit_compile.passes.normalise.canonicalize import canonicalize
+from fisedit_compile.passes.normalise.expand_layers import expand_layers
+from fisedit_compile.passes.normalise.join_slices import join_slices
+from fisedit_compile.passes.normalise.normalise_attention import normalise_attention
+from fisedit_compile.passes.normalise.split_joined import split_joined
+from fisedit_compile.passes.normalise.undo_merges import undo_merges
+from fisedit_compile.passes.normalise.unfold_windows import unfold_windows
+from fisedit_compile.passes.processor.choose_convolution import choose_convolution
+from fisedit_compile.passes.processor.convolve_maps import convolve_maps
+from fisedit_compile.passes.processor.fold_attention import fold_attention
+from fisedit_compile.passes.processor.multiply_maps import multiply_maps
+from fisedit_compile.passes.processor.pack_weights import pack_weights
+from fisedit_compile.passes.sparsify import norm as norms
+from fisedit_compile.passes.sparsify.attention import FAMILY as ATTENTION
+from fisedit_compile.passes.sparsify.complex import FAMILY as COMPLEX
+from fisedit_compile.passes.sparsify.convolution import FAMILY as CONVOLUTION
+from fisedit_compile.passes.sparsify.count_macs import count_macs
+from fisedit_compile.passes.sparsify.densify import densify
+from fisedit_compile.passes.sparsify.layout import FAMILY as LAYOUT
+from fisedit_compile.passes.sparsify.linear import FAMILY as LINEAR
+from fisedit_compile.passes.sparsify.lower_conversions import lower_conversions
+from fisedit_compile.passes.sparsify.pointwise import FAMILY as POINTWISE
+from fisedit_compile.passes.sparsify.resample import FAMILY as RESAMPLE
 from fisedit_compile.runtime.spec import Domain, Stencil
 
 logger = logging.getLogger(__name__)

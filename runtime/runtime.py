@@ -9,8 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from fisedit_compile.config import parse_bytes
 from fisedit_compile.errors import FisEditError, OptionError, UnknownBaseError
+from fisedit_compile.options import parse_bytes
 from fisedit_compile.runtime.base import Base, check_storage, stored_bytes
 from fisedit_compile.runtime.masks import WHITE_THRESHOLD, MaskLike, check_white_threshold
 from fisedit_compile.runtime.phases import EditPhase, RecordPhase
@@ -267,7 +267,9 @@ class Runtime(PhaseSource):
                 f"{what} inside another record or edit of the same runtime and thread; leave the outer context first, "
                 f"or use a second Runtime"
             )
-        from fisedit_compile.dynamo import strict_recompiles  # takes seconds to import, and who only asks needs none
+        from fisedit_compile.tracing.dynamo import (
+            strict_recompiles,  # takes seconds to import, and who only asks needs none
+        )
 
         with strict_recompiles():
             self._local.phase = phase

@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 # Test modules import the shared helpers beside this file by their bare names, whatever the import mode.
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tools")]
 # Triton decides at its import whether kernels are interpreted, and some test imports it before those of the kernels do.
 ON_CPU = os.environ.get("FISEDIT_TEST_DEVICE", "cpu") == "cpu"
 if ON_CPU:

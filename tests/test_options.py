@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import fx
 
-from fisedit_compile import backend, config
-from fisedit_compile.config import parse_options
+from fisedit_compile import backend
+from fisedit_compile import options as config
 from fisedit_compile.errors import OptionError, ScalarMismatchError
+from fisedit_compile.options import parse_options
 from fisedit_compile.runtime import Runtime
 
 

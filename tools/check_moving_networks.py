@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import torch
 
-from moving_checks import Counts, check, compile_graph, compile_with_dynamo
-from moving_networks import Seeded, draw
+from support.moving_checks import Counts, check, compile_graph, compile_with_dynamo
+from support.moving_networks import Seeded, draw
 
 
 def main() -> int:

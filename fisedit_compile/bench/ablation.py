@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from fisedit_compile.bench.masks import make_mask
+from fisedit_compile.bench.networks import build_unet, example_inputs
 from fisedit_compile.bench.timing import Variant, measure
 from fisedit_compile.bench.unet import AGREEMENT, DTYPES, BenchmarkError, describe_machine
-from fisedit_compile.config import parse_options
 from fisedit_compile.errors import OptionError
-from fisedit_compile.explain import explain_with
-from fisedit_compile.models import build_unet, example_inputs
-from fisedit_compile.prologues import prologues
+from fisedit_compile.executing.prologues import prologues
+from fisedit_compile.options import parse_options
+from fisedit_compile.reporting.explain import explain_with
 from fisedit_compile.runtime import Runtime
 from fisedit_compile.runtime.masks import reduce_mask
 from fisedit_compile.runtime.spec import Domain
@@ -66,7 +66,7 @@ class Settings:
     """What to measure.
 
     Attributes:
-        model: a name of ``fisedit_compile.models.MODEL_NAMES`` or a folder with a U-Net's configuration.
+        model: a name of ``fisedit_compile.bench.networks.MODEL_NAMES`` or a folder with a U-Net's configuration.
         size: of the picture in pixels; None: the model's own.
         density: share of active positions, above 0 and at most 1, at the resolution of the latents.
         shape: of the mask.

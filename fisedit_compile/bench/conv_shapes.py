@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fisedit_compile.kernels.blocks import ConvProblem
-from fisedit_compile.models import CONFIGURATIONS, build_unet
+from fisedit_compile.bench.networks import CONFIGURATIONS, build_unet
+from fisedit_compile.operators.triton.blocks import ConvProblem
 
 DENSITIES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.6)
 

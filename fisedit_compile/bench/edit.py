@@ -20,8 +20,8 @@ from fisedit_compile.bench.timing import synchronise
 from fisedit_compile.bench.unet import DTYPES, BenchmarkError, describe_machine
 from fisedit_compile.errors import OptionError
 from fisedit_compile.pipelines import AutomaticMask, EditSession, Picture
-from fisedit_compile.pipelines.decoding import DECODERS
-from fisedit_compile.pipelines.masking import MaskFinder
+from fisedit_compile.pipelines.decoding.decoding import DECODERS
+from fisedit_compile.pipelines.masks.masking import MaskFinder
 
 BASE_PROMPT = "a lake in the mountains"
 EDIT_PROMPT = "a lake in the mountains with a sailing boat on it"
@@ -34,7 +34,7 @@ class Settings:
     """What to measure.
 
     Attributes:
-        model: a name of ``fisedit_compile.models.MODEL_NAMES``.
+        model: a name of ``fisedit_compile.bench.networks.MODEL_NAMES``.
         size: of the picture in pixels; None: the model's own.
         density: share of active cells of the mask, above 0 and at most 1, at the resolution of the latents.
         shape: of the mask: square, disc or ragged.

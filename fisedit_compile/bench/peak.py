@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fisedit_compile.bench.timing import timed
-from fisedit_compile.ops import linear_rows, pack_matrix
-from fisedit_compile.ops.packed import packs
+from fisedit_compile.operators import linear_rows, pack_matrix
+from fisedit_compile.operators.products.aten import packs
 
 #: Rows and columns of the matrices, by type of device.
 SIDES = {"cpu": 2048, "cuda": 8192}

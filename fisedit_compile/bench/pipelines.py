@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from fisedit_compile.bench.networks import MODEL_NAMES, TEXT_TOKENS, build_unet, fill_randomly
 from fisedit_compile.errors import OptionError
-from fisedit_compile.models import MODEL_NAMES, TEXT_TOKENS, build_unet, fill_randomly
 
 WORDS = ("a", "lake", "in", "the", "mountains", "with", "sailing", "boat", "on", "it")
 VOCABULARY = 49408
@@ -54,7 +54,7 @@ def build_pipeline(
     """A text-to-image pipeline with a DDIM scheduler, without a safety checker.
 
     Args:
-        name: one of ``fisedit_compile.models.MODEL_NAMES``; ``scenes`` is the trained model of the package.
+        name: one of ``fisedit_compile.bench.networks.MODEL_NAMES``; ``scenes`` is the trained model of the package.
         dtype: of all weights.
         device: of all networks.
         seed: of the weights.

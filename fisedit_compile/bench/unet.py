@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fisedit_compile import explain, private
+from fisedit_compile import private
 from fisedit_compile.bench.masks import make_mask
+from fisedit_compile.bench.networks import build_unet, example_inputs
 from fisedit_compile.bench.peak import measure_peak
 from fisedit_compile.bench.timing import Variant, measure, timed
 from fisedit_compile.errors import FisEditError, OptionError
-from fisedit_compile.models import build_unet, example_inputs
+from fisedit_compile.reporting import explain
 from fisedit_compile.runtime import Runtime
 from fisedit_compile.runtime.masks import reduce_mask
 from fisedit_compile.runtime.spec import Domain
@@ -39,7 +40,7 @@ class Settings:
     """What to measure.
 
     Attributes:
-        model: a name of ``fisedit_compile.models.MODEL_NAMES`` or a folder with a U-Net's configuration.
+        model: a name of ``fisedit_compile.bench.networks.MODEL_NAMES`` or a folder with a U-Net's configuration.
         size: of the picture in pixels; None: the model's own.
         densities: shares of active positions, above 0 and at most 1, at the resolution of the latents.
         shape: of the masks: square, disc or ragged.

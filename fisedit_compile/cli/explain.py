@@ -38,15 +38,15 @@ def explain(
     from rich.console import Console
 
     import fisedit_compile
-    from fisedit_compile import models
-    from fisedit_compile.kernel_report import named_chip
+    from fisedit_compile.bench import networks as models
+    from fisedit_compile.reporting.kernels import named_chip
 
     gpu = named_chip(chip) if chip is not None else None
     dtype = torch.float32 if gpu is None else torch.float16
     unet = models.build_unet(model, dtype, device="meta")
     positional, named = models.example_inputs(model, options.parse_size(size), batch, dtype, device="meta")
     with Console(stderr=True).status("tracing"):
-        report = fisedit_compile.explain(unet, *positional, **named)
+        report = fisedit_compile.reporting.explain(unet, *positional, **named)
     typer.echo(str(report))
     if gpu is not None:
         typer.echo(report.describe_kernels(gpu))

@@ -190,7 +190,7 @@ def load_model(model: str, scheduler: SchedulerName | None, device: str | None, 
             raise PipelineError(f"{folder} does not hold a pipeline that can be loaded: {error}") from error
     pipe.to(place, dtype)
     if scheduler is not None:
-        from fisedit_compile.pipelines.schedulers import make_scheduler
+        from fisedit_compile.pipelines.families.schedulers import make_scheduler
 
         pipe.scheduler = make_scheduler(scheduler.value, pipe.scheduler)
     return pipe

@@ -16,7 +16,7 @@ from PIL import Image
 
 from fisedit_compile.errors import PipelineError
 from fisedit_compile.pipelines.differences import told_apart
-from fisedit_compile.pipelines.guidance import Guidance, guidance_of
+from fisedit_compile.pipelines.families.guidance import Guidance, guidance_of
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from fisedit_compile import private
 from fisedit_compile.errors import PipelineError
-from fisedit_compile.pipelines.autoencoder import AutoencoderCall
 from fisedit_compile.pipelines.compiling import CompiledNetwork
-from fisedit_compile.pipelines.guidance import NETWORKS
+from fisedit_compile.pipelines.decoding.autoencoder import AutoencoderCall
+from fisedit_compile.pipelines.families.guidance import NETWORKS
 from fisedit_compile.pipelines.network_calls import TOKENS_ARGUMENT
 from fisedit_compile.pipelines.random_numbers import PROMPTS, RandomNumbers
 from fisedit_compile.pipelines.steps import StepFollower, followed_scheduler

@@ -19,10 +19,10 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
-from fisedit_compile.dynamo import GRAPH_BREAKS, OwnCode, compile_apart
 from fisedit_compile.errors import PipelineError
 from fisedit_compile.private import OptimizedModule, leaves
 from fisedit_compile.runtime import PhaseSource, ReachCheck
+from fisedit_compile.tracing.dynamo import GRAPH_BREAKS, OwnCode, compile_apart
 
 BACKEND = "fisedit"
 PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Any, TypeVar, cast
 
-from fisedit_compile.pipelines.autoencoder import EncodeMemory
-from fisedit_compile.pipelines.decoding import DecodeRecord
+from fisedit_compile.pipelines.decoding.autoencoder import EncodeMemory
+from fisedit_compile.pipelines.decoding.decoding import DecodeRecord
 from fisedit_compile.pipelines.network_state import NetworkState
 from fisedit_compile.pipelines.noise import NoiseSource
 from fisedit_compile.pipelines.picture import Picture

@@ -11,23 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisedit_compile.config import parse_options
 from fisedit_compile.errors import PipelineError
+from fisedit_compile.options import parse_options
 from fisedit_compile.pipelines.arguments import CallArguments, keep_value
-from fisedit_compile.pipelines.autoencoder import AutoencoderCall, EncodeMemory
 from fisedit_compile.pipelines.binding import PipelineBinding
-from fisedit_compile.pipelines.decoding import DecodeJob, SparseDecoder
+from fisedit_compile.pipelines.decoding.autoencoder import AutoencoderCall, EncodeMemory
+from fisedit_compile.pipelines.decoding.decoding import DecodeJob, SparseDecoder
+from fisedit_compile.pipelines.families.latents import packed_resolutions
+from fisedit_compile.pipelines.families.prompts import PromptLengths, check_prompt_tokens
+from fisedit_compile.pipelines.families.schedulers import describe_scheduler, scheduler_difference, steps_for_calls
 from fisedit_compile.pipelines.history import Entry, taking_turns
-from fisedit_compile.pipelines.latents import packed_resolutions
-from fisedit_compile.pipelines.masking import AutomaticMask, grow_mask, paste_outside, to_pixels
+from fisedit_compile.pipelines.masks.masking import AutomaticMask, grow_mask, paste_outside, to_pixels
 from fisedit_compile.pipelines.network_state import NetworkState
 from fisedit_compile.pipelines.noise import Generators, NoiseSource
 from fisedit_compile.pipelines.picture import Picture, as_pixels
-from fisedit_compile.pipelines.prompts import PromptLengths, check_prompt_tokens
 from fisedit_compile.pipelines.random_numbers import RandomNumbers
 from fisedit_compile.pipelines.report import Report, SeamError, finest_first, notes_on
 from fisedit_compile.pipelines.safety import check_unflagged, flagged_note, unflagged, with_flagged
-from fisedit_compile.pipelines.schedulers import describe_scheduler, scheduler_difference, steps_for_calls
 from fisedit_compile.pipelines.steps import EditFollower, StepFollower, Trajectory
 from fisedit_compile.pipelines.timing import StageClock
 from fisedit_compile.pipelines.wording import session_words

@@ -14,12 +14,12 @@ from fisedit_compile.errors import PipelineError
 from fisedit_compile.pipelines.arguments import same_value
 from fisedit_compile.pipelines.attributes import replaced_attribute
 from fisedit_compile.pipelines.compiling import CompiledRun
-from fisedit_compile.pipelines.latents import LatentCells
-from fisedit_compile.pipelines.masking import AutomaticMask, MaskFinder
+from fisedit_compile.pipelines.families.latents import LatentCells
+from fisedit_compile.pipelines.families.prompts import PromptLengths
+from fisedit_compile.pipelines.families.schedulers import calls_for_steps, steps_for_calls
+from fisedit_compile.pipelines.masks.masking import AutomaticMask, MaskFinder
 from fisedit_compile.pipelines.network_calls import NetworkCalls
-from fisedit_compile.pipelines.prompts import PromptLengths
 from fisedit_compile.pipelines.random_numbers import RandomNumbers
-from fisedit_compile.pipelines.schedulers import calls_for_steps, steps_for_calls
 from fisedit_compile.pipelines.timing import StageClock
 from fisedit_compile.pipelines.twin import Cancellation
 from fisedit_compile.runtime import Domain

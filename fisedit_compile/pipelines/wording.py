@@ -15,7 +15,7 @@ from fisedit_compile.errors import (
     ScalarMismatchError,
     WeightsChangedError,
 )
-from fisedit_compile.executable import PASS_A_TENSOR
+from fisedit_compile.executing.executable import PASS_A_TENSOR
 
 _ADVICE: tuple[tuple[type[FisEditError], str], ...] = (
     (

@@ -17,8 +17,8 @@ from fisedit_compile.bench import unet
 from fisedit_compile.bench.masks import SHAPES, make_mask
 from fisedit_compile.bench.unet import DTYPES, BenchmarkError, Result, Settings, SparseRow, run_unet
 from fisedit_compile.cli import bench as command
-from fisedit_compile.config import LOWERINGS
 from fisedit_compile.errors import OptionError
+from fisedit_compile.options import LOWERINGS
 
 TINY = {
     "_class_name": "UNet2DConditionModel",

@@ -19,7 +19,7 @@ from fisedit_compile.cli import bench as command
 from fisedit_compile.cli import options
 from fisedit_compile.errors import OptionError
 from fisedit_compile.passes.manager import OPTIONAL
-from fisedit_compile.pipelines.decoding import DECODERS
+from fisedit_compile.pipelines.decoding.decoding import DECODERS
 from fisedit_compile.pipelines.picture import Picture
 from fisedit_compile.runtime.tiers import TIERS
 

@@ -10,14 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from transformer_pipelines import with_text_encoders
 
 from fisedit_compile.cli.main import main
 from fisedit_compile.cli.options import SchedulerName, check_arguments, parse_arguments, parse_size
 from fisedit_compile.errors import PipelineError
-from fisedit_compile.pipelines.schedulers import SCHEDULER_NAMES
-
-from tiny_pipelines import HEIGHT, WIDTH, tiny_pipeline
+from fisedit_compile.pipelines.families.schedulers import SCHEDULER_NAMES
+from support.tiny_pipelines import HEIGHT, WIDTH, tiny_pipeline
+from support.transformer_pipelines import with_text_encoders
 
 SIZE = f"{HEIGHT}x{WIDTH}"
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tree import FOLDERS, ROOT, modules
+
+from support.tree import FOLDERS, ROOT, modules
 
 SOURCES = sorted(
     path
@@ -17,7 +18,7 @@ SOURCES = sorted(
     for path in (ROOT / folder).rglob("*.py")
     if "__pycache__" not in path.parts
 )
-MOST_LINES = 400
+MOST_LINES = 600
 
 
 def read_project() -> dict[str, Any]:
@@ -39,21 +40,18 @@ def test_files_are_short_and_finished(path: Path) -> None:
     assert not re.search(r"^\s*(import pickle|from pickle)", text, re.MULTILINE)
 
 
-def test_every_package_is_listed() -> None:
-    settings = read_project()["tool"]["setuptools"]
-    packages = {name for name, path in modules().items() if path.name == "__init__.py"}
-    assert set(settings["packages"]) == packages
-    mapped = {package: str(ROOT / folder) for package, folder in settings["package-dir"].items()}
-    assert mapped == {package: str(ROOT / folder) for folder, package in FOLDERS.items()}
-
-
-def test_the_type_checker_sees_the_folders_under_their_installed_names() -> None:
+def test_the_top_level_folders_are_linked_into_the_package() -> None:
     for folder, package in FOLDERS.items():
         if "." not in package:
             continue
-        link = ROOT / "types" / Path(*package.split("."))
-        assert link.is_symlink() and link.resolve() == ROOT / folder
-        assert package in read_project()["tool"]["mypy"]["packages"]
+        link = ROOT / Path(*package.split("."))
+        assert link.is_symlink() and link.readlink() == Path("..", folder)
+
+
+def test_every_folder_of_modules_is_a_package() -> None:
+    folders = {path.parent for path in modules().values()}
+    assert all((folder / "__init__.py").is_file() for folder in folders)
+    assert len(folders) > 20
 
 
 def requirement_name(requirement: str) -> str:

@@ -1,4 +1,4 @@
-"""The wheel holds exactly the tree, and works where there is no checkout."""
+"""The wheel holds exactly the tree, and works where there is no checkout; a checkout works without installing."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
-from tree import FOLDERS, PACKAGE, ROOT, installed_files, modules
+
+from support.tree import FOLDERS, PACKAGE, ROOT, installed_files, modules
 
 
 def run(*command: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -19,18 +21,34 @@ def run(*command: str, folder: Path, **environment: str) -> subprocess.Completed
     return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=False)
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of a copy of the tree: building leaves folders behind."""
-    folder = tmp_path_factory.mktemp("wheel")
+def copy_tree(folder: Path) -> Path:
+    """A copy of what is built from, links and all: building leaves folders behind."""
     copy = folder / "copy"
     ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for name in FOLDERS:
-        shutil.copytree(ROOT / name, copy / name, ignore=ignored)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=ignored)
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy / name)
-    command = (sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder / "dist"), str(copy))
-    built = run(*command, folder=folder)
+    return copy
+
+
+def build(kind: str, source: Path, output: Path) -> subprocess.CompletedProcess[str]:
+    """Build a ``wheel`` or an ``sdist``."""
+    command = (sys.executable, "-m", "build", f"--{kind}", "--no-isolation", "--outdir", str(output), str(source))
+    return run(*command, folder=source.parent)
+
+
+def members(wheel: Path) -> dict[str, bytes]:
+    """What a wheel installs."""
+    with zipfile.ZipFile(wheel) as archive:
+        return {name: archive.read(name) for name in archive.namelist() if ".dist-info/" not in name}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of a copy of the tree."""
+    folder = tmp_path_factory.mktemp("wheel")
+    built = build("wheel", copy_tree(folder), folder / "dist")
     assert built.returncode == 0, built.stdout + built.stderr
     (path,) = (folder / "dist").glob("*.whl")
     return path
@@ -47,11 +65,35 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_wheel_holds_the_tree(wheel: Path) -> None:
-    with zipfile.ZipFile(wheel) as archive:
-        names = {name for name in archive.namelist() if ".dist-info/" not in name}
-        assert names == set(installed_files())
-        for name, path in installed_files().items():
-            assert archive.read(name) == path.read_bytes(), name
+    found = members(wheel)
+    assert set(found) == set(installed_files())
+    assert all(found[name] == path.read_bytes() for name, path in installed_files().items())
+
+
+def test_a_source_distribution_builds_the_same_wheel(wheel: Path, tmp_path: Path) -> None:
+    packed = build("sdist", copy_tree(tmp_path), tmp_path / "dist")
+    assert packed.returncode == 0, packed.stdout + packed.stderr
+    (archive,) = (tmp_path / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        tar.extractall(tmp_path / "unpacked", filter="data")
+    (source,) = (tmp_path / "unpacked").iterdir()
+    built = build("wheel", source, tmp_path / "wheels")
+    assert built.returncode == 0, built.stdout + built.stderr
+    (path,) = (tmp_path / "wheels").glob("*.whl")
+    assert members(path) == members(wheel)
+
+
+def test_a_tree_without_links_builds_nothing(tmp_path: Path) -> None:
+    copy = copy_tree(tmp_path)
+    for name in ("passes", "runtime"):
+        link = copy / PACKAGE / name
+        link.unlink()
+        # What git writes where it keeps no links, and what an archive of a repository unpacks to.
+        link.write_text(f"../{name}")
+    built = build("wheel", copy, tmp_path / "dist")
+    assert built.returncode != 0
+    assert "fisedit_compile/passes is no folder: expected a link to ../passes" in built.stdout + built.stderr
+    assert not list((tmp_path / "dist").glob("*.whl"))
 
 
 def test_the_wheel_names_its_license_and_entry_points(wheel: Path) -> None:
@@ -101,6 +143,12 @@ print("works")
     done = run(sys.executable, "-c", program, folder=tmp_path, PYTHONPATH=str(installed))
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("works\n")
+
+
+def test_a_checkout_works_without_installing(tmp_path: Path) -> None:
+    program = "import fisedit_compile.passes, fisedit_compile.runtime as it; print(it.__file__)"
+    done = run(sys.executable, "-c", program, folder=tmp_path, PYTHONPATH=str(ROOT))
+    assert done.stdout.strip() == str(ROOT / PACKAGE / "runtime" / "__init__.py"), done.stderr
 
 
 @pytest.mark.parametrize("name", ["passes", "runtime"])

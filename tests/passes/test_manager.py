@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_unet import PICTURE, small_unet
 
-from fisedit_compile.config import Options
 from fisedit_compile.errors import OptionError
+from fisedit_compile.options import Options
 from fisedit_compile.passes import Program, manager
-from fisedit_compile.passes.ir import MARKERS
+from fisedit_compile.passes.common.ir import MARKERS
 from fisedit_compile.passes.manager import OPTIONAL, families
 from fisedit_compile.runtime.spec import Domain
-
-from execution import Edit, compile_graph, dense_inputs, random_inputs, record, some_mask
-from graphs import GraphBuilder, aten, calls, targets
-from tolerances import assert_near
+from support.execution import Edit, compile_graph, dense_inputs, random_inputs, record, some_mask
+from support.graphs import GraphBuilder, aten, calls, targets
+from support.small_unet import PICTURE, small_unet
+from support.tolerances import assert_near
 
 ORDER = [
     "canonicalize",

@@ -8,17 +8,16 @@ from functools import cache
 
 import pytest
 import torch
-from small_unet import Network, small_unet
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from fisedit_compile.config import Options
+from fisedit_compile.options import Options
 from fisedit_compile.passes import Program, build_program
-from fisedit_compile.tracing import capture
-
-from execution import Base, Edit, compile_graph, mix, random_inputs, record, some_mask
-from graphs import GraphBuilder, aten
-from tolerances import assert_identical, assert_near
+from fisedit_compile.tracing.trace import capture
+from support.execution import Base, Edit, compile_graph, mix, random_inputs, record, some_mask
+from support.graphs import GraphBuilder, aten
+from support.small_unet import Network, small_unet
+from support.tolerances import assert_identical, assert_near
 
 
 def convolutions() -> tuple[GraphBuilder, fx.Node]:

@@ -7,16 +7,15 @@ from collections.abc import Callable, Sequence
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from small_unet import Network
 from torch import Tensor, fx
 
-from fisedit_compile.config import Options
+from fisedit_compile.options import Options
 from fisedit_compile.passes import Program, build_program
-from fisedit_compile.passes.layouts import Spatial
+from fisedit_compile.passes.common.layouts import Spatial
 from fisedit_compile.runtime.masks import reduce_mask
-
-from execution import Edit, dense_inputs, random_inputs, record
-from graphs import aten
+from support.execution import Edit, dense_inputs, random_inputs, record
+from support.graphs import aten
+from support.small_unet import Network
 
 Step = Callable[[st.DrawFn, Network, fx.Node], fx.Node]
 

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 import fisedit_compile as fisedit
-from fisedit_compile import backend, dynamo
+from fisedit_compile import backend
 from fisedit_compile.errors import CallMismatchError
 from fisedit_compile.pipelines import EditSession, Picture, compiling
 from fisedit_compile.pipelines.compiling import CompiledNetwork
 from fisedit_compile.runtime import Relay
-
-from small_pipeline import (
+from fisedit_compile.tracing import dynamo
+from support.small_pipeline import (
     HEIGHT,
     WIDTH,
     Breaking,

@@ -11,10 +11,9 @@ from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_mod
 
 from fisedit_compile.errors import OptionError
 from fisedit_compile.pipelines import AutomaticMask, EditSession, Picture
-from fisedit_compile.pipelines.masking import grow_mask, to_pixels
+from fisedit_compile.pipelines.masks.masking import grow_mask, to_pixels
 from fisedit_compile.runtime import Runtime
-
-from tiny_pipelines import HEIGHT, WIDTH, picture_arguments, tiny_autoencoder, tiny_pipeline
+from support.tiny_pipelines import HEIGHT, WIDTH, picture_arguments, tiny_autoencoder, tiny_pipeline
 
 KEEPS_DYNAMO = True
 BASE, FIRST, SECOND = "a red ball on grass", "a blue ball on grass", "a blue box on sand"

@@ -14,7 +14,7 @@ from PIL import Image
 from fisedit_compile.errors import PipelineError
 from fisedit_compile.pipelines.arguments import CallArguments, same_value
 from fisedit_compile.pipelines.differences import told_apart
-from fisedit_compile.pipelines.schedulers import scheduler_difference
+from fisedit_compile.pipelines.families.schedulers import scheduler_difference
 
 
 class Text:

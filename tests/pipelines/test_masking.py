@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from fisedit_compile.errors import MaskError, OptionError
-from fisedit_compile.pipelines.masking import (
+from fisedit_compile.pipelines.masks.masking import (
     AutomaticMask,
     MaskFinder,
     find_region,

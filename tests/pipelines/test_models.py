@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from fisedit_compile.bench.networks import MODEL_NAMES, build_unet, example_inputs, fill_randomly
 from fisedit_compile.errors import OptionError
-from fisedit_compile.models import MODEL_NAMES, build_unet, example_inputs, fill_randomly
-
-from tiny_pipelines import tiny_unet
+from support.tiny_pipelines import tiny_unet
 
 # Published sizes of the three networks, in parameters.
 PARAMETERS = {"sd15": 859_520_964, "sd21": 865_910_724, "sdxl": 2_567_463_684}

@@ -11,7 +11,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Tensor
 
 from fisedit_compile.errors import PipelineError
-from fisedit_compile.pipelines.latents import LatentCells
+from fisedit_compile.pipelines.families.latents import LatentCells
 from fisedit_compile.pipelines.network_calls import NetworkCalls
 from fisedit_compile.pipelines.steps import StepFollower, Trajectory, followed_scheduler
 from fisedit_compile.pipelines.timing import StageClock

@@ -7,13 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformer_pipelines import transformer_pipeline
 
 from fisedit_compile.errors import OptionError, PipelineError
 from fisedit_compile.pipelines import EditSession
-from fisedit_compile.pipelines.prompts import PromptLengths
-
-from tiny_pipelines import tiny_pipeline
+from fisedit_compile.pipelines.families.prompts import PromptLengths
+from support.tiny_pipelines import tiny_pipeline
+from support.transformer_pipelines import transformer_pipeline
 
 Encoded = tuple[Tensor, Tensor | None]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fisedit_compile.errors import PipelineError
-from fisedit_compile.pipelines.schedulers import (
+from fisedit_compile.pipelines.families.schedulers import (
     SCHEDULER_NAMES,
     calls_for_steps,
     describe_scheduler,

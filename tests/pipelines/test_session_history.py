@@ -14,8 +14,7 @@ from torch._dynamo.utils import counters
 
 from fisedit_compile.errors import MaskError, PipelineError, WeightsChangedError
 from fisedit_compile.pipelines import AutomaticMask, EditSession
-
-from tiny_pipelines import HEIGHT, WIDTH, picture_arguments, tiny_pipeline
+from support.tiny_pipelines import HEIGHT, WIDTH, picture_arguments, tiny_pipeline
 
 KEEPS_DYNAMO = True
 BASE, FIRST, SECOND = "a red ball on grass", "a blue ball on grass", "a blue box on sand"

@@ -23,8 +23,7 @@ from fisedit_compile.errors import PipelineError
 from fisedit_compile.pipelines import AutomaticMask, EditSession
 from fisedit_compile.pipelines.steps import StepFollower, Trajectory
 from fisedit_compile.pipelines.timing import StageClock
-
-from tolerances import assert_identical, assert_near
+from support.tolerances import assert_identical, assert_near
 
 HEIGHT, WIDTH, STEPS = 32, 32, 2
 

@@ -15,8 +15,7 @@ from torch import Tensor
 from fisedit_compile.errors import PipelineError
 from fisedit_compile.pipelines import EditSession
 from fisedit_compile.pipelines.random_numbers import PROMPTS, SCHEDULER, RandomNumbers
-
-from tiny_pipelines import HEIGHT, WIDTH, picture_arguments, tiny_pipeline
+from support.tiny_pipelines import HEIGHT, WIDTH, picture_arguments, tiny_pipeline
 
 KEEPS_DYNAMO = True
 BASE, FIRST = "a red ball on grass", "a blue ball on grass"

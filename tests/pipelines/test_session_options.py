@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
-from lanes import LateLane
 from PIL import Image
 
 from fisedit_compile import EditSession
 from fisedit_compile.errors import BudgetError, MaskError, OptionError, PipelineError
 from fisedit_compile.runtime import tiers
-
-from tiny_pipelines import HEIGHT, WIDTH, picture_arguments, tiny_pipeline
+from support.lanes import LateLane
+from support.tiny_pipelines import HEIGHT, WIDTH, picture_arguments, tiny_pipeline
 
 BASE, FIRST = "a red ball on grass", "a blue ball on grass"
 STEPS = 3

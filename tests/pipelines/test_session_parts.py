@@ -10,8 +10,7 @@ from diffusers import AutoencoderKL, StableDiffusionPanoramaPipeline
 
 from fisedit_compile.errors import PipelineError
 from fisedit_compile.pipelines import EditSession
-
-from tiny_pipelines import tiny_pipeline
+from support.tiny_pipelines import tiny_pipeline
 
 BASE, FIRST = "a red ball on grass", "a blue ball on grass"
 SCALE, VIEW = 8, 64

@@ -12,10 +12,9 @@ from PIL import Image
 
 from fisedit_compile.errors import PipelineError
 from fisedit_compile.pipelines import EditSession, Picture
-from fisedit_compile.pipelines.masking import AutomaticMask, MaskFinder
+from fisedit_compile.pipelines.masks.masking import AutomaticMask, MaskFinder
 from fisedit_compile.pipelines.picture import as_pixels
-
-from tiny_pipelines import CLASSES, HEIGHT, SCALE, WIDTH, picture_arguments, tiny_pipeline
+from support.tiny_pipelines import CLASSES, HEIGHT, SCALE, WIDTH, picture_arguments, tiny_pipeline
 
 BASE, FIRST, SECOND = "a red ball on grass", "a blue ball on grass", "a blue box on sand"
 STEPS = 5

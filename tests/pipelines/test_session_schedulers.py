@@ -10,9 +10,8 @@ import torch
 
 from fisedit_compile.errors import PipelineError
 from fisedit_compile.pipelines import AutomaticMask, EditSession
-from fisedit_compile.pipelines.schedulers import SCHEDULER_NAMES, make_scheduler
-
-from tiny_pipelines import picture_arguments, tiny_pipeline
+from fisedit_compile.pipelines.families.schedulers import SCHEDULER_NAMES, make_scheduler
+from support.tiny_pipelines import picture_arguments, tiny_pipeline
 
 KEEPS_DYNAMO = True
 BASE, FIRST, SECOND = "a red ball on grass", "a blue ball on grass", "a blue box on sand"

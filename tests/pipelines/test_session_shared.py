@@ -15,8 +15,7 @@ from torch import Tensor
 
 from fisedit_compile.errors import PipelineError
 from fisedit_compile.pipelines import EditSession
-
-from tiny_pipelines import HEIGHT, SCALE, WIDTH, picture_arguments, tiny_pipeline, tiny_tokenizer
+from support.tiny_pipelines import HEIGHT, SCALE, WIDTH, picture_arguments, tiny_pipeline, tiny_tokenizer
 
 KEEPS_DYNAMO = True
 BASE, FIRST = "a red ball on grass", "a blue ball on grass"

@@ -8,7 +8,14 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from transformer_pipelines import (
+
+import fisedit_compile as fisedit
+from fisedit_compile.errors import PipelineError
+from fisedit_compile.pipelines import EditSession
+from fisedit_compile.pipelines.families.latents import LatentCells, packed_resolutions
+from fisedit_compile.runtime import Domain
+from support.tolerances import assert_identical, assert_near
+from support.transformer_pipelines import (
     COLUMNS,
     HEIGHT,
     KINDS,
@@ -19,14 +26,6 @@ from transformer_pipelines import (
     prompt_arguments,
     transformer_pipeline,
 )
-
-import fisedit_compile as fisedit
-from fisedit_compile.errors import PipelineError
-from fisedit_compile.pipelines import EditSession
-from fisedit_compile.pipelines.latents import LatentCells, packed_resolutions
-from fisedit_compile.runtime import Domain
-
-from tolerances import assert_identical, assert_near
 
 STEPS = 4
 TOKENS = Domain(ROWS, COLUMNS)

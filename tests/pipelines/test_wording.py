@@ -10,13 +10,12 @@ import pytest
 import torch
 
 import fisedit_compile
-from fisedit_compile.config import NUMBERS_HINT, without_hints
 from fisedit_compile.errors import BudgetError, CallMismatchError, FisEditError, WeightsChangedError
-from fisedit_compile.executable import PASS_A_TENSOR
+from fisedit_compile.executing.executable import PASS_A_TENSOR
+from fisedit_compile.options import NUMBERS_HINT, without_hints
 from fisedit_compile.pipelines.wording import in_session_words, session_words
 from fisedit_compile.runtime import Runtime
-
-from fake_network import FakeNetwork, inputs, left_half, run
+from support.fake_network import FakeNetwork, inputs, left_half, run
 
 OF_RUNTIMES = (
     "tokens=",
@@ -140,7 +139,7 @@ def test_pipelines_advise_nothing_that_a_session_does_not_take() -> None:
 def test_reasons_of_dense_graphs_end_before_advice_on_options() -> None:
     plain = "none of its inputs is a picture or a feature map"
     x = torch.zeros(1, 12, 4)
-    report = fisedit_compile.explain(torch.nn.Linear(4, 4), x)
+    report = fisedit_compile.reporting.explain(torch.nn.Linear(4, 4), x)
     reason = next(graph.reason for graph in report.graphs if graph.reason)
     assert reason.startswith(plain) and "option tokens" in reason and without_hints(reason) == plain
     assert without_hints(f"sizes{NUMBERS_HINT} t, ...: compile with dynamic=False") == "sizes"

@@ -6,8 +6,7 @@ import pytest
 
 from fisedit_compile.errors import BudgetError, UnknownBaseError
 from fisedit_compile.runtime import Runtime
-
-from fake_network import FakeNetwork, inputs, run
+from support.fake_network import FakeNetwork, inputs, run
 
 
 def record(runtime: Runtime, name: str, calls: int = 1) -> None:

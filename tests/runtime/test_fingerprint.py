@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from fisedit_compile.errors import WeightsChangedError
 from fisedit_compile.runtime import Fingerprint, Runtime
 from fisedit_compile.runtime.fingerprint import SAMPLES, Weights, sample, sample_positions, total
-
-from fake_network import FakeNetwork, edit_phase, inputs, left_half, record_phase, run
+from support.fake_network import FakeNetwork, edit_phase, inputs, left_half, record_phase, run
 
 
 def parameters() -> list[torch.nn.Parameter]:

@@ -12,12 +12,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from fisedit_compile.errors import GraphError
-from fisedit_compile.kernels.blocks import ConvBlocks
+from fisedit_compile.operators.triton.blocks import ConvBlocks
 from fisedit_compile.runtime.masks import reduce_mask
 from fisedit_compile.runtime.plans import bucket, build_plan, tile_order
 from fisedit_compile.runtime.spec import Domain, PlanInput, Stencil
-
-from sparse_maps import Case, masks, take, window
+from support.sparse_maps import Case, masks, take, window
 
 CHANNELS = 4
 NUMBERS = st.integers(1, 3)

@@ -10,8 +10,7 @@ import torch
 
 from fisedit_compile.errors import FisEditError
 from fisedit_compile.runtime import Relay, Runtime
-
-from fake_network import FakeNetwork, inputs, run
+from support.fake_network import FakeNetwork, inputs, run
 
 
 def test_the_runtime_in_use_is_asked() -> None:

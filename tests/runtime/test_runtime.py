@@ -17,8 +17,7 @@ from fisedit_compile.errors import (
     WeightsChangedError,
 )
 from fisedit_compile.runtime import EditPhase, ProgramKey, RecordPhase, Runtime, default_runtime
-
-from fake_network import DOMAIN, FakeNetwork, edit_phase, inputs, left_half, record_phase, run
+from support.fake_network import DOMAIN, FakeNetwork, edit_phase, inputs, left_half, record_phase, run
 
 
 def recorded(count: int = 3, name: str = "base", batch: int = 2) -> tuple[Runtime, FakeNetwork, list[torch.Tensor]]:

@@ -8,12 +8,11 @@ import weakref
 import pytest
 import torch
 
-from fisedit_compile.config import parse_bytes
 from fisedit_compile.errors import BudgetError, CallMismatchError, GraphError, OptionError
+from fisedit_compile.options import parse_bytes
 from fisedit_compile.runtime import Domain, ProgramKey, RecordedCall, Runtime, Site
 from fisedit_compile.runtime.base import Ledger, own_tensor, storage_of, stored_dtype, write_rows
-
-from fake_network import DOMAIN, MAP_ORDER, FakeNetwork, inputs, left_half, record_phase, run
+from support.fake_network import DOMAIN, MAP_ORDER, FakeNetwork, inputs, left_half, record_phase, run
 
 SPATIAL = Site("site", "spatial", DOMAIN, MAP_ORDER, 2, (2, 3, 4, 6), torch.float32)
 VALUE = Site("value", "value", None, (), 0, (2, 3, 4, 6), torch.float32)

@@ -8,8 +8,7 @@ import torch
 from fisedit_compile.errors import BudgetError, CallMismatchError, GraphError, OptionError
 from fisedit_compile.runtime import Runtime
 from fisedit_compile.runtime.base import Base, RecordedCall, storage_of
-
-from fake_network import FakeNetwork, edit_phase, inputs, left_half, run
+from support.fake_network import FakeNetwork, edit_phase, inputs, left_half, run
 
 Calls = list[tuple[torch.Tensor, torch.Tensor]]
 

@@ -8,8 +8,7 @@ import torch
 from fisedit_compile.errors import ScalarMismatchError
 from fisedit_compile.runtime import Runtime
 from fisedit_compile.runtime.scalars import ScalarCheck
-
-from fake_network import FakeNetwork, inputs, left_half, run
+from support.fake_network import FakeNetwork, inputs, left_half, run
 
 
 def recorded(count: int) -> tuple[Runtime, FakeNetwork]:

@@ -10,8 +10,7 @@ import torch
 
 from fisedit_compile.errors import BudgetError, CallMismatchError
 from fisedit_compile.runtime import Runtime
-
-from fake_network import FakeNetwork, edit_phase, inputs, run
+from support.fake_network import FakeNetwork, edit_phase, inputs, run
 
 THREADS = 6
 PATIENCE = 60.0

@@ -6,15 +6,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from lanes import LateLane
 from torch import Tensor
 
 from fisedit_compile.errors import OptionError
 from fisedit_compile.runtime import Runtime, tiers
 from fisedit_compile.runtime.tiers import Loading, offload
-
-from fake_network import FakeNetwork, inputs, left_half, run
-from tolerances import assert_identical
+from support.fake_network import FakeNetwork, inputs, left_half, run
+from support.lanes import LateLane
+from support.tolerances import assert_identical
 
 CALLS = 4
 

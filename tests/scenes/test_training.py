@@ -6,12 +6,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from torch import nn
-from typer.testing import CliRunner
-
-from fisedit_compile.scenes import Scene, load_pipeline
-from fisedit_compile.scenes.models import new_autoencoder
-from fisedit_compile.scenes.training import (
+from scenes_training import (
     Checkpoint,
     DenoiserTraining,
     crops,
@@ -22,8 +17,13 @@ from fisedit_compile.scenes.training import (
     to_pictures,
     to_tensor,
 )
+from torch import nn
+from typer.testing import CliRunner
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "train_scenes.py"
+from fisedit_compile.scenes import Scene, load_pipeline
+from fisedit_compile.scenes.models import new_autoencoder
+
+SCRIPT = Path(__file__).parents[2] / "tools" / "train_scenes.py"
 
 
 @pytest.fixture(scope="module")

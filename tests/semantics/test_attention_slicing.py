@@ -15,11 +15,10 @@ from diffusers.models.attention_processor import (
 from torch import Tensor, nn
 
 import fisedit_compile as fisedit
-
-from diffusers_networks import unet
-from harness import MaskRecipe, compile_network, compiled
-from networks import Network
-from tolerances import assert_near
+from support.diffusers_networks import unet
+from support.harness import MaskRecipe, compile_network, compiled
+from support.networks import Network
+from support.tolerances import assert_near
 
 CHANNELS, HEADS, TOKENS = 12, 3, 20
 SHAPES = ((2, 3, 13, 9), (2, 7, TOKENS), (2, 7))

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 import fisedit_compile as fisedit
 from fisedit_compile.errors import CallMismatchError, FisEditError
-
-from harness import compiled
-from tolerances import assert_identical
+from support.harness import compiled
+from support.tolerances import assert_identical
 
 SIZE = (13, 9)
 MASK = torch.zeros(SIZE, dtype=torch.bool)

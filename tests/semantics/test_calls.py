@@ -6,15 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from shape_networks import BLOCKS
 from torch import Tensor
 
 import fisedit_compile as fisedit
-
-from composite_networks import COMPOSITES
-from diffusers_networks import DIFFUSERS
-from harness import Case, MaskRecipe, compile_network, compiled, outputs_of, reference_of
-from tolerances import assert_near
+from support.composite_networks import COMPOSITES
+from support.diffusers_networks import DIFFUSERS
+from support.harness import Case, MaskRecipe, compile_network, compiled, outputs_of, reference_of
+from support.shape_networks import BLOCKS
+from support.tolerances import assert_near
 
 ALL = {network.name: network for network in (*BLOCKS, *COMPOSITES, *DIFFUSERS)}
 RAGGED, PIXEL = MaskRecipe("ragged", 3), MaskRecipe("pixel", 40)

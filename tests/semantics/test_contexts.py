@@ -8,20 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from shape_networks import BLOCKS
-from tape import only_operators
 from torch import Tensor, nn
 
 import fisedit_compile as fisedit
-from fisedit_compile import executable
 from fisedit_compile.errors import MaskError
-from fisedit_compile.prologues import InvariantMemo
-
-from composite_networks import COMPOSITES
-from diffusers_networks import DIFFUSERS
-from harness import MaskRecipe, compile_network, compiled, dense_outputs, outputs_of, reference_of
-from networks import Network
-from tolerances import assert_identical, assert_near
+from fisedit_compile.executing import executable
+from fisedit_compile.executing.prologues import InvariantMemo
+from support.composite_networks import COMPOSITES
+from support.diffusers_networks import DIFFUSERS
+from support.harness import MaskRecipe, compile_network, compiled, dense_outputs, outputs_of, reference_of
+from support.networks import Network
+from support.shape_networks import BLOCKS
+from support.tape import only_operators
+from support.tolerances import assert_identical, assert_near
 
 ALL = {network.name: network for network in (*BLOCKS, *COMPOSITES, *DIFFUSERS)}
 RAGGED, PIXEL = MaskRecipe("ragged", 3), MaskRecipe("pixel", 40)

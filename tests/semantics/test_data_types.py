@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from shape_networks import BLOCKS
 
-from composite_networks import COMPOSITES
-from diffusers_networks import DIFFUSERS
-from harness import MaskRecipe, compile_network
-from tolerances import assert_identical
+from support.composite_networks import COMPOSITES
+from support.diffusers_networks import DIFFUSERS
+from support.harness import MaskRecipe, compile_network
+from support.shape_networks import BLOCKS
+from support.tolerances import assert_identical
 
 ALL = {network.name: network for network in (*BLOCKS, *COMPOSITES, *DIFFUSERS)}
 NAMES = (

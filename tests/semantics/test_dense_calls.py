@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 import fisedit_compile as fisedit
 from fisedit_compile.runtime import Runtime
-
-from tolerances import assert_near
+from support.tolerances import assert_near
 
 SIZE = (6, 8)
 

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fisedit_compile as fisedit
-
-from harness import compiled
-from tolerances import assert_identical, assert_near
+from support.harness import compiled
+from support.tolerances import assert_identical, assert_near
 
 Operator = Callable[[Tensor], Tensor]
 #: batch, channels, height, width

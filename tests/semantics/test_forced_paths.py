@@ -8,18 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from shape_networks import BLOCKS
 
-from fisedit_compile.config import parse_options
-from fisedit_compile.explain import explain_with
-from fisedit_compile.native import attention as native
-from fisedit_compile.ops import attention
-
-from composite_networks import COMPOSITES
-from diffusers_networks import DIFFUSERS
-from harness import Case, MaskRecipe, compile_network
-from networks import Network
-from tolerances import assert_identical
+from fisedit_compile.operators.attention import aten as attention
+from fisedit_compile.operators.attention import native
+from fisedit_compile.options import parse_options
+from fisedit_compile.reporting.explain import explain_with
+from support.composite_networks import COMPOSITES
+from support.diffusers_networks import DIFFUSERS
+from support.harness import Case, MaskRecipe, compile_network
+from support.networks import Network
+from support.shape_networks import BLOCKS
+from support.tolerances import assert_identical
 
 ALL = {network.name: network for network in (*BLOCKS, *COMPOSITES, *DIFFUSERS)}
 RECIPES = (MaskRecipe("ragged", 3), MaskRecipe("per-sample", 5), MaskRecipe("pixel", 7), MaskRecipe("full"))

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fisedit_compile as fisedit
-
-from harness import compiled
-from reference import Reference
-from tolerances import assert_identical, assert_near
+from support.harness import compiled
+from support.reference import Reference
+from support.tolerances import assert_identical, assert_near
 
 HEIGHT, WIDTH, CHANNELS, PATCH = 38, 22, 12, 4
 POSITIONS = (HEIGHT // PATCH) * (WIDTH // PATCH)

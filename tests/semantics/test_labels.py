@@ -13,10 +13,9 @@ from torch.nn import functional
 
 import fisedit_compile as fisedit
 from fisedit_compile.errors import ScalarMismatchError
-
-from harness import Case, MaskRecipe, compile_network, dense_outputs
-from networks import Network
-from tolerances import assert_identical, assert_near
+from support.harness import Case, MaskRecipe, compile_network, dense_outputs
+from support.networks import Network
+from support.tolerances import assert_identical, assert_near
 
 CLASSES, CHANNELS = 10, 12
 

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 import fisedit_compile as fisedit
 from fisedit_compile.errors import FisEditError
-
-from harness import compiled
-from tolerances import assert_identical, assert_near
+from support.harness import compiled
+from support.tolerances import assert_identical, assert_near
 
 SIZE = (2, 13, 9, 8)
 

@@ -13,9 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fisedit_compile as fisedit
 from fisedit_compile.private import INTEGERS_CHOOSE_GRAPHS
-
-from harness import compiled
-from tolerances import assert_identical, assert_near
+from support.harness import compiled
+from support.tolerances import assert_identical, assert_near
 
 SIZE = (13, 9)
 MASK = torch.zeros(SIZE, dtype=torch.bool)

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import fisedit_compile as fisedit
-
-from harness import compiled
-from tolerances import assert_identical, assert_near
+from support.harness import compiled
+from support.tolerances import assert_identical, assert_near
 
 SIZE = (18, 22)
 

@@ -12,9 +12,8 @@ from torch.nn import functional
 
 import fisedit_compile as fisedit
 from fisedit_compile.private import dynamo_limits
-
-from harness import compiled
-from tolerances import assert_identical, assert_near
+from support.harness import compiled
+from support.tolerances import assert_identical, assert_near
 
 SIZE = (13, 9)
 # The stride of a dimension of one element can be any.

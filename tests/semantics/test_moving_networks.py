@@ -16,12 +16,12 @@ from hypothesis import Phase, given, settings, strategies
 from torch import Tensor, nn
 from torch.nn import functional
 
-from blocks import Map
-from harness import compile_network
-from moving_checks import Counts, check, compile_graph, compile_with_dynamo
-from moving_networks import Seeded, draw
-from networks import Network, convolution, plain
-from tolerances import assert_identical, assert_near
+from support.blocks import Map
+from support.harness import compile_network
+from support.moving_checks import Counts, check, compile_graph, compile_with_dynamo
+from support.moving_networks import Seeded, draw
+from support.networks import Network, convolution, plain
+from support.tolerances import assert_identical, assert_near
 
 THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
 

@@ -15,11 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 import fisedit_compile as fisedit
 from fisedit_compile.errors import BudgetError, CallMismatchError, ScalarMismatchError, WeightsChangedError
-
-from harness import compiled
-from opaque_networks import BATCH, HEIGHT, KINDS, WIDTH, Recorded, Untraceable, draw, mix, some_mask
-from reference import Reference, flatten
-from tolerances import assert_identical, assert_near
+from support.harness import compiled
+from support.opaque_networks import BATCH, HEIGHT, KINDS, WIDTH, Recorded, Untraceable, draw, mix, some_mask
+from support.reference import Reference, flatten
+from support.tolerances import assert_identical, assert_near
 
 FULL, EMPTY = torch.ones(HEIGHT, WIDTH), torch.zeros(HEIGHT, WIDTH)
 #: An input that the network overwrites is the caller's own: nothing of it is kept.

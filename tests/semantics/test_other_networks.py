@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fisedit_compile as fisedit
-
-from harness import MaskRecipe, compile_network
-from networks import Network
+from support.harness import MaskRecipe, compile_network
+from support.networks import Network
 
 CHANNELS = 8
 

@@ -8,15 +8,15 @@ from collections.abc import Iterator
 import pytest
 import torch
 from hypothesis import example, given, settings
-from shape_networks import BLOCKS
 from torch import nn
 from torch.nn import functional
 
-from composite_networks import COMPOSITES
-from diffusers_networks import DIFFUSERS
-from harness import Case, MaskRecipe, compile_network, dense_outputs, recipes
-from networks import Network
-from tolerances import assert_identical
+from support.composite_networks import COMPOSITES
+from support.diffusers_networks import DIFFUSERS
+from support.harness import Case, MaskRecipe, compile_network, dense_outputs, recipes
+from support.networks import Network
+from support.shape_networks import BLOCKS
+from support.tolerances import assert_identical
 
 KEEPS_DYNAMO = True  # the tests of a network share one compilation
 

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 import fisedit_compile as fisedit
 from fisedit_compile.errors import CallMismatchError, FisEditError, ScalarMismatchError
 from fisedit_compile.private import INTEGERS_CHOOSE_GRAPHS
-
-from diffusers_networks import DIFFUSERS
-from harness import compiled
-from tolerances import assert_identical, assert_near
+from support.diffusers_networks import DIFFUSERS
+from support.harness import compiled
+from support.tolerances import assert_identical, assert_near
 
 MASK = torch.zeros(13, 9, dtype=torch.bool)
 MASK[3:8, 2:6] = True

@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings, strategies
 from torch import nn
 from torch.nn import functional
 
-from blocks import (
+from support.blocks import (
     CHANNELS,
     EMBEDDING,
     TOKENS,
@@ -31,9 +31,9 @@ from blocks import (
     convolution,
     transposed,
 )
-from harness import MaskRecipe, compile_network, recipes, reference_of
-from networks import TEXT, Network
-from reference import AmbiguousShapeError
+from support.harness import MaskRecipe, compile_network, recipes, reference_of
+from support.networks import TEXT, Network
+from support.reference import AmbiguousShapeError
 
 SIZES = ((26, 22), (23, 17), (19, 29))
 

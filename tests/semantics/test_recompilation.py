@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from shape_networks import BLOCKS
 
-from fisedit_compile import backend, executable, lowering, passes
-
-from composite_networks import COMPOSITES
-from harness import MaskRecipe, compile_network
+from fisedit_compile import backend, passes
+from fisedit_compile.executing import executable, lowering
+from support.composite_networks import COMPOSITES
+from support.harness import MaskRecipe, compile_network
+from support.shape_networks import BLOCKS
 
 ALL = {network.name: network for network in (*BLOCKS, *COMPOSITES)}
 KINDS = ("ragged", "sparse", "rectangle", "pixel", "border", "per-sample", "full")

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 import fisedit_compile as fisedit
 from fisedit_compile.errors import WeightsChangedError
-from fisedit_compile.prologues import prologues
-
-from harness import compiled
-from tolerances import assert_identical, assert_near
+from fisedit_compile.executing.prologues import prologues
+from support.harness import compiled
+from support.tolerances import assert_identical, assert_near
 
 SIZE = (13, 9)
 MASK = torch.zeros(SIZE, dtype=torch.bool)

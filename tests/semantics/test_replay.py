@@ -6,16 +6,15 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from shape_networks import BLOCKS
-from tape import TapeCapturer, only_operators
 
 from fisedit_compile import backend
-
-from composite_networks import COMPOSITES
-from diffusers_networks import DIFFUSERS
-from harness import DEVICE, Case, MaskRecipe, compile_network
-from networks import Network
-from tolerances import assert_identical
+from support.composite_networks import COMPOSITES
+from support.diffusers_networks import DIFFUSERS
+from support.harness import DEVICE, Case, MaskRecipe, compile_network
+from support.networks import Network
+from support.shape_networks import BLOCKS
+from support.tape import TapeCapturer, only_operators
+from support.tolerances import assert_identical
 
 KEEPS_DYNAMO = True  # the tests of a network share one compilation
 

@@ -6,16 +6,15 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from lanes import LateLane
-from shape_networks import BLOCKS
 
 from fisedit_compile.runtime import tiers
-
-from composite_networks import COMPOSITES
-from diffusers_networks import DIFFUSERS
-from harness import DEVICE, Case, MaskRecipe, compile_network
-from networks import ATTENTION, Network
-from tolerances import assert_identical
+from support.composite_networks import COMPOSITES
+from support.diffusers_networks import DIFFUSERS
+from support.harness import DEVICE, Case, MaskRecipe, compile_network
+from support.lanes import LateLane
+from support.networks import ATTENTION, Network
+from support.shape_networks import BLOCKS
+from support.tolerances import assert_identical
 
 KEEPS_DYNAMO = True  # the tests of a network share one compilation
 

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fisedit_compile as fisedit
-from fisedit_compile.config import parse_options
 from fisedit_compile.errors import OptionError
-
-from harness import MaskRecipe, compile_network, compiled
-from networks import Network
+from fisedit_compile.options import parse_options
+from support.harness import MaskRecipe, compile_network, compiled
+from support.networks import Network
 
 HEIGHT, WIDTH, PROMPT, CHANNELS, HEADS = 14, 10, 9, 16, 2
 COUNT = HEIGHT * WIDTH

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fisedit_compile as fisedit
-
-from harness import MaskRecipe, compiled
-from reference import Reference
-from tolerances import assert_identical, assert_near
+from support.harness import MaskRecipe, compiled
+from support.reference import Reference
+from support.tolerances import assert_identical, assert_near
 
 CHANNELS, HEADS = 12, 3
 KINDS = ("pixel", "border", "rectangle", "per-sample")

@@ -7,7 +7,6 @@ from typing import Any, cast
 import numpy
 import pytest
 import torch
-from shape_networks import BLOCKS
 from torch import Tensor, nn
 
 import fisedit_compile as fisedit
@@ -21,11 +20,11 @@ from fisedit_compile.errors import (
     UnknownBaseError,
     WeightsChangedError,
 )
-
-from composite_networks import COMPOSITES
-from harness import Case, MaskRecipe, compile_network, compiled
-from networks import Network
-from tolerances import assert_identical, assert_near
+from support.composite_networks import COMPOSITES
+from support.harness import Case, MaskRecipe, compile_network, compiled
+from support.networks import Network
+from support.shape_networks import BLOCKS
+from support.tolerances import assert_identical, assert_near
 
 ALL = {network.name: network for network in (*BLOCKS, *COMPOSITES)}
 MASK = torch.zeros(13, 9)

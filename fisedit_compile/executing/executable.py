@@ -1,0 +1,385 @@
+"""A graph inside record and edit: recorded or edited, sparsely or densely, as the runtime's phase says."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fisedit_compile.errors import CallMismatchError, GradientError, GraphError, ScalarMismatchError
+from fisedit_compile.executing.edit_inputs import EditInputs, borrowed_outputs
+from fisedit_compile.executing.lowering import Lowered, lower
+from fisedit_compile.executing.picking import picker
+from fisedit_compile.executing.prologues import InvariantMemo, prologues
+from fisedit_compile.executing.replay import Capturer, ReplayedGraph, Roles
+from fisedit_compile.operators.choosing import taken
+from fisedit_compile.options import without_hints
+from fisedit_compile.passes.common.program import GraphInput, InputInfo, Program
+from fisedit_compile.runtime import EditPhase, PhaseSource, PlanSpec, ProgramKey, RecordedCall, RecordPhase, Relay, Site
+from fisedit_compile.runtime.fingerprint import content_identity, has_identity
+
+logger = logging.getLogger(__name__)
+
+Dense = Callable[..., Sequence[Tensor]]
+Phase = RecordPhase | EditPhase
+PASS_A_TENSOR = (
+    "pass it as a tensor (for example torch.tensor(t)): the compiler makes a graph of its own for the first value of a "
+    "Python number, so that the calls of an edit need not line up with the recorded ones"
+)
+NOT_LINED_UP = (
+    "this graph runs densely and is not masked; of networks that choose by their data what to compute (an expert for "
+    "each token) the calls cannot be lined up with recorded ones: use those outside of record, edit and edit sessions"
+)
+
+BEHIND_A_BREAK = (
+    "PyTorch's compiler broke the network off in {line}, and makes another graph of the rest where a number that "
+    "Python reads from a tensor there (item(), int(...), the size of what nonzero() finds) differs from call to call. "
+    "Compute with tensors in that line (x.amax() in place of x.max().item(), a sum or torch.where in place of "
+    "nonzero()); if the number is one that you give, give it as a tensor; or call the network outside of record, edit "
+    "and edit sessions"
+)
+
+
+@dataclass(frozen=True)
+class GraphIdentity:
+    """What a compiled graph is, apart from its code.
+
+    Attributes:
+        graph_hash: equal for graphs of equal structure, shapes and options.
+        label: the graph in words, for messages.
+        input_infos: one for each flat input.
+        numbers: positions of inputs that are Python numbers in the user's call.
+        constants: positions of inputs that tracing has fixed; they are guarded on and need no comparison.
+        dense_reason: why it runs densely as a whole; None when it does not.
+        steady: positions of those Python numbers that must not change from call to call.
+        resumed: the line in which PyTorch's compiler broke off the graph before this one; None when it is the first.
+    """
+
+    graph_hash: str
+    label: str
+    input_infos: tuple[InputInfo, ...]
+    numbers: tuple[int, ...] = ()
+    constants: frozenset[int] = frozenset()
+    dense_reason: str | None = None
+    steady: tuple[int, ...] = ()
+    resumed: str | None = None
+
+    def positions(self, *kinds: str) -> tuple[int, ...]:
+        """Positions of the inputs of these kinds."""
+        return tuple(at for at, info in enumerate(self.input_infos) if info.kind in kinds)
+
+
+class Executable:
+    """A graph and its program, as they run inside record and edit."""
+
+    def __init__(
+        self,
+        dense: Dense,
+        program: Program | None,
+        runtime: PhaseSource,
+        identity: GraphIdentity,
+        lowering: str = "plain",
+        capturer: Capturer | None = None,
+    ) -> None:
+        """Args:
+        dense: the graph as Dynamo made it.
+        program: None when the graph always runs densely and nothing is masked; ``identity.dense_reason`` then
+            says why.
+        runtime: whose recordings these are.
+        identity: names the graph in recordings and messages.
+        lowering: of the record and edit graphs.
+        capturer: captures and replays the launches of edit graphs; None: they are launched one by one.
+        """
+        self.dense = dense
+        self.program = program
+        self.identity = identity
+        self._runtime = runtime
+        self._lowering = lowering
+        self._capturer = capturer
+        self._lock = threading.Lock()
+        self._lowered: dict[str, Lowered] = {}
+        self._sites: tuple[Site, ...] = program.sites if program is not None else ()
+        self._names = tuple(site.name for site in self._sites)
+        self._sparse = program is not None and program.edit is not None and program.batch is not None
+        self._dense_when_full = program is not None and program.dense_when_full
+        self._parameters = picker(identity.positions("parameter"))
+        self._held = picker(identity.positions("parameter", "state"))
+        self._scalars = picker([at for at in identity.positions("scalar") if at not in identity.constants])
+        self._users = identity.positions("user", "scalar")
+        self._numbers: weakref.WeakKeyDictionary[Any, tuple[Any, ...]] = weakref.WeakKeyDictionary()
+        self._hoisted: weakref.WeakKeyDictionary[Phase, dict[ProgramKey, tuple[Tensor, ...]]]
+        self._hoisted = weakref.WeakKeyDictionary()
+        self._invariants: weakref.WeakKeyDictionary[EditPhase, dict[ProgramKey, InvariantMemo]]
+        self._invariants = weakref.WeakKeyDictionary()
+        # Which of the held inputs have no identity: the first call tells, on whose types Dynamo guards.
+        self._replaceable: tuple[int, ...] | None = None
+        self._key: ProgramKey | None = None
+        # Recordings of one graph serve all ways of running it; what its prologue computes depends on the way.
+        self._prologue_hash = ""
+        if program is not None and program.prologue is not None:
+            text = f"{identity.graph_hash} {program.prologue.graph}"
+            self._prologue_hash = hashlib.sha256(text.encode()).hexdigest()
+        self._warned = False
+        if program is not None and self._sparse:
+            every_valid = lowering == "inductor" or capturer is not None
+            self._inputs = EditInputs(program, len(identity.input_infos), every_valid)
+            self._borrowed = borrowed_outputs(program)
+            self._output_names = tuple(f"output:{number}" for number in range(program.output_count))
+            self._dense_inputs = picker(program.dense_inputs)
+            self._prologue_parameters = picker(_used_inputs(program.prologue) if program.prologue else ())
+            sources = [(source.kind, source.reference) for source in program.invariant_inputs]
+            count = len(identity.input_infos)
+            read = {int(at) for kind, at in sources if kind == "argument"}  # type: ignore[arg-type]
+            # Not the weights among them, which are known not to change within one context.
+            self._prompts = picker([at for at in self._users if at in read])
+            self._invariant_inputs = picker(
+                [int(at) + (0 if kind == "argument" else count) for kind, at in sources]  # type: ignore[arg-type]
+            )
+            self._picture = _spatial_input(program, identity.positions("user"))
+
+    def __call__(self, phase: Phase, *arguments: Any) -> Sequence[Tensor]:
+        """Record or edit one call; ``arguments`` are the flat inputs of the graph."""
+        for position in self._users:
+            value = arguments[position]
+            if isinstance(value, Tensor) and value.requires_grad:
+                raise GradientError(
+                    f"input {self.identity.input_infos[position].name} requires grad; record and edit run without "
+                    "autograd",
+                    advice="pass a detached tensor, or call the network outside of them",
+                )
+        if self.identity.steady:
+            self._check_numbers(phase, arguments)
+        if self.identity.dense_reason is not None and not self._warned:
+            self._warned = True
+            how = "as a whole and is masked at its outputs" if self._sparse else "and is not masked"
+            reason = self.identity.dense_reason
+            if isinstance(self._runtime, Relay):
+                reason = without_hints(reason)
+            logger.warning("%s runs densely %s: %s", self.identity.label, how, reason)
+        parameters = self._parameters(arguments)
+        key = self._program_key(self._held(arguments))
+        with torch.no_grad():
+            if isinstance(phase, RecordPhase):
+                return self._record(phase, key, parameters, arguments)
+            return self._edit(phase, key, parameters, arguments)
+
+    def _program_key(self, held: Sequence[Tensor]) -> ProgramKey:
+        if self._replaceable is None:
+            kinds = [info.kind for info in self.identity.input_infos if info.kind in ("parameter", "state")]
+            self._replaceable = tuple(
+                at for at, kind in enumerate(kinds) if kind == "parameter" and not has_identity(held[at])
+            )
+        numbers: list[int | str] = list(map(id, held))
+        for at in self._replaceable:
+            numbers[at] = content_identity(held[at])
+        identities = tuple(numbers)
+        key = self._key
+        if key is None or key.parameters != identities:
+            key = self._key = ProgramKey(self.identity.graph_hash, identities, self.identity.label)
+        return key
+
+    def _check_numbers(self, phase: Phase, arguments: Sequence[Any]) -> None:
+        """Refuse changes of the Python numbers for which Dynamo's choice of a graph depends on earlier calls."""
+        values = tuple(
+            float(value) if isinstance(value, Tensor) else value
+            for value in (arguments[position] for position in self.identity.steady)
+        )
+        before = self._numbers.setdefault(phase, values)
+        for position, first, now in zip(self.identity.steady, before, values, strict=True):
+            if first != now:
+                name = self.identity.input_infos[position].name
+                if self.identity.resumed is not None:
+                    raise ScalarMismatchError(
+                        f"a Python number of {self.identity.label} changed from {first} to {now} between calls; "
+                        f"{BEHIND_A_BREAK.format(line=self.identity.resumed)}"
+                    )
+                raise ScalarMismatchError(
+                    f"the Python number {name} changed from {first} to {now} between calls", advice=PASS_A_TENSOR
+                )
+
+    def _graph(self, name: str) -> Lowered:
+        """The lowered graph ``name`` of the program, made at its first use."""
+        lowered = self._lowered.get(name)
+        if lowered is None:
+            with self._lock:
+                lowered = self._lowered.get(name)
+                if lowered is None:
+                    lowered = self._lowered[name] = self._lower(name)
+        return lowered
+
+    def _run(self, phase: Phase, name: str, inputs: Sequence[Any]) -> Sequence[Any]:
+        """Run a graph of the program, and count the ways it took."""
+        graph = self._graph(name)
+        # What other calls of this thread left behind, such as operators used by themselves, is not of this one.
+        taken.drain()
+        results = graph(*inputs)
+        phase.count_ways(taken.drain())
+        return results
+
+    def _lower(self, name: str) -> Lowered:
+        if self.program is None:
+            raise GraphError(f"{self.identity.label} has no graph to run as {name}")
+        sources = self.program.edit_inputs if name in ("edit", "edit_save") else None
+        # The prologue and the invariants run once: compiling them costs more than it saves.
+        lowering = "plain" if name in ("prologue", "invariants") else self._lowering
+        lowered = lower(getattr(self.program, name), lowering, sources)
+        if sources is None or self._capturer is None:
+            return lowered
+        return ReplayedGraph(lowered, self._roles(sources), self._capturer, self.identity.label)
+
+    def _roles(self, sources: Sequence[GraphInput]) -> Roles:
+        """What a captured graph may read in place, and what it needs to copy once only."""
+        parameters = self.identity.positions("parameter")
+        held, stable = set(), set()
+        for position, source in enumerate(sources):
+            if source.kind == "hoisted" or (source.kind == "argument" and source.reference in parameters):
+                held.add(position)
+            elif source.kind != "argument":
+                stable.add(position)
+        return Roles(len(sources), frozenset(held), frozenset(stable))
+
+    def _run_densely(self, phase: Phase, key: ProgramKey, arguments: Sequence[Any]) -> Sequence[Tensor]:
+        if self.program is None or self.program.dense is None:
+            return self.dense(*arguments)
+        return self._run(phase, "dense", (*arguments, *self._dense_inputs(self._hoist(phase, key, arguments))))
+
+    def _dense_and_sites(
+        self, phase: Phase, key: ProgramKey, arguments: Sequence[Any]
+    ) -> tuple[Sequence[Tensor], dict[str, Tensor]]:
+        """Run densely; the outputs, and what a recorded call stores."""
+        if self.program is None:
+            return self.dense(*arguments), {}
+        hoisted = self._dense_inputs(self._hoist(phase, key, arguments)) if self.program.dense_inputs else ()
+        results = self._run(phase, "record", (*arguments, *hoisted))
+        count = self.program.output_count
+        return results[:count], dict(zip(self._names, results[count:], strict=True))
+
+    def _protected(self, arguments: Sequence[Any], outputs: Sequence[Tensor]) -> list[Tensor]:
+        return [value for value in (*arguments, *outputs) if isinstance(value, Tensor)]
+
+    def _record(
+        self, phase: RecordPhase, key: ProgramKey, parameters: Sequence[Tensor], arguments: Sequence[Any]
+    ) -> Sequence[Tensor]:
+        phase.begin(key, parameters, self._scalars(arguments), self._runtime.bytes_needed(self._sites))
+        outputs, tensors = self._dense_and_sites(phase, key, arguments)
+        phase.commit(key, tensors, self._sites, self._protected(arguments, outputs))
+        return outputs
+
+    def _begin(
+        self, phase: EditPhase, key: ProgramKey, parameters: Sequence[Tensor], arguments: Sequence[Any], dense: bool
+    ) -> RecordedCall:
+        try:
+            return phase.begin(key, parameters, self._scalars(arguments), dense)
+        except CallMismatchError as error:
+            if self.identity.resumed is not None:
+                # What the runtime advises, it takes for the only graph of the network.
+                raise CallMismatchError(
+                    f"the calls of {self.identity.label} do not line up with those of base {phase.base.name!r}; "
+                    f"{BEHIND_A_BREAK.format(line=self.identity.resumed)}"
+                ) from error
+            if self.identity.numbers:
+                names = ", ".join(self.identity.input_infos[position].name for position in self.identity.numbers)
+                error.add_note(f"{names} came as a Python number; {PASS_A_TENSOR}")
+            if not self._sparse:
+                error.add_note(NOT_LINED_UP)
+            raise
+
+    def _edit(
+        self, phase: EditPhase, key: ProgramKey, parameters: Sequence[Tensor], arguments: Sequence[Any]
+    ) -> Sequence[Tensor]:
+        dense = phase.dense_call or not self._sparse or (phase.full and self._dense_when_full)
+        call = self._begin(phase, key, parameters, arguments, dense)
+        with phase.running(call, dense):
+            if dense:
+                if phase.full and self._sparse:
+                    phase.skip_plan(self._plan_spec(arguments))
+                if not phase.saving:
+                    return self._run_densely(phase, key, arguments)
+                outputs, tensors = self._dense_and_sites(phase, key, arguments)
+                phase.commit(key, tensors, self._sites, self._protected(arguments, outputs))
+                return outputs
+            return self._edit_sparsely(phase, key, call, arguments)
+
+    def _plan_spec(self, arguments: Sequence[Any]) -> PlanSpec:
+        program = self.program
+        if program is None or program.mask_domain is None or program.batch is None:
+            raise GraphError("a graph without spatial inputs was asked to run sparsely")
+        device = arguments[self._picture].device
+        bucketed = self._capturer is not None
+        return PlanSpec(program.mask_domain, program.domains, program.stencils, program.batch, device, bucketed)
+
+    def _edit_sparsely(
+        self, phase: EditPhase, key: ProgramKey, call: RecordedCall, arguments: Sequence[Any]
+    ) -> Sequence[Tensor]:
+        program = self.program
+        if program is None:
+            raise GraphError("a graph without spatial inputs was asked to run sparsely")
+        plan = phase.plan(self._plan_spec(arguments))
+        if plan is None:
+            if phase.saving:
+                phase.commit(key, dict(zip(call, call.stored(), strict=True)), self._sites)
+            return tuple(call[name].clone() for name in self._output_names)
+        hoisted = self._hoist(phase, key, arguments)
+        invariants = self._compute_invariants(phase, key, arguments, hoisted)
+        inputs = self._inputs.assemble(arguments, hoisted, invariants, plan, call)
+        results = self._run(phase, "edit_save" if phase.saving else "edit", inputs)
+        outputs = list(results[: program.output_count])
+        for number in self._borrowed:
+            outputs[number] = outputs[number].clone()
+        outputs = [call.like(name, output) for name, output in zip(self._output_names, outputs, strict=True)]
+        if phase.saving:
+            updated = phase.updated_sites(call, self._sites, results[program.output_count :], plan)
+            phase.commit(key, updated, self._sites, self._protected(arguments, outputs))
+        return outputs
+
+    def _hoist(self, phase: Phase, key: ProgramKey, arguments: Sequence[Any]) -> tuple[Tensor, ...]:
+        """What the prologue computes. Within one edit the weights are known not to change; while a run is recorded they
+        may, and are looked at in each call."""
+        if self.program is None or self.program.prologue is None:
+            return ()
+        known = self._hoisted.setdefault(phase, {})
+        if key not in known or isinstance(phase, RecordPhase):
+            parameters = self._prologue_parameters(arguments)
+            known[key] = prologues.get(
+                replace(key, graph_hash=self._prologue_hash),
+                parameters,
+                phase.fingerprint(key),
+                lambda: self._graph("prologue")(*arguments),
+            )
+        return known[key]
+
+    def _compute_invariants(
+        self, phase: EditPhase, key: ProgramKey, arguments: Sequence[Any], hoisted: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        """What depends on parameters and inputs such as the prompt only; computed once for each prompt of an edit."""
+        program = self.program
+        if program is None or program.invariants is None:
+            return ()
+        memo = self._invariants.setdefault(phase, {}).setdefault(key, InvariantMemo())
+        inputs = self._invariant_inputs((*arguments, *hoisted))
+        return memo.get(self._prompts(arguments), lambda: self._graph("invariants")(*inputs))
+
+
+def _spatial_input(program: Program, users: Sequence[int]) -> int:
+    """Position of an input that has the mask's resolution. Others may lie on another device, such as the timestep."""
+    domain = program.mask_domain
+    placeholders = [node for node in program.record.graph.nodes if node.op == "placeholder"]
+    for position in users:
+        value = placeholders[position].meta.get("val")
+        sizes = tuple(value.shape) if isinstance(value, Tensor) else ()
+        if domain is not None and (domain.size in sizes or {domain.height, domain.width} <= set(sizes)):
+            return position
+    raise GraphError(f"no input has the resolution of the mask, {domain}")
+
+
+def _used_inputs(graph_module: fx.GraphModule) -> tuple[int, ...]:
+    """Positions of the placeholders that something reads."""
+    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    return tuple(position for position, node in enumerate(placeholders) if node.users)

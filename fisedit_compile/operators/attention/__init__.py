@@ -1,0 +1,1 @@
+"""Attention of rows over a recorded map, and of whole maps."""

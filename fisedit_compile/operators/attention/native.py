@@ -1,0 +1,99 @@
+"""Attention by compiled code: few queries over many keys, on a processor (``native.cpp`` says how)."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import math
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fisedit_compile.operators.native.compiling import DTYPES, NotCompiledError, load_library, undisturbed
+
+logger = logging.getLogger(__name__)
+
+
+def _call(function: Callable[..., int], query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    batch, heads, queries, depth = query.shape
+    keys, width = value.shape[2:]
+    result = query.new_empty((batch, queries, heads, width)).transpose(1, 2)
+    tensors = (query, key, value, result)
+    sizes = (batch, heads, heads // key.shape[1], queries, keys, depth, width)
+    strides = [tensor.stride(dimension) for tensor in tensors for dimension in (0, 2, 1)]
+    failed = function(
+        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors),
+        (ctypes.c_int64 * 7)(*sizes),
+        (ctypes.c_int64 * 12)(*strides),
+        ctypes.c_float(scale),
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise MemoryError("attention found no memory for a block of keys and values")
+    return result
+
+
+@lru_cache(maxsize=8)
+@undisturbed()
+def _function(dtype: torch.dtype) -> Callable[..., int] | None:
+    """The compiled code for a dtype, once it was compared with an exact result; None where there is none."""
+    definitions, tolerance = DTYPES[dtype]
+    try:
+        function: Callable[..., int] = load_library("attention", *definitions).attention
+    except NotCompiledError as error:
+        logger.info("attention is computed by PyTorch alone: %s", error)
+        return None
+    # All widths of parts, keys that fill no block, and channels that fill no tile.
+    generator = torch.Generator().manual_seed(0)
+    for queries, keys in ((1, 3), (40, 100), (101, 130)):
+        shapes = ((2, 2, queries, 5), (2, 1, keys, 5), (2, 1, keys, 11))
+        query, key, value = (torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype) for shape in shapes)
+        exact = functional.scaled_dot_product_attention(query.double(), key.double(), value.double(), enable_gqa=True)
+        if not torch.allclose(_call(function, query, key, value, 5**-0.5).double(), exact, rtol=0, atol=tolerance):
+            logger.warning("compiled attention of %s is wrong on this machine; PyTorch computes it", dtype)
+            return None
+    return function
+
+
+def supports(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> bool:
+    """Whether compiled code computes attention of these tensors.
+
+    Args:
+        query: ``[B, heads, N, D]``.
+        key, value: ``[B, heads, S, D]`` and ``[B, heads, S, Dv]``; fewer heads than queries are shared by them.
+        scale: of the scores; None for ``1 / sqrt(D)``.
+    """
+    tensors = (query, key, value)
+    return (
+        all(tensor.device.type == "cpu" and tensor.dim() == 4 for tensor in tensors)
+        and query.dtype in DTYPES
+        and query.dtype == key.dtype == value.dtype
+        # Of subclasses nothing is known, not even that they have memory.
+        and all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
+        and all(tensor.numel() > 0 and tensor.stride(3) == 1 for tensor in tensors)
+        and query.shape[0] == key.shape[0] == value.shape[0]
+        and key.shape[1:3] == value.shape[1:3]
+        and query.shape[3] == key.shape[3]
+        and query.shape[1] % key.shape[1] == 0
+        and (scale is None or math.isfinite(scale))
+        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+        and not torch.is_autocast_enabled("cpu")
+        and _function(query.dtype) is not None
+    )
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    """Scaled dot-product attention without a mask; arguments are those of :func:`supports`, which holds.
+
+    Returns:
+        ``[B, heads, N, Dv]``; in memory heads lie behind positions, as PyTorch's attention on a processor leaves them.
+
+    Raises:
+        MemoryError: there is no memory for a block of keys and values.
+    """
+    function = _function(query.dtype)
+    assert function is not None
+    return _call(function, query, key, value, query.shape[3] ** -0.5 if scale is None else scale)

@@ -1,0 +1,1 @@
+"""Convolutions: on rows, by tiles, and of whole maps."""

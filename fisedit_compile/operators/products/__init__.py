@@ -1,0 +1,1 @@
+"""Products with the weights of linear layers, as they are or packed."""

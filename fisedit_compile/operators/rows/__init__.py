@@ -1,0 +1,1 @@
+"""Reading rows from maps and writing them back."""

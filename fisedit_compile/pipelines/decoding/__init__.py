@@ -1,0 +1,1 @@
+"""From latents to pictures and back: sparsely where that is cheaper."""

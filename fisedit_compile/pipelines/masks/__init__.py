@@ -1,0 +1,1 @@
+"""Where a picture changes: finding the mask, carrying it between latents and pixels, pasting."""

@@ -1,0 +1,1 @@
+"""Fourth stage: what a recorded call stores, what an edit loads, what is computed only once."""

@@ -1,0 +1,1 @@
+"""Second stage: which values are spatial, at which resolution and place."""

@@ -1,0 +1,1 @@
+"""How this stage tells where the positions of a value lie on the mask."""

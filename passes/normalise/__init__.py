@@ -1,0 +1,1 @@
+"""First stage: one spelling for each operation."""

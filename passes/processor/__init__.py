@@ -1,0 +1,1 @@
+"""Fifth stage: faster ways to compute, on a processor and elsewhere."""

@@ -1,0 +1,1 @@
+"""Third stage: operators on maps become operators on rows, one family a file."""

@@ -1,0 +1,1 @@
+"""Parts of the rules of this stage that are too long for the file of their family."""

@@ -1,0 +1,233 @@
+"""What moves positions without computing anything: crops, flips, rolls, joins along space, transpositions; a part of
+sparsify_layout.
+
+Why: these are stencils of one tap, so a moved map stays rows. Where a value's positions come to lie on the mask says
+movement.py; here each one is read from where it was.
+
+Before: ``y = slice(x, 2, 3, 20)``          After: ``y = to_map(select(gather_taps(x rows), 2, 0))``
+Before: ``y = flip(x, [3])``                After: the same with the table of a flip
+Before: ``y = cat([x, z], 2)``              After: ``y = to_map(add(taps of x, taps of z))``, outside read as zeros
+Before: ``y = permute(x, [0, 1, 3, 2])``    After: the same, positions read column by column
+Before: ``y = alias(x)`` at another place   After: the same, each position read from where it is
+
+Conditions:
+1. Height and width are dimensions of their own, and what is left has more than one position.
+2. All values joined along space are spatial, with the same dimensions and the same size across.
+3. A roll names its dimensions.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from fisedit_compile.passes.common.arguments import read_arguments
+from fisedit_compile.passes.common.family import Inferred
+from fisedit_compile.passes.common.ir import RowsBuilder, shape_of, spatial_of
+from fisedit_compile.passes.common.layouts import HEIGHT, WIDTH, Spatial
+from fisedit_compile.passes.common.targets import aten
+from fisedit_compile.runtime.spec import Domain, Stencil
+
+SPLITS = {aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default, aten.chunk.default}
+CROPS = {aten.slice.Tensor, aten.narrow.default}
+TURNS = {aten.flip.default, aten.roll.default}
+AXES = (HEIGHT, WIDTH)
+
+
+@dataclass(frozen=True)
+class Crop:
+    """Every ``step``-th position from ``start`` on, ``length`` of them, along height or width."""
+
+    axis: str
+    start: int
+    step: int
+    length: int
+
+    def target(self, source: Domain) -> Domain:
+        """The resulting size."""
+        if self.axis == HEIGHT:
+            return Domain(self.length, source.width)
+        return Domain(source.height, self.length)
+
+    def stencil(self, source: Domain, target: Domain) -> Stencil:
+        """Windows of one position."""
+        tall = self.axis == HEIGHT
+        return Stencil.of(
+            "window",
+            source,
+            target,
+            kernel_height=1,
+            kernel_width=1,
+            stride_y=self.step if tall else 1,
+            stride_x=1 if tall else self.step,
+            padding_y=-self.start if tall else 0,
+            padding_x=0 if tall else -self.start,
+            dilation_y=1,
+            dilation_x=1,
+        )
+
+
+def in_place(source: Domain, target: Domain) -> Stencil:
+    """Each position of a size read from itself, at another place of the mask."""
+    return Crop(HEIGHT, 0, 1, source.height).stencil(source, target)
+
+
+def read_crops(node: fx.Node, spatial: Spatial) -> list[Crop] | None:
+    """The results of a cut along height or width; None when it cuts along another dimension."""
+    given = read_arguments(node)
+    dim = int(given["dim"]) % len(spatial.dims)
+    axis, size = spatial.dims[dim], shape_of(node.args[0])[dim]  # type: ignore[arg-type]
+    if axis not in AXES:
+        return None
+    if node.target is aten.slice.Tensor:
+        start, _, step = slice(given["start"], given["end"], given["step"]).indices(size)
+        return [Crop(axis, start, step, shape_of(node)[dim])]
+    if node.target is aten.narrow.default:
+        start = int(given["start"])
+        return [Crop(axis, start + size if start < 0 else start, 1, int(given["length"]))]
+    lengths = [int(value.shape[dim]) for value in node.meta["val"]]
+    starts = itertools.accumulate(lengths, initial=0)
+    return [Crop(axis, start, 1, length) for start, length in zip(starts, lengths, strict=False)]
+
+
+def infer_crops(crops: Sequence[Crop], node: fx.Node, spatial: Spatial) -> Inferred:
+    """The layouts of the results (condition 1)."""
+    targets = [crop.target(spatial.domain) for crop in crops]
+    if any(target.size < 2 for target in targets):
+        return "it cuts out single positions"
+    layouts = [Spatial(target, spatial.dims) for target in targets]
+    return layouts if node.target in SPLITS else layouts[0]
+
+
+def read_turn(node: fx.Node, spatial: Spatial) -> tuple[tuple[int, ...], tuple[int, ...]] | str:
+    """Which row each row of a flip or roll is, and which column each column; or why that cannot be told."""
+    given = read_arguments(node)
+    rank, domain = len(spatial.dims), spatial.domain
+    tables = {HEIGHT: list(range(domain.height)), WIDTH: list(range(domain.width))}
+    dims = [int(dim) % rank for dim in given["dims"]]
+    shifts = given.get("shifts")
+    if not dims or (shifts is not None and len(shifts) != len(dims)):
+        return "it rolls all dimensions as one"
+    for number, dim in enumerate(dims):
+        name = spatial.dims[dim]
+        if name not in AXES:
+            if name in spatial.dims and dim in spatial.channel_dims:
+                continue
+            return "it turns samples, or rows and columns as one"
+        table = tables[name]
+        if shifts is None:
+            tables[name] = table[::-1]
+        else:
+            by = int(shifts[number]) % len(table)
+            tables[name] = table[-by:] + table[:-by] if by else table
+    return tuple(tables[HEIGHT]), tuple(tables[WIDTH])
+
+
+def joined_axis(node: fx.Node, spatial: Spatial) -> str | None:
+    """Height or width if values are joined along it, else None."""
+    if node.target is aten.stack.default:
+        return None
+    name = spatial.dims[int(read_arguments(node)["dim"]) % len(spatial.dims)]
+    return name if name in AXES else None
+
+
+def infer_join(node: fx.Node, axis: str) -> Inferred:
+    """The layout of values joined along space (condition 2)."""
+    values = node.args[0]
+    assert isinstance(values, (list, tuple))
+    known = [spatial_of(value) for value in values]
+    first = next(spatial for spatial in known if spatial is not None)
+    if any(spatial is None or spatial.dims != first.dims for spatial in known):
+        return "values are joined along positions, and not all of them are maps with the same dimensions"
+    sizes = shape_of(node)
+    return Spatial(Domain(sizes[first.dims.index(HEIGHT)], sizes[first.dims.index(WIDTH)]), first.dims)
+
+
+def transposed(dims: Sequence[str]) -> bool:
+    """Whether columns come in front of rows."""
+    return HEIGHT in dims and WIDTH in dims and dims.index(WIDTH) < dims.index(HEIGHT)
+
+
+def with_rows_first(spatial: Spatial) -> Spatial:
+    """A layout whose first dimension of space is its height, whatever it was called."""
+    if not transposed(spatial.dims):
+        return spatial
+    swapped = {HEIGHT: WIDTH, WIDTH: HEIGHT}
+    dims = tuple(swapped.get(name, name) for name in spatial.dims)
+    return Spatial(Domain(spatial.domain.width, spatial.domain.height), dims)
+
+
+def moved_rows(builder: RowsBuilder, value: fx.Node, stencil: Stencil) -> fx.Node:
+    """The rows ``[B, N, *C]`` of a stencil of one tap; zeros outside the map."""
+    return builder.call(aten.select.int, builder.taps(value, stencil, 0.0), 2, 0)
+
+
+def rewrite_crops(crops: Sequence[Crop], node: fx.Node, builder: RowsBuilder) -> None:
+    """Read what a cut along space leaves."""
+    x = node.args[0]
+    assert isinstance(x, fx.Node)
+    source = spatial_of(x)
+    assert source is not None
+    if node.target not in SPLITS:
+        target = spatial_of(node)
+        assert target is not None
+        builder.replace(moved_rows(builder, x, crops[0].stencil(source.domain, target.domain)))
+        return
+    for getter in list(node.users):
+        target, number = spatial_of(getter), getter.args[1]
+        assert getter.target is operator.getitem and target is not None and isinstance(number, int)
+        piece = RowsBuilder(getter)
+        piece.replace(moved_rows(piece, x, crops[number].stencil(source.domain, target.domain)))
+    node.graph.erase_node(node)
+
+
+def rewrite_turn(node: fx.Node, builder: RowsBuilder) -> None:
+    """Read a flipped or rolled map; channels are turned on the rows."""
+    x = node.args[0]
+    source, target = spatial_of(x), spatial_of(node)
+    assert isinstance(x, fx.Node) and source is not None and target is not None
+    tables = read_turn(node, source)
+    assert not isinstance(tables, str)
+    same = tables == (tuple(range(source.domain.height)), tuple(range(source.domain.width)))
+    if same:
+        rows = builder.rows(x)
+    else:
+        stencil = Stencil.of("table", source.domain, target.domain, rows=tables[0], columns=tables[1])
+        rows = moved_rows(builder, x, stencil)
+    given = read_arguments(node)
+    dims = [int(dim) % len(source.dims) for dim in given["dims"]]
+    inside = [number for number, dim in enumerate(dims) if dim in source.channel_dims]
+    if inside:
+        turned = [source.row_dim(dims[number]) for number in inside]
+        shifts = [] if node.target is aten.flip.default else [[int(given["shifts"][number]) for number in inside]]
+        rows = builder.call(node.target, rows, *shifts, turned)
+    builder.replace(rows)
+
+
+def rewrite_join(node: fx.Node, builder: RowsBuilder, axis: str) -> None:
+    """Sum what each of the joined values puts at its place."""
+    values = node.args[0]
+    target = spatial_of(node)
+    assert isinstance(values, (list, tuple)) and target is not None
+    at, total = 0, None
+    for value in values:
+        assert isinstance(value, fx.Node)
+        source = spatial_of(value)
+        assert source is not None
+        own = {HEIGHT: source.domain.height, WIDTH: source.domain.width}
+        tables = {
+            name: tuple(position if position < own[name] else -1 for position in range(size))
+            for name, size in ((HEIGHT, target.domain.height), (WIDTH, target.domain.width))
+        }
+        size = target.domain.height if axis == HEIGHT else target.domain.width
+        tables[axis] = tuple(place - at if at <= place < at + own[axis] else -1 for place in range(size))
+        at += own[axis]
+        stencil = Stencil.of("table", source.domain, target.domain, rows=tables[HEIGHT], columns=tables[WIDTH])
+        rows = moved_rows(builder, value, stencil)
+        total = rows if total is None else builder.call(aten.add.Tensor, total, rows)
+    assert total is not None
+    builder.replace(total)

@@ -1,0 +1,171 @@
+"""conv_tiles, conv_dense and conv_choice against the row by row convolution."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+
+from fisedit_compile.operators import conv_choice, conv_dense, conv_tiles, pack_conv_weight, pack_tile_weights
+from fisedit_compile.operators.choosing import CostTable
+from fisedit_compile.operators.convolution import choice as paths
+from fisedit_compile.operators.convolution import native, tiles
+from fisedit_compile.operators.products import native as products
+from fisedit_compile.passes.processor.choose_convolution import tile_stencils
+from fisedit_compile.runtime.plans import IndexPlan, build_plan
+from fisedit_compile.runtime.spec import Domain, PlanInput
+from support.sparse_maps import Case, masks, window
+from support.tolerances import assert_near
+
+CHANNELS, OUTPUTS = 5, 7
+
+
+class Setting:
+    """A mask on a map of even size, with the plans of rows and of tiles."""
+
+    def __init__(self, data: st.DataObject, channels: int = CHANNELS, outputs: int = OUTPUTS) -> None:
+        self.outputs = outputs
+        self.domain = Domain(2 * data.draw(st.integers(1, 5)), 2 * data.draw(st.integers(1, 5)))
+        self.batch = data.draw(st.integers(1, 3))
+        self.mask = data.draw(masks(self.domain, self.batch))
+        self.case = Case.build(self.mask, window(self.domain), self.batch, channels)
+        self.patches, self.places = tile_stencils(self.domain)
+        self.plan: IndexPlan = build_plan(self.mask, [], [self.patches, self.places], "cpu")
+        self.weight = torch.randn(outputs, channels, 3, 3, dtype=torch.float64)
+        self.bias = data.draw(st.sampled_from([None, torch.randn(outputs, dtype=torch.float64)]))
+
+    @property
+    def tile_plan(self) -> list[Tensor]:
+        wanted = [("halo", self.patches), ("table", self.patches), ("table", self.places), ("subposition", self.places)]
+        tensors = [self.plan.tensor(PlanInput(kind, stencil)) for kind, stencil in wanted]
+        return [tensor for tensor in tensors if tensor is not None]
+
+    def expected(self) -> Tensor:
+        return self.case.target_rows(functional.conv2d(self.case.dense_mixed(), self.weight, self.bias, padding=1))
+
+    def check(self, result: Tensor, dtype: torch.dtype = torch.float64) -> None:
+        """Valid rows are those of the dense convolution, in memory order."""
+        assert result.is_contiguous() and result.shape == (self.batch, self.case.rows.shape[1], self.outputs)
+        valid, expected = self.case.source("valid"), self.expected()
+        if valid is not None:
+            inside = valid.expand(self.batch, -1)[..., None]
+            result, expected = torch.where(inside, result, 0), torch.where(inside, expected, 0)
+        assert_near(result.double(), expected, dtype=dtype)
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 3000, 1 << 30])
+@given(data=st.data())
+def test_tiles(data: st.DataObject, chunk_bytes: int) -> None:
+    setting = Setting(data)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiles, "CHUNK_BYTES", chunk_bytes)
+        weights = pack_tile_weights(setting.weight)
+        rows = setting.case.rows
+        setting.check(conv_tiles(rows, setting.case.recorded, *setting.tile_plan, weights, setting.bias))
+
+
+def check_float32(setting: Setting, weights: list[Tensor]) -> None:
+    """Tiles of float32 against the dense convolution."""
+    bias = None if setting.bias is None else setting.bias.float()
+    rows, recorded = setting.case.rows.float(), setting.case.recorded.float()
+    setting.check(conv_tiles(rows, recorded, *setting.tile_plan, weights, bias), torch.float32)
+
+
+@given(data=st.data())
+def test_tiles_of_float32_are_packed(data: st.DataObject) -> None:
+    setting = Setting(data)
+    weights = pack_tile_weights(setting.weight.float())
+    assert len(weights) == 16 and all(weight.is_mkldnn for weight in weights)
+    check_float32(setting, weights)
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("chunk_bytes", [1, 5000, 1 << 30])
+@given(data=st.data())
+def test_compiled_tiles(data: st.DataObject, chunk_bytes: int, ordered: bool) -> None:
+    """Channels that fill vectors are transformed by compiled code, with weights in any order."""
+    setting = Setting(data, channels=data.draw(st.sampled_from([16, 48])), outputs=32)
+    if not native.supports(torch.float32, torch.device("cpu"), 16, 32):
+        pytest.skip("nothing is compiled on this machine")
+    weights = pack_tile_weights(setting.weight.float())
+    if ordered:
+        weights = [products.order(weight.to_dense()) for weight in weights]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiles, "CHUNK_BYTES", chunk_bytes)
+        patch.setattr(tiles, "_transforms", None)  # of PyTorch's way
+        check_float32(setting, weights)
+
+
+def test_which_tiles_are_compiled() -> None:
+    cpu = torch.device("cpu")
+    if not native.supports(torch.float32, cpu, 16, 32):
+        pytest.skip("nothing is compiled on this machine")
+    assert not native.supports(torch.float64, cpu, 16, 32)
+    assert not native.supports(torch.float32, torch.device("meta"), 16, 32)
+    assert not native.supports(torch.float32, cpu, 20, 32) and not native.supports(torch.float32, cpu, 16, 4)
+
+
+def test_transformed_weights_do_not_depend_on_how_they_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(9, 4, 3, 3, dtype=torch.float64)
+    whole = pack_tile_weights(weight)
+    kernel = torch.tensor(tiles.KERNEL, dtype=torch.float64)
+    expected = torch.einsum("ia,jb,ocab->ijoc", kernel, kernel, weight).flatten(0, 1)
+    assert_near(torch.stack(whole), expected)
+    assert all(part.is_contiguous() for part in whole)
+
+
+@given(data=st.data())
+def test_dense(data: st.DataObject) -> None:
+    setting = Setting(data)
+    size = (setting.domain.height, setting.domain.width)
+    index, valid = setting.case.source("index"), setting.case.source("valid")
+    rows = setting.case.rows
+    setting.check(conv_dense(rows, setting.case.recorded, index, valid, setting.weight, setting.bias, *size))
+
+
+@pytest.mark.parametrize("fastest", ["rows", "tiles", "dense"])
+@given(data=st.data())
+def test_the_fastest_way_is_taken(data: st.DataObject, fastest: str) -> None:
+    setting, taken = Setting(data), []
+
+    class Table(CostTable):
+        def choose(self, operator: str, case: str, ways: Any) -> Tensor:
+            taken.append(operator)
+            return ways[fastest if fastest in ways else "rows"]()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paths, "costs", Table())
+        patch.setattr(paths, "DENSE_FROM", 0.0)
+        index, valid = setting.case.source("index"), setting.case.source("valid")
+        result = conv_choice(
+            setting.case.rows,
+            setting.case.recorded,
+            setting.case.taps("halo"),
+            setting.case.taps("table"),
+            pack_conv_weight(setting.weight, False, 1),
+            setting.bias,
+            setting.tile_plan,
+            pack_tile_weights(setting.weight),
+            index,
+            valid,
+            setting.weight,
+            setting.domain.height,
+            setting.domain.width,
+        )
+    assert taken == ["convolution"]
+    setting.check(result)
+
+
+def test_cases_differ_by_what_times_depend_on() -> None:
+    base = (2, 64, 64, 320, 320, 400, 110, torch.float32)
+    changes = [(0, 1), (1, 32), (2, 32), (3, 640), (4, 640), (5, 600), (6, 200), (7, torch.bfloat16)]
+    names = {paths.describe_case(*base)}
+    for at, value in changes:
+        names.add(paths.describe_case(*base[:at], value, *base[at + 1 :]))  # type: ignore[arg-type]
+    assert len(names) == 1 + len(changes)
+    assert paths.describe_case(*base[:5], 401, *base[6:]) in names, "rows that are nearly as many are one case"

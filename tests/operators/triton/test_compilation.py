@@ -1,0 +1,81 @@
+"""Every kernel variant that can be chosen compiles for chips that are not there, and fits them.
+
+HYPOTHESIS_PROFILE=thorough compiles all dtypes and epilogues, which takes some minutes; else one of each kind.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fisedit_compile.operators.triton.blocks import REGISTERS
+from fisedit_compile.operators.triton.chips import KNOWN_CHIPS
+from fisedit_compile.operators.triton.devices import triton_installed
+
+THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
+pytestmark = pytest.mark.timeout(3600)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    if not triton_installed():
+        pytest.skip("Triton is not installed")
+    folder = tmp_path_factory.mktemp("compiled")
+    script, output = Path(__file__).with_name("compiling.py"), folder / "resources.json"
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder / "triton")}
+    command = [sys.executable, str(script), str(output), *(["--all"] if THOROUGH else [])]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return json.loads(output.read_text())
+
+
+def failures(compiled: list[dict[str, Any]], holds: Any) -> list[str]:
+    return [f"{entry['capability']} {entry['name']}: {entry}" for entry in compiled if not holds(entry)]
+
+
+def test_everything_is_compiled_for_every_chip(compiled: list[dict[str, Any]]) -> None:
+    kernels = {
+        *("conv_rows", "add_splits", "gather_kernel", "gather_taps_kernel", "write_kernel"),
+        *("partials_kernel", "totals_kernel", "apply_kernel"),
+    }
+    for capability in KNOWN_CHIPS:
+        own = [entry for entry in compiled if tuple(entry["capability"]) == capability]
+        assert {entry["kernel"] for entry in own} == kernels
+        assert sum(entry["kernel"] == "conv_rows" for entry in own) >= 5
+
+
+def test_registers_suffice(compiled: list[dict[str, Any]]) -> None:
+    """Nothing is spilled, and a processor has registers for a whole program."""
+    assert not failures(compiled, lambda entry: entry["spilled"] == 0)
+    assert not failures(compiled, lambda entry: 0 < entry["registers"] * entry["threads"] <= REGISTERS)
+
+
+def test_shared_memory_suffices(compiled: list[dict[str, Any]]) -> None:
+    """It stays below the chip's limit, and below what the choice of blocks counted on."""
+    limits = {list(capability).__repr__(): chip.shared_limit for capability, chip in KNOWN_CHIPS.items()}
+    assert not failures(compiled, lambda entry: entry["shared"] <= limits[repr(entry["capability"])])
+    convolutions = [entry for entry in compiled if entry["kernel"] == "conv_rows"]
+    assert not failures(convolutions, lambda entry: entry["shared"] <= entry["expected_shared"])
+
+
+def test_convolutions_load_sixteen_bytes_at_once(compiled: list[dict[str, Any]]) -> None:
+    """The gathered side too: rows or recorded map, whichever a tap reads."""
+    wide = [
+        entry
+        for entry in compiled
+        if entry["kernel"] == "conv_rows" and entry["constants"]["EVEN"] and entry["constants"]["BLOCK_K"] >= 32
+    ]
+    assert wide and not failures(wide, lambda entry: entry["wide_loads"] >= 2)
+
+
+def test_tensor_cores_are_used(compiled: list[dict[str, Any]]) -> None:
+    halves = [
+        entry for entry in compiled if entry["kernel"] == "conv_rows" and not entry["name"].startswith("torch.float32")
+    ]
+    assert not failures(halves, lambda entry: entry["matrix"] == KNOWN_CHIPS[tuple(entry["capability"])].matrix_units)

@@ -1,0 +1,232 @@
+"""``explain``: what is sparse, what is dense and why, what it costs; computed by hand where that is possible."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import fisedit_compile as fisedit
+from fisedit_compile.errors import OptionError
+from fisedit_compile.operators.attention import aten as attention
+from fisedit_compile.operators.choosing import CostTable, machine
+from fisedit_compile.operators.products import aten as packed
+from fisedit_compile.options import Options
+from fisedit_compile.reporting import measured
+from fisedit_compile.reporting.explain import ExplainReport, explain_with, ragged_mask
+from fisedit_compile.runtime import Domain
+from support.diffusers_networks import DIFFUSERS
+
+NETWORKS = {network.name: network for network in DIFFUSERS}
+
+
+class TwoConvolutions(nn.Module):
+    """A 3x3 and a 1x1 convolution, and a function in between."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor] = torch.relu) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.second = nn.Conv2d(8, 5, 1)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.second(self.function(self.first(x)))
+        return result
+
+
+def explained(function: Callable[[Tensor], Tensor] = torch.relu, **options: Any) -> ExplainReport:
+    module, x = TwoConvolutions(function).to("meta"), torch.empty(2, 3, 16, 20, device="meta")
+    return explain_with(Options(**options), module, x)
+
+
+def test_counts_of_two_convolutions() -> None:
+    report = explained()
+    positions = 2 * 16 * 20
+    assert report.total_macs == positions * (8 * 3 * 9 + 5 * 8)
+    assert report.sparse_mac_fraction == 1.0
+    assert report.dense_nodes == []
+    assert report.matches["sparsify_conv"] == 2
+    assert report.macs_at({Domain(16, 20): 0.25}) == report.total_macs / 4
+    # The input of the 3x3 convolution, read around the mask, and the output.
+    assert report.bytes_stored == 4 * positions * (3 + 5)
+
+
+def test_costs_of_a_mask() -> None:
+    report = explained()
+    mask = torch.zeros(16, 20)
+    mask[4:8, 5:10] = 1
+    cost = report.cost(mask)
+    assert cost.density == pytest.approx(20 / 320)
+    assert cost.macs == pytest.approx(report.total_macs * 20 / 320)
+    # Halo of a 4x5 rectangle: 6x7 - 4x5 positions of 3 channels; the recorded output is copied as a whole.
+    assert cost.bytes_loaded == 4 * 2 * (22 * 3 + 320 * 5)
+    assert report.cost(torch.zeros(4, 4)).macs == 0
+    assert report.cost(torch.ones(4, 4)).macs == report.total_macs
+
+
+def test_more_mask_costs_more() -> None:
+    report = explained()
+    costs = [report.cost(density) for density in (0.05, 0.3, 0.7, 1.0)]
+    assert [cost.macs for cost in costs] == sorted({cost.macs for cost in costs})
+    assert costs[0].density == pytest.approx(0.05, abs=0.01)
+    assert report.bytes_loaded(0.05) == costs[0].bytes_loaded
+
+
+@pytest.mark.parametrize("density", [0.004, 0.1, 0.5, 1.0])
+def test_ragged_masks_have_their_density(density: float) -> None:
+    mask = ragged_mask(density, Domain(16, 20))
+    assert mask.shape == (16, 20) and mask.dtype == torch.bool
+    assert int(mask.sum()) == max(1, round(density * 320))
+    assert torch.equal(mask, ragged_mask(density, Domain(16, 20)))
+
+
+def test_a_density_out_of_range() -> None:
+    for density in (0.0, -1.0, 1.5):
+        with pytest.raises(OptionError, match="density"):
+            ragged_mask(density, Domain(4, 4))
+
+
+def test_dense_operators_have_reasons() -> None:
+    report = explained(lambda x: x.cumsum(2))
+    (node,) = report.dense_nodes
+    assert node.target == "aten.cumsum.default" and node.reason
+    assert report.sparse_mac_fraction == 1.0
+    text = str(report)
+    assert "aten.cumsum.default" in text and node.reason[:20] in text
+
+
+def test_disabled_passes_make_operators_dense() -> None:
+    report = explained(disabled_passes=frozenset({"sparsify_conv"}))
+    assert report.sparse_mac_fraction == 0.0
+    assert {node.target for node in report.dense_nodes} == {"aten.conv2d.default"}
+
+
+def test_graphs_that_cannot_be_traced_are_listed() -> None:
+    report = explained(lambda x: functional.dropout(x, 0.5, training=True))
+    assert report.total_macs == 0 and report.sparse_mac_fraction == 0.0
+    (node,) = report.dense_nodes
+    assert (node.pass_name, node.target) == ("trace", "the whole graph")
+    assert "aten.dropout.default is random" in node.reason
+    assert "aten.dropout.default is random" in str(report)
+
+
+def test_graphs_without_a_picture_are_listed() -> None:
+    report = fisedit.explain(nn.Linear(4, 5), torch.randn(3, 4))
+    (node,) = report.dense_nodes
+    assert "picture" in node.reason
+    assert report.cost(0.1).macs == report.total_macs == 60
+
+
+def test_graph_breaks_give_several_graphs() -> None:
+    def broken(x: Tensor) -> Tensor:
+        print("", end="")
+        return torch.relu(x)
+
+    report = explained(broken)
+    assert len(report.graphs) == 3, "before the function, inside it and behind it"
+    assert report.total_macs == 2 * 16 * 20 * (8 * 3 * 9 + 5 * 8)
+    assert "3, of which 3 traced" in str(report)
+
+
+def test_a_unet_on_the_meta_device() -> None:
+    network = NETWORKS["sd15"]
+    inputs = [torch.empty(shape, device="meta") for shape in network.shapes]
+    report = fisedit.explain(network.module().to("meta"), *inputs)
+    assert report.sparse_mac_fraction > 0.9
+    assert report.dense_nodes == []
+    assert report.bytes_loaded(0.05) < report.bytes_stored
+    text = str(report)
+    for part in ("sparse share", "sparsify_attention", "An edit call", "5 %", "stored by a recorded call"):
+        assert part in text
+    assert max(map(len, text.splitlines())) <= 110
+
+
+@pytest.mark.parametrize("how", ["torch.compile", "Module.compile"])
+def test_compiled_networks_can_be_explained(how: str) -> None:
+    module, x = TwoConvolutions(), torch.randn(2, 3, 16, 20)
+    weight = module.first.weight.clone()
+    runtime = fisedit.Runtime()
+    compiled: Any = module
+    if how == "torch.compile":
+        compiled = torch.compile(module, backend="fisedit", options={"runtime": runtime})
+    else:
+        module.compile(backend="fisedit", options={"runtime": runtime})
+    with torch.no_grad(), runtime.record("base"):
+        compiled(x)
+    assert fisedit.explain(compiled, x).total_macs == explained().total_macs
+    assert torch.equal(module.first.weight, weight)
+    with torch.no_grad(), runtime.edit("base", mask=torch.ones(4, 4)):
+        torch.testing.assert_close(compiled(x + 1), module.forward(x + 1))
+
+
+def test_measured_ways_of_the_networks_convolutions_are_shown(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FISEDIT_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(measured, "costs", CostTable())
+    module, x = nn.Conv2d(64, 64, 3, padding=1), torch.randn(2, 64, 32, 32)
+    assert explain_with(Options(), module, x).measured_convolutions() == {}
+    mine, other = (f"2x32x32 64->{outputs} float32, about 10 rows" for outputs in (64, 96))
+    times = {"rows": 2e-3, "tiles": 1e-3}
+    lines = [{"machine": machine(), "case": f"convolution {case}", "seconds": times} for case in (mine, other)]
+    maps = {"direct": 5e-3, "tiles": 4e-3}
+    lines += [
+        {"machine": machine(), "case": f"convolution of a map {case}", "seconds": maps}
+        for case in ("64->64 float32", "64->64 float32, channels last")
+    ]
+    (tmp_path / "costs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    monkeypatch.setattr(measured, "costs", CostTable())
+    report = explain_with(Options(), module, x)
+    assert report.measured_convolutions() == {mine: times, "whole map, 64->64 float32": maps}
+    assert "rows 2.00, tiles 1.00" in str(report) and mine in str(report)
+    assert "direct 5.00, tiles 4.00" in str(report)
+
+
+def test_measured_products_and_attention_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Block(nn.Module):
+        """Self-attention of a map's tokens."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside, self.outside = nn.Linear(64, 192), nn.Linear(64, 64)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            tokens = self.inside(x.flatten(2).transpose(1, 2)).unflatten(2, (3, 4, 16)).permute(2, 0, 3, 1, 4)
+            attended = nn.functional.scaled_dot_product_attention(*tokens.unbind(0))
+            return self.outside(attended.transpose(1, 2).flatten(2)).transpose(1, 2).unflatten(2, x.shape[2:])
+
+    # What is measured while an edit runs is what the report looks for.
+    monkeypatch.setenv("FISEDIT_CACHE_DIR", str(tmp_path))
+    table = CostTable()
+    for module in (measured, packed, attention):
+        monkeypatch.setattr(module, "costs", table)
+    network, x, runtime = Block(), torch.randn(2, 64, 16, 16), fisedit.Runtime()
+    report = explain_with(Options(), network, x)
+    assert report.measured_products() == {} and report.measured_attention() == {}
+    compiled = torch.compile(network, backend="fisedit", options={"runtime": runtime})
+    mask = torch.zeros(16, 16)
+    mask[3:8, 2:9] = 1
+    with torch.no_grad():
+        with runtime.record("base"):
+            compiled(x)
+        with runtime.edit("base", mask=mask):
+            compiled(x + 1)
+    keys = set(table.entries())
+    assert len({key for key in keys if key.startswith("product ")}) >= 2
+    shown = report.measured_products() | report.measured_attention()
+    cases = {key.replace("product of a map ", "product whole map, ").partition(" ")[2] for key in keys}
+    assert set(shown) == cases and all(case in str(report) for case in cases)
+    times = {"plain": 2e-3, "compiled": 1e-3}
+    others = (
+        "product about 40 rows, 64->999 float32",
+        "attention 9 of 9 heads 16->16 float32, about 8 queries, 9 keys",
+    )
+    lines = [json.dumps({"machine": machine(), "case": case, "seconds": times}) for case in others]
+    (tmp_path / "costs.jsonl").write_text("\n".join(lines))
+    monkeypatch.setattr(measured, "costs", CostTable())
+    assert set(measured.costs.entries()) == set(others)
+    assert report.measured_products() == {} and report.measured_attention() == {}, "of another network"

@@ -1,1 +1,0 @@
-"""Lets the type checker find the top-level folders ``passes`` and ``runtime`` under their installed names."""
