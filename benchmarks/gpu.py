@@ -1,5 +1,6 @@
 """Check and measure on a machine with an NVIDIA GPU: operators, tests, convolutions alone, networks, whole edits.
 
+python benchmarks/gpu.py --minutes 9 --output FOLDER    # what tells most, in so many minutes; leaves a report
 python benchmarks/gpu.py                       # everything; hours, most of it compiling
 python benchmarks/gpu.py kernels edits --models sd15    # parts of it, for one network
 python benchmarks/gpu.py convolutions --dry-run    # the same code on a CPU with tiny sizes; its times mean nothing
@@ -43,16 +44,10 @@ from fisedit_compile.operators.triton.tuning import best_choice, gpu_seconds
 from fisedit_compile.runtime.plans import build_plan
 from fisedit_compile.runtime.spec import Domain, PlanInput, Stencil
 from fisedit_compile.runtime.tiers import TIERS
+from gpu_minutes import GPU_TESTS as TESTS
+from gpu_minutes import spend
 
 PARTS = ("kernels", "semantics", "sanitizer", "convolutions", "networks", "edits")
-#: What the first two of them test, on the GPU.
-TESTS = {
-    "kernels": (
-        *("tests/kernels", "--deselect=tests/operators/triton/test_compilation.py"),
-        *("tests/executing/test_replay.py", "tests/runtime/test_tiers.py"),
-    ),
-    "semantics": tuple(f"tests/semantics/test_{name}.py" for name in ("replay", "tiers", "properties")),
-}
 #: Most processes that test beside each other, and failures after which they stop and show them.
 WORKERS, FAILURES = 8, 10
 DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.6)
@@ -126,7 +121,10 @@ def sanitize() -> None:
         return
     # Each tensor gets memory of its own, else one could read into the next without being noticed.
     environment = _environment() | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    tests = [f"tests/kernels/test_{name}_kernel{'' if name == 'conv' else 's'}.py" for name in ("conv", "norm", "row")]
+    tests = [
+        f"tests/operators/triton/test_{name}_kernel{'' if name == 'conv' else 's'}.py"
+        for name in ("conv", "norm", "row")
+    ]
     for check in ("memcheck", "racecheck"):
         command = [tool, "--tool", check, "--error-exitcode", "1", "--target-processes", "all"]
         command += [sys.executable, "-m", "pytest", "-v", "-n", "0", *tests]
@@ -342,6 +340,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default=["default", "max-autotune"],
         help="of torch.compile, to compare networks with",
     )
+    parser.add_argument("--minutes", type=float, help="do what tells most in so many minutes")
+    parser.add_argument("--output", type=Path, default=Path("gpu-report"), help="folder of the report of --minutes")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU")
     chosen = parser.parse_args(arguments)
     if unknown := set(chosen.parts) - set(PARTS):
@@ -352,6 +352,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run = Run(torch.device("cuda", 0), torch.float16, chosen.repeats, chosen.densities)
     else:
         sys.exit("there is no GPU; --dry-run shows that the code runs")
+    if chosen.minutes is not None:
+        sys.exit(spend(chosen.minutes, chosen.output, run.device, chosen.dry_run))
     print({**describe_machine(run.device), "chip": str(chip_of(run.device))}, flush=True)
     parts = chosen.parts or PARTS
     for part in TESTS:

@@ -12,9 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from registry import CASES
-
 from fisedit_compile.bench.unet import Result, run_unet
+from registry import CASES
 
 RESULTS = Path(__file__).parent / "results"
 HEADINGS = ("variant", "call", "speed-up", "arithmetic", "achieved", "loaded", "set-up", "error")

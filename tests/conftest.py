@@ -12,8 +12,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-# Test modules import the shared helpers beside this file by their bare names, whatever the import mode.
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tools")]
+# Test modules import `support` and the programs of two folders by their bare names, whatever the import mode.
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "tools"), str(HERE.parent / "benchmarks")]
 # Triton decides at its import whether kernels are interpreted, and some test imports it before those of the kernels do.
 ON_CPU = os.environ.get("FISEDIT_TEST_DEVICE", "cpu") == "cpu"
 if ON_CPU:

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from foreign_networks import Foreign
 from torch import Tensor, nn
 from torch.nn import functional
 
 import fisedit_compile as fisedit
 from fisedit_compile.runtime.masks import reduce_mask
 from fisedit_compile.runtime.spec import Domain
+from foreign_networks import Foreign
 
 LEAST_CHANGE = 5e-4
 """Networks whose output changes by less, relative to its greatest number, show nothing."""

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from foreign_networks import EVEN, ODD, Foreign, Method, Named, made, timestep
 from torch import Tensor, nn
+
+from foreign_networks import EVEN, ODD, Foreign, Method, Named, made, timestep
 
 
 def prompt(width: int, length: int = 5) -> Callable[[], tuple[Tensor, ...]]:

@@ -19,17 +19,6 @@ import typer
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
-from scenes_training import (
-    STATE_FILE,
-    AutoencoderTraining,
-    Checkpoint,
-    DenoiserTraining,
-    LatentBank,
-    finished_autoencoder,
-    to_pictures,
-    to_tensor,
-    with_prefix,
-)
 from tqdm import tqdm
 
 from fisedit_compile.scenes import (
@@ -44,6 +33,17 @@ from fisedit_compile.scenes import (
 from fisedit_compile.scenes.models import new_scheduler, new_text_encoder, new_tokenizer, new_unet
 from fisedit_compile.scenes.pipeline import WEIGHTS
 from fisedit_compile.scenes.render import render
+from scenes_training import (
+    STATE_FILE,
+    AutoencoderTraining,
+    Checkpoint,
+    DenoiserTraining,
+    LatentBank,
+    finished_autoencoder,
+    to_pictures,
+    to_tensor,
+    with_prefix,
+)
 
 application = typer.Typer(help=__doc__, no_args_is_help=True)
 

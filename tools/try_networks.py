@@ -38,11 +38,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
-from foreign_checks import Checks
-from foreign_networks import SOURCES, Foreign, networks
 
 import fisedit_compile as fisedit
 from fisedit_compile.errors import FisEditError
+from foreign_checks import Checks
+from foreign_networks import SOURCES, Foreign, networks
 
 STATES = ("right", "WRONG", "REFUSED", "CRASHED", "SLOW", "UNUSABLE")
 SHARE = 0.9

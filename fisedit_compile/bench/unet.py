@@ -20,7 +20,7 @@ from fisedit_compile.bench.networks import build_unet, example_inputs
 from fisedit_compile.bench.peak import measure_peak
 from fisedit_compile.bench.timing import Variant, measure, timed
 from fisedit_compile.errors import FisEditError, OptionError
-from fisedit_compile.reporting import explain
+from fisedit_compile.reporting.explain import explain
 from fisedit_compile.runtime import Runtime
 from fisedit_compile.runtime.masks import reduce_mask
 from fisedit_compile.runtime.spec import Domain
@@ -49,7 +49,7 @@ class Settings:
         batch: of one call; 2 is one picture with guidance.
         norm, lowering: options of the backend.
         storage: dtype in which feature maps are recorded; None: as computed.
-        inductor: also measure the dense network compiled by inductor, as it is and with frozen weights.
+        inductor: also measure the dense network compiled by inductor; on a processor with frozen weights, too.
         calls: different recorded calls that edits go through.
         repeats: rounds over all variants.
         seed: of weights, inputs and masks.
@@ -305,8 +305,11 @@ class Bench:
         ]
         if self.settings.inductor:
             # Modules of their own: otherwise both would share their compiled code.
-            inductor, frozen = torch.compile(copy.copy(self.model)), private.compile_frozen(copy.copy(self.model))
+            inductor = torch.compile(copy.copy(self.model))
             variants.append(Variant("inductor", lambda number: self.run(inductor, number)))
+        if self.settings.inductor and self.device.type == "cpu":
+            # What freezing gains, weights in the order of oneDNN, is of processors.
+            frozen = private.compile_frozen(copy.copy(self.model))
             variants.append(Variant("frozen inductor", lambda number: self.run(frozen, number)))
         return variants
 

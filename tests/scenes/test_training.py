@@ -6,6 +6,11 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch import nn
+from typer.testing import CliRunner
+
+from fisedit_compile.scenes import Scene, load_pipeline
+from fisedit_compile.scenes.models import new_autoencoder
 from scenes_training import (
     Checkpoint,
     DenoiserTraining,
@@ -17,11 +22,6 @@ from scenes_training import (
     to_pictures,
     to_tensor,
 )
-from torch import nn
-from typer.testing import CliRunner
-
-from fisedit_compile.scenes import Scene, load_pipeline
-from fisedit_compile.scenes.models import new_autoencoder
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "train_scenes.py"
 
