@@ -20,8 +20,8 @@ from torch import Tensor, fx, nn
 from fisedit_compile import private
 from fisedit_compile.options import NUMBERS_HINT
 from fisedit_compile.passes.common.deferred import DeferredModule
+from fisedit_compile.passes.common.opaque import Opaque
 from fisedit_compile.passes.common.program import InputInfo
-from fisedit_compile.passes.domains.collapse import Opaque
 from fisedit_compile.passes.domains.labels import find_labels
 from fisedit_compile.private import FunctionalTrace
 from fisedit_compile.tracing.description import (

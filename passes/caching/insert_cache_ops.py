@@ -24,9 +24,17 @@ import torch
 from torch import fx
 
 from fisedit_compile.errors import GraphError
-from fisedit_compile.passes.common.ir import RowsBuilder, load, recorded, shape_of, spatial_of, store
+from fisedit_compile.passes.common.compilation import Compilation
+from fisedit_compile.passes.common.ir import (
+    RowsBuilder,
+    eliminate_dead_code,
+    load,
+    recorded,
+    shape_of,
+    spatial_of,
+    store,
+)
 from fisedit_compile.passes.common.layouts import Spatial
-from fisedit_compile.passes.common.report import Report
 from fisedit_compile.passes.common.targets import aten
 from fisedit_compile.passes.sparsify.lower_conversions import flatten_space
 from fisedit_compile.runtime.spec import Site
@@ -107,10 +115,11 @@ def _rows_site(name: str, spatial: Spatial, shape: tuple[int, ...], dtype: torch
     return Site(name, "spatial", spatial.domain, tuple(range(len(shape))), 1, shape, dtype)
 
 
-def insert_cache_ops(
-    edit: fx.GraphModule, record: fx.GraphModule, report: Report
-) -> tuple[fx.GraphModule, fx.GraphModule, tuple[Site, ...]]:
-    """Run the pass on both graphs in place; returns them and the sites in the order of their stores."""
+def insert_cache_ops(compilation: Compilation) -> None:
+    """Run the pass on the edit and the record graph; ``sites`` are in the order of their stores."""
+    edit, record = compilation.edit, compilation.module("record")
+    # What nobody reads must not be stored.
+    eliminate_dead_code(edit.graph)
     recorder = _Recorder(record.graph, {str(node.meta.get("origin", node.name)): node for node in record.graph.nodes})
     outputs: dict[str, str] = {}
     output = next(iter(reversed(record.graph.nodes)))
@@ -134,8 +143,7 @@ def insert_cache_ops(
         else:
             name = recorder.site(origin, transform, tuple(parameters))
         node.target, node.args = load, (name,)
-        report.match(NAME)
+        compilation.report.match(NAME)
     for graph_module in (edit, record):
         graph_module.recompile()
-    report.sites = tuple(recorder.sites.values())
-    return edit, record, report.sites
+    compilation.sites = tuple(recorder.sites.values())

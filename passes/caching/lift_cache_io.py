@@ -18,6 +18,7 @@ from typing import Any
 from torch import fx
 
 from fisedit_compile.errors import GraphError
+from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.deferred import DeferredModule
 from fisedit_compile.passes.common.ir import load, plan, store, update
 from fisedit_compile.passes.common.program import GraphInput
@@ -147,3 +148,11 @@ def lift_edit(
         raise GraphError(f"updates of unknown sites: {sorted(unknown)}")
     saving = cut.build(edit, [*originals, *updates], "EditSave")
     return cut.build(edit, originals, "Edit"), saving, tuple(cut.inputs)
+
+
+def lift_cache_io(compilation: Compilation) -> None:
+    """Run the pass: makes all graphs functional, and says what the new ones read."""
+    edit, record, sites, report = compilation.edit, compilation.module("record"), compilation.sites, compilation.report
+    compilation.edit, compilation.edit_save, compilation.edit_inputs = lift_edit(edit, sites, report)
+    compilation.invariants, compilation.invariant_inputs = lift_invariants(edit)
+    lift_stores(record, sites, report)

@@ -62,11 +62,3 @@ def rewrite_nodes(family: Family, graph: fx.Graph, report: Report) -> None:
         else:
             node.meta["dense_reason"] = reason
             report.miss(family.name, node, reason)
-
-
-def rewrite_family(family: Family, graph_module: fx.GraphModule, report: Report) -> fx.GraphModule:
-    """``rewrite_nodes`` on a module, checked and with its code made anew."""
-    rewrite_nodes(family, graph_module.graph, report)
-    graph_module.graph.lint()
-    graph_module.recompile()
-    return graph_module

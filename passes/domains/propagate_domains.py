@@ -33,6 +33,7 @@ import torch
 from torch import fx
 
 from fisedit_compile.options import TOKENS_HINT
+from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.family import Family
 from fisedit_compile.passes.common.ir import insert_call, reads_spatial, shape_of, spatial_of, unknown
 from fisedit_compile.passes.common.layouts import HEIGHT, NCHW, NHWC, TOKENS, WIDTH, Spatial
@@ -289,11 +290,9 @@ def _check_outputs(graph: fx.Graph, doubtful: Sequence[fx.Node], report: Report)
         return
 
 
-def propagate_domains(
-    graph_module: fx.GraphModule, infos: Sequence[InputInfo], families: Sequence[Family], report: Report
-) -> fx.GraphModule:
-    """Run the pass in place and return the module."""
-    graph = graph_module.graph
+def propagate_domains(compilation: Compilation) -> None:
+    """Run the pass on the traced graph; ``compilation.families`` know the layouts of their operators' outputs."""
+    graph, infos, report = compilation.edit.graph, compilation.inputs, compilation.report
     earlier = _take_aliases(graph)
     inputs = find_spatial_inputs(graph, infos, report)
     domains = {spatial.domain for node in inputs if (spatial := spatial_of(node))}
@@ -322,7 +321,7 @@ def propagate_domains(
                 _annotate_output(node, source, outputs, movement)
             elif node.target is not operator.getitem and reads_spatial(node):
                 _meet(node, movement, derived)
-                _annotate(node, families, batch, domains, recogniser, movement)
+                _annotate(node, compilation.families, batch, domains, recogniser, movement)
                 _settle(node, movement, derived)
             else:
                 node.meta["dense_reason"] = BEHIND
@@ -338,4 +337,3 @@ def propagate_domains(
     report.matches[NAME] += len(inputs)
     for source, target, data in domain_graph(graph).edges(data=True):
         report.connections[str(source), str(target), data["kind"]] += 1
-    return graph_module

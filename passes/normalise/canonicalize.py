@@ -33,7 +33,7 @@ import torch
 from torch import fx
 
 from fisedit_compile.passes.common.arguments import read_arguments
-from fisedit_compile.passes.common.report import Report
+from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.targets import NO_OPERATION, aten
 
 NAME = "canonicalize"
@@ -127,8 +127,9 @@ def _respelled(node: fx.Node) -> fx.Node:
     return other
 
 
-def canonicalize(graph_module: fx.GraphModule, report: Report) -> fx.GraphModule:
-    """Run the pass in place and return the module."""
+def canonicalize(compilation: Compilation) -> None:
+    """Run the pass on the traced graph."""
+    graph_module, report = compilation.edit, compilation.report
     graph = graph_module.graph
     # From the end, so that the copy behind several others is the one that is kept for an output.
     for node in reversed(list(graph.nodes)):
@@ -144,4 +145,3 @@ def canonicalize(graph_module: fx.GraphModule, report: Report) -> fx.GraphModule
             report.miss(NAME, node, found)
     graph.eliminate_dead_code()
     graph_module.recompile()
-    return graph_module

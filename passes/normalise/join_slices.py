@@ -25,8 +25,8 @@ from typing import Any
 from torch import Tensor, fx
 
 from fisedit_compile.passes.common.arguments import read_arguments
+from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.ir import eliminate_dead_code, insert_call, shape_of
-from fisedit_compile.passes.common.report import Report
 from fisedit_compile.passes.common.targets import SOFTMAXES, aten, is_elementwise
 from fisedit_compile.passes.normalise.matching.matrix_products import Unmatched, tensor_argument
 from fisedit_compile.passes.sparsify.layout import PERMUTES, permutation
@@ -183,8 +183,9 @@ def _is_end(node: fx.Node) -> bool:
     return node.target is SCATTER and not any(user.target is SCATTER and user.args[0] is node for user in node.users)
 
 
-def join_slices(graph_module: fx.GraphModule, report: Report) -> fx.GraphModule:
-    """Run the pass in place and return the module."""
+def join_slices(compilation: Compilation) -> None:
+    """Run the pass on the traced graph."""
+    graph_module, report = compilation.edit, compilation.report
     for end in [node for node in graph_module.graph.nodes if _is_end(node)]:
         try:
             pieces = _pieces(end)
@@ -197,4 +198,3 @@ def join_slices(graph_module: fx.GraphModule, report: Report) -> fx.GraphModule:
         report.match(NAME)
     eliminate_dead_code(graph_module.graph)
     graph_module.recompile()
-    return graph_module

@@ -34,8 +34,8 @@ import torch
 from torch import fx
 
 from fisedit_compile.passes.common.arguments import read_arguments
+from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.ir import eliminate_dead_code, insert_call, shape_of
-from fisedit_compile.passes.common.report import Report
 from fisedit_compile.passes.common.targets import NO_OPERATION, RESHAPES, SOFTMAXES, aten
 from fisedit_compile.passes.normalise.matching.matrix_products import (
     PRODUCTS,
@@ -352,13 +352,12 @@ def _rewrite(attention: Attention) -> None:
     end.replace_all_uses_with(writer.permuted(Operand(node, attention.order)))
 
 
-def normalise_attention(graph_module: fx.GraphModule, report: Report) -> fx.GraphModule:
-    """Run the pass in place and return the module.
+def normalise_attention(compilation: Compilation) -> None:
+    """Run the pass on the traced graph.
 
-    Args:
-        graph_module: functional ATen graph whose tensor nodes carry ``meta["val"]``.
-        report: gets a match for each rewritten attention and a reason for each softmax that was left alone.
+    The report gets a match for each rewritten attention and a reason for each softmax that was left alone.
     """
+    graph_module, report = compilation.edit, compilation.report
     for softmax in list(graph_module.graph.nodes):
         if softmax.target not in SOFTMAXES:
             continue
@@ -371,4 +370,3 @@ def normalise_attention(graph_module: fx.GraphModule, report: Report) -> fx.Grap
         report.match(NAME)
     eliminate_dead_code(graph_module.graph)
     graph_module.recompile()
-    return graph_module

@@ -29,9 +29,8 @@ from typing import Any
 from torch import Tensor, fx
 
 from fisedit_compile.passes.common.arguments import read_arguments
+from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.ir import eliminate_dead_code, insert_call, shape_of
-from fisedit_compile.passes.common.program import InputInfo
-from fisedit_compile.passes.common.report import Report
 from fisedit_compile.passes.common.targets import SOFTMAXES, aten, is_elementwise
 from fisedit_compile.passes.sparsify.layout import CUTS, JOINS, PERMUTES, RESHAPES, SLICES, permutation
 from fisedit_compile.passes.sparsify.linear import NORMS
@@ -321,19 +320,14 @@ class _Unfolder:
                     node.replace_all_uses_with(folded, delete_user_cb=readers.__contains__)
 
 
-def unfold_windows(graph_module: fx.GraphModule, infos: Sequence[InputInfo], report: Report) -> fx.GraphModule:
-    """Run the pass in place and return the module.
-
-    Args:
-        graph_module: functional ATen graph whose tensor nodes carry ``meta["val"]``.
-        infos: what each placeholder is.
-        report: gets a match for each fold.
-    """
+def unfold_windows(compilation: Compilation) -> None:
+    """Run the pass on the traced graph; the report gets a match for each fold."""
+    graph_module, report = compilation.edit, compilation.report
     graph = graph_module.graph
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     derived = {
         node
-        for node, info in zip(placeholders, infos, strict=True)
+        for node, info in zip(placeholders, compilation.inputs, strict=True)
         if info.kind == "user" and isinstance(node.meta.get("val"), Tensor) and len(shape_of(node)) > 2
     }
     unfolder = _Unfolder({shape_of(node)[0] for node in derived}, derived)
@@ -348,4 +342,3 @@ def unfold_windows(graph_module: fx.GraphModule, infos: Sequence[InputInfo], rep
     eliminate_dead_code(graph)
     graph.lint()
     graph_module.recompile()
-    return graph_module

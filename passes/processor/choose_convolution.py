@@ -30,9 +30,8 @@ from torch import fx
 from fisedit_compile.operators.convolution.tiles import PATCH, SIDE
 from fisedit_compile.operators.products.aten import TYPICAL_ROWS
 from fisedit_compile.passes.caching.hoist_parameters import constant_nodes
+from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.ir import RowsBuilder, copy_provenance, shape_of
-from fisedit_compile.passes.common.program import InputInfo
-from fisedit_compile.passes.common.report import Report
 from fisedit_compile.runtime.spec import Domain, Stencil
 
 NAME = "choose_convolution"
@@ -139,26 +138,17 @@ def _rewrite(node: fx.Node, domain: Domain, way: str, tiles: Sequence[fx.Node]) 
     return builder.call(choice, rows, recorded, halo, table, packed, bias, plan, tiles, *whole, weight, *size)
 
 
-def choose_convolution(
-    graph_module: fx.GraphModule,
-    infos: Sequence[InputInfo],
-    report: Report,
-    way: str = "auto",
-    limit: int | None = None,
-    measured: bool = True,
-) -> fx.GraphModule:
-    """Run the pass in place and return the module.
+def choose_convolution(compilation: Compilation) -> None:
+    """Run the pass on the edit graph, whose conversions are lowered.
 
-    Args:
-        graph_module: an edit graph whose conversions are lowered.
-        infos: what its placeholders are.
-        report: counts what got other ways, and the bytes of transformed weights in ``packed_bytes``.
-        way: ``auto``, ``tiles`` or ``dense``.
-        limit: most bytes of copies of weights; None: no limit.
-        measured: pack transformed weights only where that is measured to be faster.
+    The option ``convolution`` asks for a way, ``packing`` is the most bytes that copies of weights may take, and
+    without ``pack_all`` weights are transformed only where that is measured to be faster. The report counts what got
+    other ways, and the bytes of transformed weights in ``packed_bytes``.
     """
+    graph_module, options, report = compilation.edit, compilation.options, compilation.report
+    way, limit = options.convolution, options.packing
     graph = graph_module.graph
-    constant = constant_nodes(graph, infos)
+    constant = constant_nodes(graph, compilation.inputs)
     weights: dict[fx.Node, list[fx.Node]] = {}
     for node in list(graph.nodes):
         if node.target is not CONV_ROWS:
@@ -178,7 +168,7 @@ def choose_convolution(
             needed = 0 if weight in weights else _tile_bytes(weight)
             if limit is None or report.packed_bytes + needed <= limit:
                 report.packed_bytes += needed
-                count = max(1, node.meta.get("likely_rows", TYPICAL_ROWS) // SIDE**2) if measured else None
+                count = max(1, node.meta.get("likely_rows", TYPICAL_ROWS) // SIDE**2) if not options.pack_all else None
                 tiles = _tile_weights(weight, count, RowsBuilder(node), weights)
             elif way == "tiles":
                 report.row_convolutions[f"copies of weights would take more than {limit} bytes"] += 1
@@ -189,4 +179,3 @@ def choose_convolution(
         graph.erase_node(node)
         report.match(NAME)
     graph_module.recompile()
-    return graph_module

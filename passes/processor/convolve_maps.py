@@ -24,8 +24,8 @@ import torch
 from torch import fx
 
 from fisedit_compile.operators.convolution.tiles import SIDE
+from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.ir import RowsBuilder, shape_of, store
-from fisedit_compile.passes.common.report import Report
 from fisedit_compile.passes.common.targets import CONVOLUTIONS, aten
 from fisedit_compile.passes.sparsify.convolution import Convolution, read_convolution
 
@@ -79,25 +79,17 @@ def refusal(node: fx.Node, convolution: Convolution) -> str | None:
     return None
 
 
-def convolve_maps(
-    edit: fx.GraphModule, record: fx.GraphModule, report: Report, way: str = "auto"
-) -> tuple[fx.GraphModule, tuple[int, ...]]:
-    """Rewrite the record graph in place.
+def convolve_maps(compilation: Compilation) -> None:
+    """Run the pass on the record graph, which has its stores, behind ``hoist_parameters`` on the edit graph.
 
-    Args:
-        edit: the edit graph, behind ``hoist_parameters``.
-        record: the record graph with its stores.
-        report: counts what was rewritten.
-        way: ``auto``, or ``tiles``: these in any case.
-
-    Returns:
-        The record graph, and which outputs of the prologue it takes as inputs behind those it had.
+    The option ``convolution`` may ask for tiles. What the record graph takes as further inputs joins ``dense_inputs``.
     """
+    record, report = compilation.module("record"), compilation.report
     graph = record.graph
-    weights, rows = tile_weights(edit.graph), _recorded_rows(graph)
+    weights, rows = tile_weights(compilation.edit.graph), _recorded_rows(graph)
     inputs: dict[int, fx.Node] = {}
     if not weights:
-        return record, ()
+        return
     last = [node for node in graph.nodes if node.op == "placeholder"][-1]
     for node in list(graph.nodes):
         if node.target not in CONVOLUTIONS:
@@ -117,7 +109,7 @@ def convolve_maps(
         x, weight, bias = convolution.x, convolution.weight, convolution.bias
         channels_last = not node.meta["val"].is_contiguous()
         fisedit, builder = torch.ops.fisedit, RowsBuilder(node)
-        if way == "tiles":
+        if compilation.options.convolution == "tiles":
             result = builder.call(fisedit.conv_map_tiles.default, x, rows.get(x), tiles, bias, channels_last)
         else:
             result = builder.call(fisedit.conv_map.default, x, rows.get(x), weight, bias, tiles, channels_last)
@@ -126,4 +118,4 @@ def convolve_maps(
         graph.erase_node(node)
         report.match(NAME)
     record.recompile()
-    return record, tuple(inputs)
+    compilation.dense_inputs += tuple(inputs)

@@ -15,8 +15,8 @@ from __future__ import annotations
 from torch import fx
 
 from fisedit_compile.passes.common.arguments import read_arguments
+from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.ir import insert_call, shape_of
-from fisedit_compile.passes.common.report import Report
 from fisedit_compile.passes.common.targets import aten
 
 NAME = "fold_attention"
@@ -31,8 +31,9 @@ def _folded_mask(node: fx.Node, mask: fx.Node, sizes: tuple[int, ...]) -> fx.Nod
     return insert_call(node, aten.reshape.default, mask, [shape[0] * shape[1], *shape[2:]])
 
 
-def fold_attention(graph_module: fx.GraphModule, report: Report) -> fx.GraphModule:
-    """Run the pass on a graph of whole maps in place and return the module."""
+def fold_attention(compilation: Compilation) -> None:
+    """Run the pass on the record graph."""
+    graph_module, report = compilation.module("record"), compilation.report
     for node in list(graph_module.graph.nodes):
         if node.target is not aten.scaled_dot_product_attention.default or len(shape_of(node)) != 5:
             continue
@@ -57,4 +58,3 @@ def fold_attention(graph_module: fx.GraphModule, report: Report) -> fx.GraphModu
         report.match(NAME)
     graph_module.graph.lint()
     graph_module.recompile()
-    return graph_module

@@ -19,6 +19,7 @@ import operator
 
 from torch import fx
 
+from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.ir import (
     eliminate_dead_code,
     origin_of,
@@ -27,8 +28,7 @@ from fisedit_compile.passes.common.ir import (
     to_map,
     to_rows,
 )
-from fisedit_compile.passes.common.report import Report
-from fisedit_compile.passes.domains.collapse import Opaque
+from fisedit_compile.passes.common.opaque import Opaque
 
 NAME = "densify"
 
@@ -53,8 +53,9 @@ def _wrap(graph: fx.Graph, node: fx.Node) -> None:
             reader.replace_input_with(node, mixed)
 
 
-def densify(graph_module: fx.GraphModule, report: Report) -> fx.GraphModule:
-    """Run the pass in place and return the module."""
+def densify(compilation: Compilation) -> None:
+    """Run the pass on the edit graph."""
+    graph_module, report = compilation.edit, compilation.report
     graph = graph_module.graph
     for node in list(graph.nodes):
         if node.target in (to_rows, to_map) or node.op not in ("placeholder", "call_function"):
@@ -74,4 +75,3 @@ def densify(graph_module: fx.GraphModule, report: Report) -> fx.GraphModule:
             report.match(NAME)
     eliminate_dead_code(graph)
     graph_module.recompile()
-    return graph_module

@@ -24,10 +24,10 @@ import torch
 from torch import fx
 
 from fisedit_compile.passes.common.arguments import read_arguments
-from fisedit_compile.passes.common.family import Family, Inferred, rewrite_family
+from fisedit_compile.passes.common.compilation import Compilation
+from fisedit_compile.passes.common.family import Family, Inferred, rewrite_nodes
 from fisedit_compile.passes.common.ir import RowsBuilder, shape_of, spatial_of
 from fisedit_compile.passes.common.layouts import CHANNEL, Spatial, check_dims
-from fisedit_compile.passes.common.report import Report
 from fisedit_compile.passes.common.targets import aten, is_elementwise
 
 NAME = "sparsify_pointwise"
@@ -159,6 +159,6 @@ def rewrite(node: fx.Node, builder: RowsBuilder) -> str | None:
 FAMILY = Family(NAME, lambda target: is_elementwise(target) or target in REDUCTIONS, infer, rewrite)
 
 
-def sparsify_pointwise(graph_module: fx.GraphModule, report: Report) -> fx.GraphModule:
-    """Run the pass in place and return the module."""
-    return rewrite_family(FAMILY, graph_module, report)
+def sparsify_pointwise(compilation: Compilation) -> None:
+    """Run the pass on the edit graph."""
+    rewrite_nodes(FAMILY, compilation.edit.graph, compilation.report)

@@ -27,10 +27,10 @@ import torch
 from torch import fx
 
 from fisedit_compile.passes.common.arguments import pair, read_arguments
-from fisedit_compile.passes.common.family import Family, Inferred, rewrite_family
+from fisedit_compile.passes.common.compilation import Compilation
+from fisedit_compile.passes.common.family import Family, Inferred, rewrite_nodes
 from fisedit_compile.passes.common.ir import RowsBuilder, shape_of, spatial_of
 from fisedit_compile.passes.common.layouts import HEIGHT, NCHW, WIDTH, Spatial
-from fisedit_compile.passes.common.report import Report
 from fisedit_compile.passes.common.targets import aten
 from fisedit_compile.runtime.spec import Domain, Stencil
 
@@ -198,6 +198,6 @@ def rewrite(node: fx.Node, builder: RowsBuilder) -> str | None:
 FAMILY = Family(NAME, TARGETS.__contains__, infer, rewrite)
 
 
-def resample(graph_module: fx.GraphModule, report: Report) -> fx.GraphModule:
-    """Run the pass in place and return the module."""
-    return rewrite_family(FAMILY, graph_module, report)
+def resample(compilation: Compilation) -> None:
+    """Run the pass on the edit graph."""
+    rewrite_nodes(FAMILY, compilation.edit.graph, compilation.report)

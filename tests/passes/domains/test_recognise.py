@@ -10,6 +10,7 @@ from torch import fx
 
 from fisedit_compile.options import Options
 from fisedit_compile.passes import build_program
+from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.layouts import Spatial
 from fisedit_compile.passes.common.report import Report
 from fisedit_compile.passes.domains.geometry.size_probe import SizeProbe, Unknown
@@ -32,9 +33,9 @@ def picture(builder: GraphBuilder, channels: int = 64, size: tuple[int, int] = (
 
 
 def run(builder: GraphBuilder, *results: fx.Node) -> Report:
-    report = Report()
-    propagate_domains(builder.module(*results), builder.infos, families(Options()), report)
-    return report
+    compilation = Compilation(builder.module(*results), tuple(builder.infos), families=families(Options()))
+    propagate_domains(compilation)
+    return compilation.report
 
 
 def found(builder: GraphBuilder, node: fx.Node, *results: fx.Node) -> Spatial | None:
