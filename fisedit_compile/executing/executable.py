@@ -7,7 +7,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,9 +21,10 @@ from fisedit_compile.executing.prologues import InvariantMemo, prologues
 from fisedit_compile.executing.replay import Capturer, ReplayedGraph, Roles
 from fisedit_compile.operators.choosing import taken
 from fisedit_compile.options import without_hints
-from fisedit_compile.passes.common.program import GraphInput, InputInfo, Program
+from fisedit_compile.passes.common.program import GraphInput, Program
 from fisedit_compile.runtime import EditPhase, PhaseSource, PlanSpec, ProgramKey, RecordedCall, RecordPhase, Relay, Site
 from fisedit_compile.runtime.fingerprint import content_identity, has_identity
+from fisedit_compile.tracing.identity import GraphIdentity
 
 logger = logging.getLogger(__name__)
 
@@ -45,35 +46,6 @@ BEHIND_A_BREAK = (
     "nonzero()); if the number is one that you give, give it as a tensor; or call the network outside of record, edit "
     "and edit sessions"
 )
-
-
-@dataclass(frozen=True)
-class GraphIdentity:
-    """What a compiled graph is, apart from its code.
-
-    Attributes:
-        graph_hash: equal for graphs of equal structure, shapes and options.
-        label: the graph in words, for messages.
-        input_infos: one for each flat input.
-        numbers: positions of inputs that are Python numbers in the user's call.
-        constants: positions of inputs that tracing has fixed; they are guarded on and need no comparison.
-        dense_reason: why it runs densely as a whole; None when it does not.
-        steady: positions of those Python numbers that must not change from call to call.
-        resumed: the line in which PyTorch's compiler broke off the graph before this one; None when it is the first.
-    """
-
-    graph_hash: str
-    label: str
-    input_infos: tuple[InputInfo, ...]
-    numbers: tuple[int, ...] = ()
-    constants: frozenset[int] = frozenset()
-    dense_reason: str | None = None
-    steady: tuple[int, ...] = ()
-    resumed: str | None = None
-
-    def positions(self, *kinds: str) -> tuple[int, ...]:
-        """Positions of the inputs of these kinds."""
-        return tuple(at for at, info in enumerate(self.input_infos) if info.kind in kinds)
 
 
 class Executable:

@@ -15,11 +15,12 @@ from fisedit_compile.errors import (
     ScalarMismatchError,
 )
 from fisedit_compile.executing.edit_inputs import EditInputs
-from fisedit_compile.executing.executable import Executable, GraphIdentity
+from fisedit_compile.executing.executable import Executable
 from fisedit_compile.executing.prologues import prologues
 from fisedit_compile.passes import GraphInput
 from fisedit_compile.runtime import RecordedCall
 from fisedit_compile.runtime.plans import build_plan
+from fisedit_compile.tracing.identity import GraphIdentity
 from support.executable_setting import DOMAIN, INFOS, MASK, PICTURE, Setting, dense, program_of
 from support.tolerances import assert_identical
 
