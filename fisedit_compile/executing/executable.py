@@ -21,6 +21,7 @@ from fisedit_compile.executing.prologues import InvariantMemo, prologues
 from fisedit_compile.executing.replay import Capturer, ReplayedGraph, Roles
 from fisedit_compile.operators.choosing import taken
 from fisedit_compile.options import without_hints
+from fisedit_compile.passes.common.meta import VALUE
 from fisedit_compile.passes.common.program import GraphInput, Program
 from fisedit_compile.runtime import EditPhase, PhaseSource, PlanSpec, ProgramKey, RecordedCall, RecordPhase, Relay, Site
 from fisedit_compile.runtime.fingerprint import content_identity, has_identity
@@ -344,7 +345,7 @@ def _spatial_input(program: Program, users: Sequence[int]) -> int:
     domain = program.mask_domain
     placeholders = [node for node in program.record.graph.nodes if node.op == "placeholder"]
     for position in users:
-        value = placeholders[position].meta.get("val")
+        value = placeholders[position].meta.get(VALUE)
         sizes = tuple(value.shape) if isinstance(value, Tensor) else ()
         if domain is not None and (domain.size in sizes or {domain.height, domain.width} <= set(sizes)):
             return position

@@ -20,6 +20,7 @@ from fisedit_compile.operators.triton.blocks import ConvChoice, ConvProblem
 from fisedit_compile.operators.triton.chips import KNOWN_CHIPS, Chip
 from fisedit_compile.operators.triton.tuning import best_choice
 from fisedit_compile.passes import GraphInput, Program
+from fisedit_compile.passes.common.meta import VALUE
 from fisedit_compile.passes.processor.choose_convolution import is_plain
 from fisedit_compile.runtime.plans import IndexPlan
 from fisedit_compile.runtime.spec import PlanInput, Stencil
@@ -136,7 +137,7 @@ def _packing(node: fx.Node, program: Program, sources: Mapping[fx.Node, GraphInp
             return None
         node = node.args[0]
     weight, transposed, groups = node.args
-    value = weight.meta.get("val") if isinstance(weight, fx.Node) else None
+    value = weight.meta.get(VALUE) if isinstance(weight, fx.Node) else None
     if not isinstance(value, Tensor) or not isinstance(groups, int):
         return None
     return value, bool(transposed), groups

@@ -14,6 +14,7 @@ from fisedit_compile.operators.choosing import Times, costs, describe_count
 from fisedit_compile.operators.convolution import maps
 from fisedit_compile.operators.convolution.choice import describe_shape
 from fisedit_compile.operators.products import aten as packed
+from fisedit_compile.passes.common.meta import VALUE
 from fisedit_compile.passes.common.program import Program
 from fisedit_compile.passes.common.targets import aten
 from fisedit_compile.passes.processor.pack_weights import REORDERINGS
@@ -30,7 +31,7 @@ def _calls(graph_module: fx.GraphModule | None, *targets: object) -> Iterator[fx
 
 def _value(node: object) -> Tensor:
     assert isinstance(node, fx.Node)
-    value: Tensor = node.meta["val"]
+    value: Tensor = node.meta[VALUE]
     return value
 
 

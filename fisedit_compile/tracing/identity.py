@@ -13,7 +13,8 @@ from torch import Tensor, fx
 
 from fisedit_compile import private
 from fisedit_compile.options import Options
-from fisedit_compile.passes.common.program import InputInfo
+from fisedit_compile.passes.common.meta import VALUE
+from fisedit_compile.passes.common.program import InputInfo, InputKind
 from fisedit_compile.passes.domains.labels import declare_content
 from fisedit_compile.passes.normalise.canonicalize import idle_source
 from fisedit_compile.runtime.spec import Site
@@ -53,7 +54,7 @@ class GraphIdentity:
     steady: tuple[int, ...] = ()
     resumed: str | None = None
 
-    def positions(self, *kinds: str) -> tuple[int, ...]:
+    def positions(self, *kinds: InputKind) -> tuple[int, ...]:
         """Positions of the inputs of these kinds."""
         return tuple(at for at, info in enumerate(self.input_infos) if info.kind in kinds)
 
@@ -157,12 +158,12 @@ def structural_hash(
         return constants[node] if node in constants else _Reference(numbers[node])
 
     for node in graph_module.graph.nodes:
-        value = node.meta.get("val")
+        value = node.meta.get(VALUE)
         info = next(inputs) if node.op == "placeholder" else None
         if node in constants:
             continue
         if info is not None:
-            if "val" in node.meta and isinstance(value, (bool, int, float, type(None))):
+            if VALUE in node.meta and isinstance(value, (bool, int, float, type(None))):
                 continue
             text = f"input {info.kind}"
         elif node.op == "get_attr":

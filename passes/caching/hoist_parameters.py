@@ -22,6 +22,7 @@ from torch import fx
 
 from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.deferred import DeferredModule
+from fisedit_compile.passes.common.meta import HOISTED
 from fisedit_compile.passes.common.program import InputInfo
 from fisedit_compile.passes.common.targets import OVERLOAD
 
@@ -67,7 +68,7 @@ def hoist_parameters(compilation: Compilation) -> None:
     prologue.output(tuple(copies[node] for node in results))
     prologue.eliminate_dead_code()
     for number, node in enumerate(results):
-        node.meta["hoisted"] = number
+        node.meta[HOISTED] = number
         compilation.report.match(NAME)
     root: Any = compilation.edit
     compilation.prologue = DeferredModule(root, prologue, "Prologue")

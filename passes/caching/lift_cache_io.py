@@ -21,6 +21,7 @@ from fisedit_compile.errors import GraphError
 from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.deferred import DeferredModule
 from fisedit_compile.passes.common.ir import load, plan, store, update
+from fisedit_compile.passes.common.meta import HOISTED, INVARIANT, ORIGIN, PLAN_INPUT, VALUE
 from fisedit_compile.passes.common.program import GraphInput
 from fisedit_compile.passes.common.report import Report
 from fisedit_compile.runtime.spec import Site
@@ -50,12 +51,12 @@ def _input_of(node: fx.Node, arguments: dict[fx.Node, int]) -> GraphInput | None
     """What the node is read from, when it becomes a graph input."""
     if node in arguments:
         return GraphInput("argument", arguments[node])
-    if "hoisted" in node.meta:
-        return GraphInput("hoisted", node.meta["hoisted"])
-    if "invariant" in node.meta:
-        return GraphInput("invariant", node.meta["invariant"])
+    if HOISTED in node.meta:
+        return GraphInput("hoisted", node.meta[HOISTED])
+    if INVARIANT in node.meta:
+        return GraphInput("invariant", node.meta[INVARIANT])
     if node.target is plan:
-        return GraphInput("plan", node.meta["plan_input"])
+        return GraphInput("plan", node.meta[PLAN_INPUT])
     if node.target is load:
         return GraphInput("recorded", str(node.args[0]))
     return None
@@ -88,7 +89,7 @@ class _Cut:
         copies: dict[fx.Node, fx.Node] = {}
         for source, nodes in self.inputs.items():
             placeholder = lifted.placeholder(f"{source.kind}_{nodes[0].name}")
-            placeholder.meta.update({key: value for key, value in nodes[0].meta.items() if key in ("val", "origin")})
+            placeholder.meta.update({key: value for key, value in nodes[0].meta.items() if key in (VALUE, ORIGIN)})
             copies.update(dict.fromkeys(nodes, placeholder))
         for node in self._graph.nodes:
             if node in self._needed and node not in copies and node.op != "output":
@@ -105,7 +106,7 @@ def _arguments(graph: fx.Graph) -> dict[fx.Node, int]:
 def lift_invariants(edit: fx.GraphModule) -> tuple[fx.GraphModule | None, tuple[GraphInput, ...]]:
     """The graph that computes the marked invariants in their order, and its inputs; None when nothing is marked."""
     arguments = _arguments(edit.graph)
-    marked = sorted((node for node in edit.graph.nodes if "invariant" in node.meta), key=lambda n: n.meta["invariant"])
+    marked = sorted((node for node in edit.graph.nodes if INVARIANT in node.meta), key=lambda n: n.meta[INVARIANT])
     if not marked:
         return None, ()
 

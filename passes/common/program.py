@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import fx
 
 from fisedit_compile.passes.common.report import Report
 from fisedit_compile.runtime.spec import Domain, PlanInput, Site, Stencil
+
+InputKind = Literal["parameter", "state", "scalar", "user"]
+SourceKind = Literal["argument", "hoisted", "invariant", "plan", "recorded"]
 
 
 @dataclass(frozen=True)
@@ -17,7 +21,7 @@ class InputInfo:
     numbers are among them). ``tokens``: the resolution of a picture ``[B, H * W, C]``, where the user says that it is
     one."""
 
-    kind: str
+    kind: InputKind
     name: str
     tokens: Domain | None = None
 
@@ -31,7 +35,7 @@ class GraphInput:
     the site named ``reference`` of the recorded call.
     """
 
-    kind: str
+    kind: SourceKind
     reference: int | str | PlanInput
 
 

@@ -22,6 +22,7 @@ import operator
 from fisedit_compile.errors import GraphError
 from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.ir import spatial_of
+from fisedit_compile.passes.common.meta import CHANGED, ORIGIN, SPATIAL, VALUE
 from fisedit_compile.passes.common.report import Miss
 
 NAME = "collapse"
@@ -45,12 +46,12 @@ def collapse(compilation: Compilation) -> None:
         call = graph.call_function(opaque, tuple(inputs))
         results = [graph.call_function(operator.getitem, (call, number)) for number in range(len(output.args[0]))]
     for node, value in zip(results, output.args[0], strict=True):
-        node.meta.update(val=value.meta["val"], origin=node.name)
+        node.meta.update({VALUE: value.meta[VALUE], ORIGIN: node.name})
         if (spatial := spatial_of(value)) is not None:
-            node.meta["spatial"] = spatial.at()  # what happens to positions inside is not looked at
-    call.meta["origin"] = call.name
+            node.meta[SPATIAL] = spatial.at()  # what happens to positions inside is not looked at
+    call.meta[ORIGIN] = call.name
     for position in opaque.changed:
-        inputs[position].meta["changed"] = True
+        inputs[position].meta[CHANGED] = True
     output.args = (tuple(results),)
     for node in reversed(gone):
         graph.erase_node(node)

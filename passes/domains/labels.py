@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fisedit_compile.passes.common.meta import VALUE
 from fisedit_compile.passes.common.program import InputInfo
 from fisedit_compile.passes.common.targets import NO_OPERATION, RESHAPES, aten
 
@@ -71,7 +72,7 @@ def _looks_up(reader: fx.Node, value: fx.Node, depends: _Dependencies) -> bool:
         return False
     table, indices = reader.args[0], reader.args[place]
     named = indices is value or (isinstance(indices, (list, tuple)) and value in indices)
-    return named and isinstance(table, fx.Node) and not depends[table] and table.meta["val"].dim() == 2
+    return named and isinstance(table, fx.Node) and not depends[table] and table.meta[VALUE].dim() == 2
 
 
 def _is_used_as_name(source: fx.Node, depends: _Dependencies) -> bool:
@@ -79,7 +80,7 @@ def _is_used_as_name(source: fx.Node, depends: _Dependencies) -> bool:
     stack, seen, named = [source], {source}, False
     while stack:
         value = stack.pop()
-        boolean = value.meta["val"].dtype is torch.bool
+        boolean = value.meta[VALUE].dtype is torch.bool
         for reader in value.users:
             if reader.target in SHAPES_ONLY:
                 continue
@@ -89,7 +90,7 @@ def _is_used_as_name(source: fx.Node, depends: _Dependencies) -> bool:
             elif reader.target in CHOICES | FILLS and boolean and chosen_by == (value,):
                 named = True
             elif reader.target in CARRIERS or (reader.target in LOGIC and boolean):
-                if not _is_name(reader.meta["val"]):
+                if not _is_name(reader.meta[VALUE]):
                     return False
                 if reader not in seen:
                     seen.add(reader)
@@ -108,7 +109,7 @@ def find_labels(graph: fx.Graph, infos: Sequence[InputInfo]) -> frozenset[int]:
     """
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     scalars = {node: at for at, (node, info) in enumerate(zip(inputs, infos, strict=True)) if info.kind == "scalar"}
-    names = [node for node in scalars if _is_name(node.meta.get("val"))]
+    names = [node for node in scalars if _is_name(node.meta.get(VALUE))]
     if not names:
         return frozenset()
     users = {node for node, info in zip(inputs, infos, strict=True) if info.kind == "user"}

@@ -21,6 +21,7 @@ import torch
 from fisedit_compile.errors import OptionError
 from fisedit_compile.options import Resolutions
 from fisedit_compile.passes.common.compilation import Compilation
+from fisedit_compile.passes.common.meta import VALUE
 from fisedit_compile.runtime.spec import Domain
 
 
@@ -37,7 +38,7 @@ def declare_tokens(compilation: Compilation) -> None:
     declared = []
     for node, info in zip(placeholders, compilation.inputs, strict=True):
         if info.name in named and info.kind != "parameter":
-            info = replace(info, tokens=_resolution(info.name, node.meta.get("val"), named[info.name]))
+            info = replace(info, tokens=_resolution(info.name, node.meta.get(VALUE), named[info.name]))
         declared.append(info)
     compilation.inputs = tuple(declared)
 

@@ -34,6 +34,7 @@ from torch import fx
 
 from fisedit_compile.passes.common.arguments import read_arguments
 from fisedit_compile.passes.common.compilation import Compilation
+from fisedit_compile.passes.common.meta import VALUE
 from fisedit_compile.passes.common.targets import NO_OPERATION, aten
 
 NAME = "canonicalize"
@@ -60,7 +61,7 @@ def idle_source(node: fx.Node) -> fx.Node | str | None:
             return "dropout in training mode is random"
     elif target in IDLE_IN_SHAPE:
         assert isinstance(source, fx.Node)
-        before, after = source.meta.get("val"), node.meta.get("val")
+        before, after = source.meta.get(VALUE), node.meta.get(VALUE)
         if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
             return "no tensor value is known"
         if (before.dtype, before.device, before.shape) != (after.dtype, after.device, after.shape):
@@ -99,12 +100,12 @@ def _spelling(node: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | No
     if node.target is aten.type_as.default:
         source, like = node.args
         assert isinstance(like, fx.Node)
-        return aten.to.dtype, (source, like.meta["val"].dtype), {}
+        return aten.to.dtype, (source, like.meta[VALUE].dtype), {}
     if node.target is aten.einsum.default:
         order = _as_permutation(node)
         return None if order is None else (aten.permute.default, (node.args[1][0], order), {})  # type: ignore[index]
     if node.target in NEW:
-        given, value = read_arguments(node), node.meta["val"]
+        given, value = read_arguments(node), node.meta[VALUE]
         number = NEW[node.target] if "fill_value" not in given else given["fill_value"]
         return aten.full.default, (given["size"], number), {"dtype": value.dtype, "device": value.device}
     norm = node.args[0] if node.target is operator.getitem and node.args[1] == 0 else None

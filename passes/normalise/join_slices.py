@@ -27,9 +27,10 @@ from torch import Tensor, fx
 from fisedit_compile.passes.common.arguments import read_arguments
 from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.ir import eliminate_dead_code, insert_call, shape_of
-from fisedit_compile.passes.common.targets import SOFTMAXES, aten, is_elementwise
+from fisedit_compile.passes.common.meta import VALUE
+from fisedit_compile.passes.common.reading.permutations import permutation
+from fisedit_compile.passes.common.targets import PERMUTES, SOFTMAXES, aten, is_elementwise
 from fisedit_compile.passes.normalise.matching.matrix_products import Unmatched, tensor_argument
-from fisedit_compile.passes.sparsify.layout import PERMUTES, permutation
 
 NAME = "join_slices"
 SCATTER = aten.slice_scatter.default
@@ -54,8 +55,8 @@ def _written(node: fx.Node) -> fx.Node:
     value = tensor_argument(node, 1)
     if value.target is not aten.copy.default:
         return value
-    before, after = tensor_argument(value, 1), value.meta["val"]
-    if shape_of(before) != tuple(after.shape) or before.meta["val"].dtype != after.dtype:
+    before, after = tensor_argument(value, 1), value.meta[VALUE]
+    if shape_of(before) != tuple(after.shape) or before.meta[VALUE].dtype != after.dtype:
         raise Unmatched("what is written into a slice is cast or broadcast to it")
     return before
 
@@ -127,7 +128,7 @@ class _Joiner:
     def _computed(self, values: tuple[fx.Node, ...]) -> fx.Node:
         """The same operator over whole tensors (conditions 3 and 4)."""
         first = values[0]
-        if first.op != "call_function" or not isinstance(first.meta.get("val"), Tensor):
+        if first.op != "call_function" or not isinstance(first.meta.get(VALUE), Tensor):
             raise Unmatched(f"a slice is computed from {first.name}, which is no slice")
         if any(_form(value) != _form(first) for value in values[1:]):
             raise Unmatched("the slices are computed in different ways")

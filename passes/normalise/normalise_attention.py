@@ -36,7 +36,8 @@ from torch import fx
 from fisedit_compile.passes.common.arguments import read_arguments
 from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.ir import eliminate_dead_code, insert_call, shape_of
-from fisedit_compile.passes.common.targets import NO_OPERATION, RESHAPES, SOFTMAXES, aten
+from fisedit_compile.passes.common.meta import VALUE
+from fisedit_compile.passes.common.targets import NO_OPERATION, PERMUTES, RESHAPES, SOFTMAXES, aten
 from fisedit_compile.passes.normalise.matching.matrix_products import (
     PRODUCTS,
     Operand,
@@ -45,7 +46,6 @@ from fisedit_compile.passes.normalise.matching.matrix_products import (
     read_product,
     tensor_argument,
 )
-from fisedit_compile.passes.sparsify.layout import PERMUTES
 
 NAME = "normalise_attention"
 CASTS = {aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default}
@@ -75,7 +75,7 @@ class Attention:
 
 
 def _dtype(node: fx.Node) -> torch.dtype:
-    dtype = node.meta["val"].dtype
+    dtype = node.meta[VALUE].dtype
     assert isinstance(dtype, torch.dtype)
     return dtype
 

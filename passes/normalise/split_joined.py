@@ -33,10 +33,9 @@ from torch import Tensor, fx
 from fisedit_compile.passes.common.arguments import read_arguments
 from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.ir import eliminate_dead_code, insert_call, shape_of
-from fisedit_compile.passes.common.targets import aten, is_elementwise
+from fisedit_compile.passes.common.meta import VALUE
+from fisedit_compile.passes.common.targets import RESHAPES, WRITES, aten, is_elementwise
 from fisedit_compile.passes.normalise.matching.joined import Cut, Joined, behind, find_cuts, find_ends, written_part
-from fisedit_compile.passes.sparsify.layout import RESHAPES
-from fisedit_compile.passes.sparsify.rules.writes import WRITES
 
 NAME = "split_joined"
 CATS = {aten.cat.default, aten.concat.default}
@@ -104,7 +103,7 @@ class _Splitter:
                 return value
             if value in self.joined:
                 return self.part(value, number)
-            if is_elementwise(node.target) and isinstance(joined, Joined) and isinstance(value.meta.get("val"), Tensor):
+            if is_elementwise(node.target) and isinstance(joined, Joined) and isinstance(value.meta.get(VALUE), Tensor):
                 return self._share(node, value, joined, number)
             return value
 

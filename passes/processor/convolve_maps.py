@@ -26,8 +26,9 @@ from torch import fx
 from fisedit_compile.operators.convolution.tiles import SIDE
 from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.ir import RowsBuilder, shape_of, store
+from fisedit_compile.passes.common.meta import HOISTED, VALUE
+from fisedit_compile.passes.common.reading.convolutions import Convolution, read_convolution
 from fisedit_compile.passes.common.targets import CONVOLUTIONS, aten
-from fisedit_compile.passes.sparsify.convolution import Convolution, read_convolution
 
 NAME = "convolve_maps"
 ONE = (1, 1)
@@ -40,8 +41,8 @@ def tile_weights(edit: fx.Graph) -> dict[str, list[int]]:
     for node in edit.nodes:
         if node.target is torch.ops.fisedit.pack_tile_weights.default:
             pieces = {user.args[1]: user for user in node.users if user.target is operator.getitem}
-            if all("hoisted" in piece.meta for piece in pieces.values()):
-                found[node.args[0].name] = [pieces[number].meta["hoisted"] for number in sorted(pieces)]
+            if all(HOISTED in piece.meta for piece in pieces.values()):
+                found[node.args[0].name] = [pieces[number].meta[HOISTED] for number in sorted(pieces)]
     return found
 
 
@@ -71,8 +72,8 @@ def refusal(node: fx.Node, convolution: Convolution) -> str | None:
         return "the map has no dimension of samples"
     if shape[2] % SIDE or shape[3] % SIDE:
         return "the map has an odd height or width"
-    result = node.meta["val"]
-    if len({value.meta["val"].dtype for value in (convolution.x, convolution.weight, node)}) > 1:
+    result = node.meta[VALUE]
+    if len({value.meta[VALUE].dtype for value in (convolution.x, convolution.weight, node)}) > 1:
         return "map, weight and result have different dtypes"
     if not result.is_contiguous() and not result.is_contiguous(memory_format=torch.channels_last):
         return "the result is not contiguous"
@@ -107,7 +108,7 @@ def convolve_maps(compilation: Compilation) -> None:
                     last = inputs[number] = graph.placeholder(f"hoisted_{number}")
         tiles = [inputs[number] for number in weights[convolution.weight.name]]
         x, weight, bias = convolution.x, convolution.weight, convolution.bias
-        channels_last = not node.meta["val"].is_contiguous()
+        channels_last = not node.meta[VALUE].is_contiguous()
         fisedit, builder = torch.ops.fisedit, RowsBuilder(node)
         if compilation.options.convolution == "tiles":
             result = builder.call(fisedit.conv_map_tiles.default, x, rows.get(x), tiles, bias, channels_last)

@@ -17,6 +17,7 @@ from torch import fx
 from fisedit_compile.passes.common.arguments import read_arguments
 from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.ir import insert_call, shape_of
+from fisedit_compile.passes.common.meta import VALUE
 from fisedit_compile.passes.common.targets import aten
 
 NAME = "fold_attention"
@@ -52,7 +53,7 @@ def fold_attention(compilation: Compilation) -> None:
         rest = {"is_causal": True} if given["is_causal"] else {}
         attended = insert_call(node, node.target, *folded, mask, scale=given["scale"], **rest)
         apart = insert_call(node, aten.reshape.default, attended, list(shape_of(node)))
-        apart.meta = {**node.meta, "val": apart.meta["val"]}
+        apart.meta = {**node.meta, VALUE: apart.meta[VALUE]}
         node.replace_all_uses_with(apart)
         graph_module.graph.erase_node(node)
         report.match(NAME)

@@ -20,6 +20,7 @@ from torch import fx
 from fisedit_compile.passes.common.arguments import read_arguments
 from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.ir import RowsBuilder
+from fisedit_compile.passes.common.meta import HOISTED, VALUE
 from fisedit_compile.passes.common.targets import aten
 
 NAME = "multiply_maps"
@@ -28,11 +29,11 @@ NAME = "multiply_maps"
 def packed_weights(edit: fx.Graph) -> dict[str, int]:
     """Outputs of the prologue that hold the packed weight, by the name of the weight."""
     return {
-        node.args[0].name: node.meta["hoisted"]
+        node.args[0].name: node.meta[HOISTED]
         for node in edit.nodes
         if node.target is torch.ops.fisedit.pack_matrix.default
         and node.args[0].op == "placeholder"
-        and "hoisted" in node.meta
+        and HOISTED in node.meta
     }
 
 
@@ -53,7 +54,7 @@ def multiply_maps(compilation: Compilation) -> None:
         number = weights.get(weight.name)
         if number is None:
             continue
-        if len({value.meta["val"].dtype for value in (x, weight, node)}) > 1:
+        if len({value.meta[VALUE].dtype for value in (x, weight, node)}) > 1:
             report.miss(NAME, node, "map, weight and result have different dtypes")
             continue
         if number not in inputs:

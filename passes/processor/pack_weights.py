@@ -28,6 +28,7 @@ from fisedit_compile.passes.caching.hoist_parameters import constant_nodes
 from fisedit_compile.passes.common.arguments import read_arguments
 from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.ir import copy_provenance, likely_rows
+from fisedit_compile.passes.common.meta import LIKELY_ROWS, PLAN_INPUT, VALUE
 from fisedit_compile.passes.common.targets import aten
 
 NAME = "pack_weights"
@@ -43,7 +44,7 @@ def _weight_value(weight: fx.Node) -> torch.Tensor | None:
     source = weight
     while source.target in REORDERINGS and isinstance(source.args[0], fx.Node):
         source = source.args[0]
-    value = source.meta.get("val")
+    value = source.meta.get(VALUE)
     return value if isinstance(value, torch.Tensor) else None
 
 
@@ -72,14 +73,14 @@ def rows_of_product(node: fx.Node) -> int:
     if node.target in (CONV_ROWS, CONV_CHOICE):
         table = node.args[3]
         assert isinstance(table, fx.Node)
-        specification = table.meta.get("plan_input")
+        specification = table.meta.get(PLAN_INPUT)
         # One product for each sample.
         return TYPICAL_ROWS if specification is None else likely_rows(specification.of.target)
     rows = node.args[0]
     assert isinstance(rows, fx.Node)
-    value = rows.meta.get("val")
+    value = rows.meta.get(VALUE)
     exactly = value.numel() // max(value.shape[-1], 1) if isinstance(value, torch.Tensor) else TYPICAL_ROWS
-    return int(node.meta.get("likely_rows", max(exactly, 1)))
+    return int(node.meta.get(LIKELY_ROWS, max(exactly, 1)))
 
 
 def pack_weights(compilation: Compilation) -> None:

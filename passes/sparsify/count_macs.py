@@ -10,7 +10,7 @@ from torch import fx
 from fisedit_compile.passes.common.arguments import read_arguments
 from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.ir import origin_of, shape_of, spatial_of
-from fisedit_compile.passes.common.report import MacCount
+from fisedit_compile.passes.common.report import MacCount, MacKind
 from fisedit_compile.passes.common.targets import CONVOLUTIONS, aten
 
 ENCODER_WEIGHTS = ("qkv_weight", "proj_weight", "ffn_weight_1", "ffn_weight_2")
@@ -23,7 +23,7 @@ PRODUCTS = {
 }
 
 
-def macs_of(node: fx.Node) -> tuple[str, int] | None:
+def macs_of(node: fx.Node) -> tuple[MacKind, int] | None:
     """Kind and multiply-accumulates of a node, or None when it has none worth counting."""
     if node.op != "call_function":
         return None

@@ -28,6 +28,7 @@ from fisedit_compile.passes.common.ir import (
     to_map,
     to_rows,
 )
+from fisedit_compile.passes.common.meta import CHANGED, DENSE_REASON, ORIGIN, SPATIAL, VALUE
 from fisedit_compile.passes.common.opaque import Opaque
 
 NAME = "densify"
@@ -44,7 +45,7 @@ def _wrap(graph: fx.Graph, node: fx.Node) -> None:
         rows = graph.call_function(to_rows, (node,))
     with graph.inserting_after(rows):
         mixed = graph.call_function(to_map, (rows,))
-    mixed.meta.update(val=node.meta["val"], spatial=node.meta["spatial"], origin=origin_of(node))
+    mixed.meta.update({VALUE: node.meta[VALUE], SPATIAL: node.meta[SPATIAL], ORIGIN: origin_of(node)})
     for reader in readers:
         if reader.target is to_rows:
             reader.replace_all_uses_with(rows)
@@ -61,13 +62,13 @@ def densify(compilation: Compilation) -> None:
         if node.target in (to_rows, to_map) or node.op not in ("placeholder", "call_function"):
             continue
         # Where the rows are all that is read, there is no map to mix.
-        mixed = spatial_of(node) is not None and not node.meta.get("changed")
+        mixed = spatial_of(node) is not None and not node.meta.get(CHANGED)
         if mixed and [user.target for user in node.users] != [to_rows]:
             _wrap(graph, node)
         touches = reads_spatial(node) or spatial_of(node) is not None
         named = node.target is operator.getitem or isinstance(node.target, Opaque)
         if node.op == "call_function" and not named and touches:
-            report.stays_dense(node, node.meta.get("dense_reason", "its pass is disabled"))
+            report.stays_dense(node, node.meta.get(DENSE_REASON, "its pass is disabled"))
     for node in list(graph.nodes):
         if node.target is to_rows and node.args[0].target is to_map:
             node.replace_all_uses_with(node.args[0].args[0])

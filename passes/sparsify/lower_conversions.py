@@ -21,6 +21,7 @@ from torch import fx
 from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.ir import RowsBuilder, origin_of, recorded, spatial_of, to_map, to_rows, update
 from fisedit_compile.passes.common.layouts import Spatial
+from fisedit_compile.passes.common.meta import ORIGIN
 from fisedit_compile.passes.common.targets import aten
 
 NAME = "lower_conversions"
@@ -69,7 +70,7 @@ def lower_conversions(compilation: Compilation) -> None:
                 builder.plan("valid", spatial.domain),
             )
             output = unflatten_space(builder, output, spatial)
-            output.meta.update(origin=origin_of(node))
+            output.meta[ORIGIN] = origin_of(node)
         node.replace_all_uses_with(output)
         graph.erase_node(node)
         report.match(NAME)

@@ -1,0 +1,1 @@
+"""What the arguments of an operator say, in one form for all its overloads; for all stages."""
