@@ -17,7 +17,7 @@ from torch import fx
 from fisedit_compile.errors import GraphError
 from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.ir import MARKERS
-from fisedit_compile.passes.common.program import Program
+from fisedit_compile.passes.common.program import Program, SparseProgram
 
 
 def _check(condition: bool, text: str) -> None:
@@ -57,19 +57,20 @@ def check_program(program: Program) -> None:
     names = [site.name for site in program.sites]
     _check(len(set(names)) == len(names), "two cache sites share a name")
     _check(_returned(program.record) == program.output_count + len(names), "the record graph misses a store")
+    for graph_module in program.graphs().values():
+        left = [node.name for node in graph_module.graph.nodes if node.target in MARKERS]
+        _check(not left, f"marker nodes are left: {', '.join(left)}")
+        _lint(graph_module)
+    if isinstance(program, SparseProgram):
+        _check_sparse(program, names)
+
+
+def _check_sparse(program: SparseProgram, names: list[str]) -> None:
     if program.dense is not None:
         _check(_returned(program.dense) == program.output_count, "the dense graph misses an output")
         _check(_placeholders(program.dense) == _placeholders(program.record), "the dense graph takes other inputs")
     made = 0 if program.prologue is None else _returned(program.prologue)
     _check(all(number < made for number in program.dense_inputs), "the record graph reads what is not hoisted")
-    graphs = (program.record, program.dense, program.edit, program.edit_save, program.prologue, program.invariants)
-    for graph_module in graphs:
-        if graph_module is not None:
-            left = [node.name for node in graph_module.graph.nodes if node.target in MARKERS]
-            _check(not left, f"marker nodes are left: {', '.join(left)}")
-            _lint(graph_module)
-    if program.edit is None or program.edit_save is None:
-        return
     for graph_module in (program.edit, program.edit_save):
         count = _placeholders(graph_module)
         _check(count == len(program.edit_inputs), f"{count} placeholders for {len(program.edit_inputs)} edit inputs")

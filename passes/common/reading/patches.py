@@ -105,7 +105,8 @@ def reshape_patches(spatial: Spatial, before: tuple[int, ...], after: tuple[int,
     return _cut(spatial, before, after) or _join(spatial, before, after)
 
 
-def patch_stencil(kind: StencilKind, source: Domain, target: Domain, factors: tuple[int, int]) -> Stencil:
-    """The stencil of a cut (``pixel_unshuffle``) or a join (``pixel_shuffle``)."""
+def patch_stencil(cut: bool, source: Domain, target: Domain, factors: tuple[int, int]) -> Stencil:
+    """The stencil of a cut into patches, or of a join of them."""
     height, width = factors
+    kind: StencilKind = "pixel_unshuffle" if cut else "pixel_shuffle"
     return Stencil.of(kind, source, target, factor=height, **({} if height == width else {"factor_x": width}))

@@ -10,6 +10,7 @@ from torch import fx
 
 from fisedit_compile.passes.common.arguments import pair, read_arguments
 from fisedit_compile.passes.common.layouts import HEIGHT, NCHW, WIDTH
+from fisedit_compile.passes.common.reading.patches import patch_stencil
 from fisedit_compile.passes.common.targets import BILINEAR, NEAREST, PADS, POOLS, SHUFFLES, aten
 from fisedit_compile.runtime.spec import Domain, Stencil
 
@@ -87,8 +88,7 @@ def read_resampling(node: fx.Node, source: Domain, target: Domain, dims: Sequenc
         return Stencil.of("bilinear", source, target, align_corners=corners, scale_y=scale_y, scale_x=scale_x)
     if node.target in SHUFFLES:
         factor = int(given.get("upscale_factor") or given["downscale_factor"])
-        kind = "pixel_shuffle" if node.target is aten.pixel_shuffle.default else "pixel_unshuffle"
-        return Stencil.of(kind, source, target, factor=factor)
+        return patch_stencil(node.target is aten.pixel_unshuffle.default, source, target, (factor, factor))
     if node.target in PADS:
         pad = read_pad(node, dims)
         if isinstance(pad, str):

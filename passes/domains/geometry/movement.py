@@ -233,10 +233,9 @@ class Movement:
         """That of a map cut into patches, or put together from them."""
         size = size_of(x)
         cut = domain.size < size.size
-        kind = "pixel_unshuffle" if cut else "pixel_shuffle"
         fine, coarse = (size, domain) if cut else (domain, size)
         factors = (fine.height // coarse.height, fine.width // coarse.width)
-        return self._sized(x, patch_stencil(kind, size, domain.whole, factors))
+        return self._sized(x, patch_stencil(cut, size, domain.whole, factors))
 
     def _sized(self, x: fx.Node, stencil: Stencil) -> Geometry:
         """That of a resize whose taps are known."""

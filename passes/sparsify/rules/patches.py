@@ -31,8 +31,7 @@ def rewrite_patches(node: fx.Node, builder: RowsBuilder) -> None:
     assert patches is not None
     (height, width), channels = patches.factors, [after[dim] for dim in target.channel_dims]
     spatial, sizes = patches.parts
-    kind = "pixel_unshuffle" if patches.cut else "pixel_shuffle"
-    stencil = patch_stencil(kind, source.domain, target.domain, patches.factors)
+    stencil = patch_stencil(patches.cut, source.domain, target.domain, patches.factors)
     rows = builder.taps(x, stencil, 0.0)  # [B, N, K, *C]
     offsets = [spatial.channel_dims.index(dim) for dim in patches.offset_dims]
     count = len(spatial.channel_dims)

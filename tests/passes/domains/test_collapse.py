@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from fisedit_compile.errors import GraphError
 from fisedit_compile.options import Options
-from fisedit_compile.passes import build_program
+from fisedit_compile.passes import DenseProgram, build_program
 from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.ir import to_map, to_rows, unknown
 from fisedit_compile.passes.common.opaque import Opaque
@@ -177,7 +177,7 @@ def test_an_outline_tells_maps_by_their_shapes() -> None:
 def test_an_outline_whose_shapes_do_not_tell_is_not_masked() -> None:
     size = DOMAIN.height
     program = program_of((BATCH_SIZE, size, DOMAIN.width, DOMAIN.height, DOMAIN.width))
-    assert program.edit is None
+    assert isinstance(program, DenseProgram)
     assert "an unknown operator" in program.report.dense_reason and "it is random" in program.report.dense_reason
 
 
@@ -187,7 +187,8 @@ def test_an_outline_without_a_picture_is_not_masked() -> None:
     module = builder.module(builder.marker(unknown, tokens, val=torch.empty(2, 20, 6, device="meta")))
     program = build_program(module, builder.infos, Options(), opaque())
     hint = "option tokens makes one of tokens [B, H * W, C], here of x"
-    assert program.edit is None and program.report.dense_reason == f"it is random; moreover {NO_INPUT}; {hint}"
+    assert isinstance(program, DenseProgram)
+    assert program.report.dense_reason == f"it is random; moreover {NO_INPUT}; {hint}"
 
 
 def test_only_the_graph_itself_is_run() -> None:
