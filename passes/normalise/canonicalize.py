@@ -1,4 +1,4 @@
-"""Bring a traced graph into the few forms the other passes match.
+"""Bring a traced graph to the few spellings that the other passes match.
 
 Why: tracing leaves copies that mean nothing in a functional graph, and several spellings of one operation.
 

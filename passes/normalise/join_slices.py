@@ -89,7 +89,7 @@ def _inputs(node: fx.Node) -> list[fx.Node]:
     return found
 
 
-def _form(node: fx.Node) -> tuple[Any, ...]:
+def _structure(node: fx.Node) -> tuple[Any, ...]:
     """The operator and all of its arguments but the tensors."""
     if node.target in NEW_TENSORS:
         return node.target, shape_of(node)[1:], node.args[1:], node.kwargs
@@ -130,7 +130,7 @@ class _Joiner:
         first = values[0]
         if first.op != "call_function" or not isinstance(first.meta.get(VALUE), Tensor):
             raise Unmatched(f"a slice is computed from {first.name}, which is no slice")
-        if any(_form(value) != _form(first) for value in values[1:]):
+        if any(_structure(value) != _structure(first) for value in values[1:]):
             raise Unmatched("the slices are computed in different ways")
         if first.target in NEW_TENSORS:
             return self._new_tensor(values)

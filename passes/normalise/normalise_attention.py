@@ -2,7 +2,7 @@
 
 Why: networks that compute attention as product, softmax, product spell it in many ways, and most fold the heads into
 the batch on the way, which hides the samples from every later pass. One operator on ``[B, heads, T, D]`` is the only
-form that ``sparsify_attention`` needs to know, and it never makes the ``[B * heads, T, T]`` scores.
+spelling that ``sparsify_attention`` needs to know, and it never makes the ``[B * heads, T, T]`` scores.
 
 Before: ``a = reshape(q, [B * h, T, D])``, the same for ``k`` and ``v``           (q, k, v ``[B, h, T, D]``)
         ``s = baddbmm(mask, a, transpose(b, -1, -2), beta=1, alpha=scale)``

@@ -1,1 +1,1 @@
-"""What the arguments of an operator say, in one form for all its overloads; for all stages."""
+"""What the arguments of an operator say, alike for all its overloads; for all stages."""

@@ -14,7 +14,7 @@ from fisedit_compile.runtime.spec import Domain, Stencil
 
 @dataclass(frozen=True)
 class Convolution:
-    """The arguments of any convolution overload, in one form."""
+    """The arguments of a convolution, alike for all overloads."""
 
     x: fx.Node
     weight: fx.Node

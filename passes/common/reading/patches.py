@@ -52,8 +52,8 @@ def _cut(spatial: Spatial, before: tuple[int, ...], after: tuple[int, ...]) -> P
     spatial, before = _in_rows_and_columns(spatial, before)
     ends = set(itertools.accumulate(after, lambda product, size: product * size))
     domain = spatial.domain
-    choices = itertools.product(_divisors(domain.height), _divisors(domain.width))
-    for factors in sorted(choices, key=lambda pair: (pair[0] == pair[1], pair[0] * pair[1]), reverse=True):
+    candidates = itertools.product(_divisors(domain.height), _divisors(domain.width))
+    for factors in sorted(candidates, key=lambda pair: (pair[0] == pair[1], pair[0] * pair[1]), reverse=True):
         coarse = Domain(domain.height // factors[0], domain.width // factors[1])
         if coarse.size < 2:
             continue

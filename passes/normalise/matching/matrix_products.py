@@ -1,4 +1,4 @@
-"""Read the operators that multiply batches of matrices as one form.
+"""Read the operators that multiply batches of matrices alike.
 
 ``bmm``, ``matmul``, ``baddbmm`` and ``einsum`` all become a ``Product``; permutations around it are folded into the
 order in which its operands are read.

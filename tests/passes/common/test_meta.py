@@ -11,12 +11,9 @@ from fisedit_compile.passes.common import meta
 from support.tree import PACKAGE, modules
 
 DECLARED = {name: key for name, key in vars(meta).items() if name.isupper() and isinstance(key, str)}
-#: ``private.py`` reads what PyTorch notes, and no pass may import it the other way round.
-SOURCES = {
-    name: path
-    for name, path in modules().items()
-    if name not in (f"{PACKAGE}.private", f"{PACKAGE}.passes.common.meta")
-}
+#: ``private``, which may not import passes, reads what Dynamo notes.
+APART = (f"{PACKAGE}.private", f"{PACKAGE}.passes.common.meta")
+SOURCES = {name: path for name, path in modules().items() if not name.startswith(APART)}
 
 
 def is_meta(node: ast.AST) -> bool:
