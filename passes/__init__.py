@@ -6,8 +6,18 @@ README.md beside this file lists what holds before and after each of them.
 if __name__ == "passes":
     raise ImportError("import this package as fisedit_compile.passes; the bare name 'passes' is not installed")
 
-from fisedit_compile.passes.common.program import GraphInput, InputInfo, Program
+from fisedit_compile.passes.common.program import DenseProgram, GraphInput, InputInfo, Program, SparseProgram
 from fisedit_compile.passes.common.report import Miss, Report
 from fisedit_compile.passes.manager import build_program, disabled_passes
 
-__all__ = ["GraphInput", "InputInfo", "Miss", "Program", "Report", "build_program", "disabled_passes"]
+__all__ = [
+    "DenseProgram",
+    "GraphInput",
+    "InputInfo",
+    "Miss",
+    "Program",
+    "Report",
+    "SparseProgram",
+    "build_program",
+    "disabled_passes",
+]

@@ -1,4 +1,4 @@
-"""Run the passes in their one literal order; time each, dump graphs, honour disabled passes."""
+"""The order of the passes, as one list; runs it, times each pass, dumps graphs, honours disabled passes."""
 
 from __future__ import annotations
 
@@ -6,24 +6,25 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import fx
 
 import fisedit_compile.operators  # noqa: F401  (registers the operators the passes name)
-from fisedit_compile.errors import OptionError
+from fisedit_compile.errors import GraphError, OptionError
 from fisedit_compile.options import Options
 from fisedit_compile.passes.caching.hoist_invariants import hoist_invariants
 from fisedit_compile.passes.caching.hoist_parameters import hoist_parameters
 from fisedit_compile.passes.caching.insert_cache_ops import insert_cache_ops
-from fisedit_compile.passes.caching.lift_cache_io import lift_edit, lift_invariants, lift_stores
+from fisedit_compile.passes.caching.lift_cache_io import lift_cache_io
+from fisedit_compile.passes.caching.make_program import make_program
 from fisedit_compile.passes.caching.verify import verify
-from fisedit_compile.passes.common.deferred import copy_graph
-from fisedit_compile.passes.common.family import Family, rewrite_nodes
-from fisedit_compile.passes.common.ir import eliminate_dead_code, shape_of, spatial_of
+from fisedit_compile.passes.common.compilation import Compilation, GraphName
+from fisedit_compile.passes.common.family import Family
+from fisedit_compile.passes.common.opaque import Opaque
 from fisedit_compile.passes.common.program import InputInfo, Program
-from fisedit_compile.passes.common.report import Report
-from fisedit_compile.passes.domains.collapse import Opaque, collapse
+from fisedit_compile.passes.domains.collapse import collapse
 from fisedit_compile.passes.domains.propagate_domains import propagate_domains
 from fisedit_compile.passes.domains.tokens import declare_tokens
 from fisedit_compile.passes.normalise.canonicalize import canonicalize
@@ -38,32 +39,134 @@ from fisedit_compile.passes.processor.convolve_maps import convolve_maps
 from fisedit_compile.passes.processor.fold_attention import fold_attention
 from fisedit_compile.passes.processor.multiply_maps import multiply_maps
 from fisedit_compile.passes.processor.pack_weights import pack_weights
-from fisedit_compile.passes.sparsify import norm as norms
 from fisedit_compile.passes.sparsify.attention import FAMILY as ATTENTION
+from fisedit_compile.passes.sparsify.attention import sparsify_attention
 from fisedit_compile.passes.sparsify.complex import FAMILY as COMPLEX
+from fisedit_compile.passes.sparsify.complex import sparsify_complex
 from fisedit_compile.passes.sparsify.convolution import FAMILY as CONVOLUTION
+from fisedit_compile.passes.sparsify.convolution import sparsify_conv
+from fisedit_compile.passes.sparsify.copy_record import copy_record
 from fisedit_compile.passes.sparsify.count_macs import count_macs
 from fisedit_compile.passes.sparsify.densify import densify
 from fisedit_compile.passes.sparsify.layout import FAMILY as LAYOUT
+from fisedit_compile.passes.sparsify.layout import sparsify_layout
 from fisedit_compile.passes.sparsify.linear import FAMILY as LINEAR
+from fisedit_compile.passes.sparsify.linear import sparsify_linear
 from fisedit_compile.passes.sparsify.lower_conversions import lower_conversions
+from fisedit_compile.passes.sparsify.norm import family as norm_family
+from fisedit_compile.passes.sparsify.norm import sparsify_norm
 from fisedit_compile.passes.sparsify.pointwise import FAMILY as POINTWISE
+from fisedit_compile.passes.sparsify.pointwise import sparsify_pointwise
 from fisedit_compile.passes.sparsify.resample import FAMILY as RESAMPLE
-from fisedit_compile.runtime.spec import Domain, Stencil
+from fisedit_compile.passes.sparsify.resample import resample
 
 logger = logging.getLogger(__name__)
 
-#: Passes that may be left out: what they would have rewritten stays dense.
-OPTIONAL = ("expand_layers", "join_slices", "normalise_attention", "undo_merges", "unfold_windows", "sparsify_conv",
-            "sparsify_norm", "sparsify_attention", "sparsify_linear", "sparsify_layout", "sparsify_complex",
-            "sparsify_pointwise", "resample", "hoist_invariants", "choose_convolution", "convolve_maps",
-            "multiply_maps", "pack_weights")  # fmt: skip
+
+@dataclass(frozen=True)
+class Condition:
+    """When a pass runs.
+
+    Attributes:
+        text: completes "only ...".
+        holds: asked in front of the pass.
+    """
+
+    text: str
+    holds: Callable[[Compilation], bool]
+
+
+OPAQUE = Condition("for graphs that run as a whole", lambda compilation: compilation.opaque is not None)
+PLAIN = Condition("with plain lowering", lambda compilation: compilation.options.lowering == "plain")
+NOT_BY_ROWS = Condition(
+    "unless the option convolution is rows", lambda compilation: compilation.options.convolution != "rows"
+)
+MAY_PACK = Condition("unless the option packing is 0", lambda compilation: compilation.options.packing != 0)
+EDITABLE = Condition("where an input is spatial", lambda compilation: bool(compilation.spatial_inputs))
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One entry of the list.
+
+    Attributes:
+        name: of the function, for reports, dumps and the option ``disable_passes``.
+        run: changes a compilation in place.
+        works_on: the graphs that it changes, which are dumped behind it.
+        optional: whether it may be left out: what it would have rewritten stays dense.
+        only: when it runs; all of them must hold.
+    """
+
+    name: str
+    run: Callable[[Compilation], None]
+    works_on: tuple[GraphName, ...]
+    optional: bool = False
+    only: tuple[Condition, ...] = ()
+
+    @property
+    def stage(self) -> str:
+        """The folder of its file: where it stands in the order of imports."""
+        return self.run.__module__.split(".")[-2]
+
+    @property
+    def file(self) -> str:
+        """Its file, from ``passes/`` on."""
+        return f"{'/'.join(self.run.__module__.split('.')[-2:])}.py"
+
+
+#: All passes in the order in which they run.
+PASSES = (
+    Pass("declare_tokens", declare_tokens, works_on=()),
+    Pass("canonicalize", canonicalize, works_on=("edit",)),
+    Pass("expand_layers", expand_layers, works_on=("edit",), optional=True),
+    Pass("join_slices", join_slices, works_on=("edit",), optional=True),
+    Pass("normalise_attention", normalise_attention, works_on=("edit",), optional=True),
+    Pass("undo_merges", undo_merges, works_on=("edit",), optional=True),
+    Pass("unfold_windows", unfold_windows, works_on=("edit",), optional=True),
+    Pass("split_joined", split_joined, works_on=("edit",)),
+    Pass("propagate_domains", propagate_domains, works_on=("edit",)),
+    Pass("collapse", collapse, works_on=("edit",), only=(OPAQUE,)),
+    Pass("copy_record", copy_record, works_on=("record",)),
+    Pass("sparsify_conv", sparsify_conv, works_on=("edit",), optional=True),
+    Pass("sparsify_norm", sparsify_norm, works_on=("edit",), optional=True),
+    Pass("sparsify_attention", sparsify_attention, works_on=("edit",), optional=True),
+    Pass("sparsify_linear", sparsify_linear, works_on=("edit",), optional=True),
+    Pass("sparsify_layout", sparsify_layout, works_on=("edit",), optional=True),
+    Pass("sparsify_complex", sparsify_complex, works_on=("edit",), optional=True),
+    Pass("sparsify_pointwise", sparsify_pointwise, works_on=("edit",), optional=True),
+    Pass("resample", resample, works_on=("edit",), optional=True),
+    Pass("densify", densify, works_on=("edit",)),
+    Pass("count_macs", count_macs, works_on=()),
+    Pass("fold_attention", fold_attention, works_on=("record",)),
+    Pass("lower_conversions", lower_conversions, works_on=("edit",)),
+    Pass("insert_cache_ops", insert_cache_ops, works_on=("record", "edit")),
+    Pass("hoist_invariants", hoist_invariants, works_on=("record", "edit"), optional=True),
+    Pass("choose_convolution", choose_convolution, works_on=("edit",), optional=True, only=(PLAIN, NOT_BY_ROWS)),
+    Pass("pack_weights", pack_weights, works_on=("edit",), optional=True, only=(PLAIN, MAY_PACK)),
+    Pass("hoist_parameters", hoist_parameters, works_on=("edit",)),
+    Pass("convolve_maps", convolve_maps, works_on=("record",), optional=True),
+    Pass("multiply_maps", multiply_maps, works_on=("record",), optional=True, only=(EDITABLE,)),
+    Pass("lift_cache_io", lift_cache_io, works_on=("record", "edit")),
+    Pass("make_program", make_program, works_on=()),
+    Pass("verify", verify, works_on=()),
+)
+
+#: Passes that may be left out.
+OPTIONAL = tuple(step.name for step in PASSES if step.optional)
 
 
 def families(options: Options) -> tuple[Family, ...]:
-    """The families of operators in the order in which they are rewritten."""
-    norm = norms.family(options.norm == "cached")
-    return (CONVOLUTION, norm, ATTENTION, LINEAR, LAYOUT, COMPLEX, POINTWISE, RESAMPLE)
+    """The families of operators in the order in which they infer; each is rewritten by the pass of its name."""
+    return (
+        CONVOLUTION,
+        norm_family(options.norm == "cached"),
+        ATTENTION,
+        LINEAR,
+        LAYOUT,
+        COMPLEX,
+        POINTWISE,
+        RESAMPLE,
+    )
 
 
 def disabled_passes(options: Options) -> frozenset[str]:
@@ -80,31 +183,38 @@ def disabled_passes(options: Options) -> frozenset[str]:
     return disabled
 
 
-class _Runner:
-    """Times one pass after the other and dumps the graph behind each."""
+class _Dumps:
+    """Writes graphs to the folder that ``FISEDIT_DUMP_DIR`` names, numbered in the order in which they were made."""
 
-    def __init__(self, options: Options, report: Report) -> None:
-        self.disabled = disabled_passes(options)
-        self.report = report
-        self.number = 0
-
-    def run(self, name: str, graph_module: fx.GraphModule, work: Callable[[], object]) -> None:
-        if name in self.disabled:
-            logger.info("pass %s is disabled", name)
-            return
-        started = time.perf_counter()
-        work()
-        self.report.seconds[name] = self.report.seconds.get(name, 0.0) + time.perf_counter() - started
-        logger.debug("pass %s: %d matches", name, self.report.matches[name])
-        self.dump(name, graph_module)
-
-    def dump(self, name: str, graph_module: fx.GraphModule) -> None:
+    def __init__(self, compilation: Compilation) -> None:
         folder = os.environ.get("FISEDIT_DUMP_DIR")
-        if folder:
-            path = Path(folder) / f"graph_{id(self.report):x}"
-            path.mkdir(parents=True, exist_ok=True)
-            (path / f"{self.number:02d}_{name}.txt").write_text(str(graph_module.graph))
-        self.number += 1
+        self._folder = Path(folder) / f"graph_{id(compilation.report):x}" if folder else None
+        self._number = 0
+
+    def write(self, name: str, graph_module: fx.GraphModule) -> None:
+        if self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            (self._folder / f"{self._number:02d}_{name}.txt").write_text(str(graph_module.graph))
+        self._number += 1
+
+
+def run_passes(compilation: Compilation) -> None:
+    """Run the list on a compilation, which has its program then."""
+    disabled = disabled_passes(compilation.options)
+    dumps, report = _Dumps(compilation), compilation.report
+    dumps.write("traced", compilation.edit)
+    for step in PASSES:
+        if not all(condition.holds(compilation) for condition in step.only):
+            continue
+        if step.name in disabled:
+            logger.info("pass %s is disabled", step.name)
+            continue
+        started = time.perf_counter()
+        step.run(compilation)
+        report.seconds[step.name] = time.perf_counter() - started
+        logger.debug("pass %s: %d matches", step.name, report.matches[step.name])
+        for graph in step.works_on:
+            dumps.write(f"{step.name}_{graph}" if len(step.works_on) > 1 else step.name, compilation.module(graph))
 
 
 def build_program(
@@ -122,74 +232,8 @@ def build_program(
         GraphError: a pass broke an invariant.
         OptionError: a pass that cannot be disabled is named, or option ``tokens`` does not fit an input.
     """
-    report = Report()
-    runner = _Runner(options, report)
-    kinds = families(options)
-    edit = graph_module
-    inputs = declare_tokens(edit.graph, inputs, options.tokens)
-    runner.dump("traced", edit)
-    runner.run("canonicalize", edit, lambda: canonicalize(edit, report))
-    runner.run("expand_layers", edit, lambda: expand_layers(edit, report))
-    runner.run("join_slices", edit, lambda: join_slices(edit, report))
-    runner.run("normalise_attention", edit, lambda: normalise_attention(edit, report))
-    runner.run("undo_merges", edit, lambda: undo_merges(edit, report))
-    runner.run("unfold_windows", edit, lambda: unfold_windows(edit, inputs, report))
-    runner.run("split_joined", edit, lambda: split_joined(edit, report))
-    runner.run("propagate_domains", edit, lambda: propagate_domains(edit, inputs, kinds, report))
-    if opaque is not None:
-        runner.run("collapse", edit, lambda: collapse(edit, opaque, report))
-    record = copy_graph(edit)
-    spatial = [node for node in edit.graph.nodes if node.op == "placeholder" and spatial_of(node)]
-    for family in kinds:
-        runner.run(family.name, edit, lambda family=family: rewrite_nodes(family, edit.graph, report))  # type: ignore[misc]
-    runner.run("densify", edit, lambda: densify(edit, report))
-    report.mac_counts = list(count_macs(record.graph, edit.graph))
-    runner.run("fold_attention", record, lambda: fold_attention(record, report))
-    runner.run("lower_conversions", edit, lambda: lower_conversions(edit, report))
-    eliminate_dead_code(edit.graph)
-    runner.run("insert_cache_ops", edit, lambda: insert_cache_ops(edit, record, report))
-    runner.run("hoist_invariants", edit, lambda: hoist_invariants(edit, record, inputs, report))
-    way, limit, measured = options.convolution, options.packing, not options.pack_all
-    if options.lowering == "plain" and way != "rows":
-        runner.run("choose_convolution", edit, lambda: choose_convolution(edit, inputs, report, way, limit, measured))
-    if options.lowering == "plain" and limit != 0:
-        runner.run("pack_weights", edit, lambda: pack_weights(edit, inputs, report, limit, measured))
-    prologue: list[fx.GraphModule | None] = []
-    runner.run("hoist_parameters", edit, lambda: prologue.append(hoist_parameters(edit, inputs, report)[1]))
-    dense_inputs: list[int] = []
-    runner.run("convolve_maps", record, lambda: dense_inputs.extend(convolve_maps(edit, record, report, way)[1]))
-    if spatial:
-        runner.run("multiply_maps", record, lambda: dense_inputs.extend(multiply_maps(edit, record, report)[1]))
-    started = time.perf_counter()
-    lifted, saving, edit_inputs = lift_edit(edit, report.sites, report)
-    invariants, invariant_inputs = lift_invariants(edit)
-    lift_stores(record, report.sites, report)
-    report.seconds["lift_cache_io"] = time.perf_counter() - started
-    runner.dump("lift_cache_io_record", record)
-    runner.dump("lift_cache_io_edit", lifted)
-    needed = [source.reference for source in edit_inputs if source.kind == "plan"]
-    output = next(iter(reversed(record.graph.nodes)))
-    output_count = len(output.args[0]) - len(report.sites)
-    program = Program(
-        record=record,
-        edit=lifted if spatial else None,
-        edit_save=saving if spatial else None,
-        prologue=prologue[0],
-        invariants=invariants,
-        invariant_inputs=invariant_inputs,
-        edit_inputs=edit_inputs,
-        sites=report.sites,
-        domains=tuple(sorted({item.of for item in needed if isinstance(item.of, Domain)})),  # type: ignore[union-attr]
-        stencils=tuple(dict.fromkeys(item.of for item in needed if isinstance(item.of, Stencil))),  # type: ignore[union-attr]
-        mask_domain=max((spatial_of(node).domain for node in spatial), key=lambda d: d.size, default=None),  # type: ignore[union-attr]
-        batch=shape_of(spatial[0])[0] if spatial else None,
-        report=report,
-        parameter_positions=tuple(i for i, info in enumerate(inputs) if info.kind == "parameter"),
-        scalar_positions=tuple(i for i, info in enumerate(inputs) if info.kind == "scalar"),
-        output_count=output_count,
-        # Recorded statistics stay those of the recording whatever the mask; a way that was asked for is taken.
-        dense_when_full=options.norm == "exact" and options.convolution == "auto",
-        dense=copy_graph(record, "Dense", output_count) if dense_inputs else None,
-        dense_inputs=tuple(dense_inputs),
-    )
-    return verify(program)
+    compilation = Compilation(graph_module, tuple(inputs), options, opaque, families(options))
+    run_passes(compilation)
+    if compilation.program is None:
+        raise GraphError("the passes have made no program; make_program is missing in their list")
+    return compilation.program

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fisedit_compile.errors import GraphError
 from fisedit_compile.runtime.masks import reduce_mask
-from fisedit_compile.runtime.spec import Domain, PlanInput, Stencil
+from fisedit_compile.runtime.spec import Domain, PlanInput, PlanKind, Stencil
 from fisedit_compile.runtime.taps import OUTSIDE, axis_taps, subpositions
 
 # A size that can be 0 or 1 forces a compiler to specialise on it, so no index is shorter than this.
@@ -209,7 +209,7 @@ def _tap_positions(stencil: Stencil, index: Tensor) -> tuple[Tensor, Tensor | No
 
 def _plan_stencil(
     stencil: Stencil, source: DomainPlan, target: DomainPlan, padded: Callable[[int], int]
-) -> dict[str, Tensor]:
+) -> dict[PlanKind, Tensor]:
     positions, weights = _tap_positions(stencil, target.index)
     batch, size, source_rows = positions.shape[0], stencil.source.size, source.index.shape[1]
     flat = positions.flatten(1)  # [b, N * K]
@@ -225,7 +225,7 @@ def _plan_stencil(
     torch.where(needed, source_rows + order - 1, source.slot, out=place[:, :size])
     place[:, size] = source_rows + length
     table = place.gather(1, flat).view_as(positions)
-    planned = {"halo": halo, "table": table, "inside": (positions < size).sum(2)}
+    planned: dict[PlanKind, Tensor] = {"halo": halo, "table": table, "inside": (positions < size).sum(2)}
     if weights is not None:
         planned["weights"] = weights
     if stencil.kind == "pixel_shuffle":

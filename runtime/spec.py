@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
 from fisedit_compile.runtime.cover import WHOLE, Cover
 
 Parameter = int | float | str | bool | tuple[int, ...]
+StencilKind = Literal[
+    "window",
+    "transposed",
+    "nearest",
+    "nearest_exact",
+    "bilinear",
+    "pad",
+    "pixel_shuffle",
+    "pixel_unshuffle",
+    "table",
+    "transposition",
+]
+PlanKind = Literal["index", "valid", "halo", "table", "weights", "subposition", "inside"]
+SiteKind = Literal["spatial", "value"]
 
 
 @dataclass(frozen=True, order=True)
@@ -41,18 +56,19 @@ class Domain:
 class Stencil:
     """How each position of ``target`` reads positions of ``source``: one tap for each position it reads.
 
-    ``kind`` is ``window`` (convolution, pooling), ``transposed`` (transposed convolution), ``nearest``, ``bilinear``,
-    ``pad``, ``pixel_shuffle``, ``pixel_unshuffle``, ``table`` (each row and each column reads one, given by number, -1:
-    outside) or ``transposition`` (rows are columns); ``parameters`` are sorted name-value pairs of that kind.
+    ``kind`` is ``window`` (convolution, pooling), ``transposed`` (transposed convolution), ``nearest``,
+    ``nearest_exact``, ``bilinear``, ``pad``, ``pixel_shuffle``, ``pixel_unshuffle``, ``table`` (each row and each
+    column reads one, given by number, -1: outside) or ``transposition`` (rows are columns); ``parameters`` are sorted
+    name-value pairs of that kind.
     """
 
-    kind: str
+    kind: StencilKind
     source: Domain
     target: Domain
     parameters: tuple[tuple[str, Parameter], ...]
 
     @classmethod
-    def of(cls, kind: str, source: Domain, target: Domain, **parameters: Parameter) -> Stencil:
+    def of(cls, kind: StencilKind, source: Domain, target: Domain, **parameters: Parameter) -> Stencil:
         """Build a stencil from keyword parameters."""
         return cls(kind, source, target, tuple(sorted(parameters.items())))
 
@@ -96,7 +112,7 @@ class PlanInput:
     """A graph input derived from the mask: ``index`` or ``valid`` of a domain; ``halo``, ``table``, ``weights``,
     ``subposition`` or ``inside`` of a stencil."""
 
-    kind: str
+    kind: PlanKind
     of: Domain | Stencil
 
 
@@ -116,7 +132,7 @@ class Site:
     """
 
     name: str
-    kind: str
+    kind: SiteKind
     domain: Domain | None
     order: tuple[int, ...]
     space_rank: int

@@ -10,15 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from fisedit_compile.errors import GraphError
-from fisedit_compile.runtime.spec import Stencil
+from fisedit_compile.runtime.spec import Stencil, StencilKind
 
 OUTSIDE = -1
+Axis = Literal["y", "x"]
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def subpositions(stencil: Stencil, positions: Tensor) -> Tensor:
     return (positions // columns % height) * width + positions % columns % width
 
 
-def _kernel(stencil: Stencil, axis: str) -> int:
+def _kernel(stencil: Stencil, axis: Axis) -> int:
     return stencil.integer("kernel_height" if axis == "y" else "kernel_width")
 
 
@@ -73,13 +75,13 @@ def _bounded(coordinates: Tensor, size: int) -> Tensor:
     return torch.where((coordinates >= 0) & (coordinates < size), coordinates, OUTSIDE)
 
 
-def _window(stencil: Stencil, axis: str, source: int, target: int) -> AxisTaps:
+def _window(stencil: Stencil, axis: Axis, source: int, target: int) -> AxisTaps:
     start = torch.arange(target)[:, None] * stencil.integer(f"stride_{axis}") - stencil.integer(f"padding_{axis}")
     steps = torch.arange(_kernel(stencil, axis)) * stencil.integer(f"dilation_{axis}")
     return AxisTaps(_bounded(start + steps, source))
 
 
-def _transposed(stencil: Stencil, axis: str, source: int, target: int) -> AxisTaps:
+def _transposed(stencil: Stencil, axis: Axis, source: int, target: int) -> AxisTaps:
     stride = stencil.integer(f"stride_{axis}")
     steps = torch.arange(_kernel(stencil, axis)) * stencil.integer(f"dilation_{axis}")
     # Input position i adds to output position i * stride - padding + k * dilation for every kernel tap k.
@@ -87,7 +89,7 @@ def _transposed(stencil: Stencil, axis: str, source: int, target: int) -> AxisTa
     return AxisTaps(_bounded(torch.where(scaled % stride == 0, scaled.div(stride, rounding_mode="floor"), -1), source))
 
 
-def _nearest(stencil: Stencil, axis: str, source: int, target: int) -> AxisTaps:
+def _nearest(stencil: Stencil, axis: Axis, source: int, target: int) -> AxisTaps:
     operator = (
         torch.ops.aten._upsample_nearest_exact2d if "exact" in stencil.kind else torch.ops.aten.upsample_nearest2d
     )
@@ -96,7 +98,7 @@ def _nearest(stencil: Stencil, axis: str, source: int, target: int) -> AxisTaps:
     return AxisTaps(resized.to(torch.int64).view(target, 1))
 
 
-def _bilinear(stencil: Stencil, axis: str, source: int, target: int) -> AxisTaps:
+def _bilinear(stencil: Stencil, axis: Axis, source: int, target: int) -> AxisTaps:
     # The steps of ATen's area_pixel_compute_source_index, in float32 as for a float32 input.
     numbers = torch.arange(target, dtype=torch.float32)
     if source == target:
@@ -116,7 +118,7 @@ def _bilinear(stencil: Stencil, axis: str, source: int, target: int) -> AxisTaps
     return AxisTaps(torch.stack([first, second], 1), torch.stack([1.0 - share, share], 1))
 
 
-def _pad(stencil: Stencil, axis: str, source: int, target: int) -> AxisTaps:
+def _pad(stencil: Stencil, axis: Axis, source: int, target: int) -> AxisTaps:
     before, after = ("top", "bottom") if axis == "y" else ("left", "right")
     padding = [stencil.integer(before), stencil.integer(after)]
     mode = str(stencil["mode"])
@@ -130,22 +132,22 @@ def _pad(stencil: Stencil, axis: str, source: int, target: int) -> AxisTaps:
     return AxisTaps(padded.to(torch.int64).view(target, 1))
 
 
-def _pixel_shuffle(stencil: Stencil, axis: str, source: int, target: int) -> AxisTaps:
+def _pixel_shuffle(stencil: Stencil, axis: Axis, source: int, target: int) -> AxisTaps:
     return AxisTaps(_bounded(torch.arange(target).view(target, 1) // stencil.factors[axis == "x"], source))
 
 
-def _pixel_unshuffle(stencil: Stencil, axis: str, source: int, target: int) -> AxisTaps:
+def _pixel_unshuffle(stencil: Stencil, axis: Axis, source: int, target: int) -> AxisTaps:
     factor = stencil.factors[axis == "x"]
     return AxisTaps(_bounded(torch.arange(target)[:, None] * factor + torch.arange(factor), source))
 
 
-def _table(stencil: Stencil, axis: str, source: int, target: int) -> AxisTaps:
+def _table(stencil: Stencil, axis: Axis, source: int, target: int) -> AxisTaps:
     numbers = stencil["rows" if axis == "y" else "columns"]
     assert isinstance(numbers, tuple) and len(numbers) == target
     return AxisTaps(_bounded(torch.tensor(numbers).view(target, 1), source))
 
 
-_GEOMETRY: dict[str, Callable[[Stencil, str, int, int], AxisTaps]] = {
+_GEOMETRY: dict[StencilKind, Callable[[Stencil, Axis, int, int], AxisTaps]] = {
     "window": _window,
     "transposed": _transposed,
     "nearest": _nearest,

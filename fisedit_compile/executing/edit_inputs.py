@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from fisedit_compile.errors import GraphError
 from fisedit_compile.executing.lowering import valid_rows
 from fisedit_compile.executing.picking import picker
-from fisedit_compile.passes.common.program import Program
+from fisedit_compile.passes.common.program import SparseProgram
 from fisedit_compile.runtime import RecordedCall
 from fisedit_compile.runtime.plans import IndexPlan
 from fisedit_compile.runtime.spec import PlanInput
@@ -20,7 +20,7 @@ from fisedit_compile.runtime.spec import PlanInput
 class EditInputs:
     """Puts the inputs of an edit graph in order; what does not change from call to call is worked out once."""
 
-    def __init__(self, program: Program, argument_count: int, every_valid: bool = False) -> None:
+    def __init__(self, program: SparseProgram, argument_count: int, every_valid: bool = False) -> None:
         """``every_valid``: supply ``valid`` also where no row is padding, so that all masks look alike."""
         self._every_valid = every_valid
         pools: dict[str, list[Any]] = {
@@ -72,10 +72,8 @@ class EditInputs:
         return tensor
 
 
-def borrowed_outputs(program: Program) -> tuple[int, ...]:
+def borrowed_outputs(program: SparseProgram) -> tuple[int, ...]:
     """Outputs of the edit graph that are views of recorded, hoisted or plan tensors: the caller must not get those."""
-    if program.edit is None:
-        return ()
     placeholders = [node for node in program.edit.graph.nodes if node.op == "placeholder"]
     kept = {node for node, source in zip(placeholders, program.edit_inputs, strict=True) if source.kind != "argument"}
     (results,) = next(node for node in program.edit.graph.nodes if node.op == "output").args

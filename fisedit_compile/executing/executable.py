@@ -7,7 +7,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,9 +21,11 @@ from fisedit_compile.executing.prologues import InvariantMemo, prologues
 from fisedit_compile.executing.replay import Capturer, ReplayedGraph, Roles
 from fisedit_compile.operators.choosing import taken
 from fisedit_compile.options import without_hints
-from fisedit_compile.passes.common.program import GraphInput, InputInfo, Program
+from fisedit_compile.passes.common.meta import VALUE
+from fisedit_compile.passes.common.program import GraphInput, Program, SparseProgram
 from fisedit_compile.runtime import EditPhase, PhaseSource, PlanSpec, ProgramKey, RecordedCall, RecordPhase, Relay, Site
 from fisedit_compile.runtime.fingerprint import content_identity, has_identity
+from fisedit_compile.tracing.identity import GraphIdentity
 
 logger = logging.getLogger(__name__)
 
@@ -47,35 +49,6 @@ BEHIND_A_BREAK = (
 )
 
 
-@dataclass(frozen=True)
-class GraphIdentity:
-    """What a compiled graph is, apart from its code.
-
-    Attributes:
-        graph_hash: equal for graphs of equal structure, shapes and options.
-        label: the graph in words, for messages.
-        input_infos: one for each flat input.
-        numbers: positions of inputs that are Python numbers in the user's call.
-        constants: positions of inputs that tracing has fixed; they are guarded on and need no comparison.
-        dense_reason: why it runs densely as a whole; None when it does not.
-        steady: positions of those Python numbers that must not change from call to call.
-        resumed: the line in which PyTorch's compiler broke off the graph before this one; None when it is the first.
-    """
-
-    graph_hash: str
-    label: str
-    input_infos: tuple[InputInfo, ...]
-    numbers: tuple[int, ...] = ()
-    constants: frozenset[int] = frozenset()
-    dense_reason: str | None = None
-    steady: tuple[int, ...] = ()
-    resumed: str | None = None
-
-    def positions(self, *kinds: str) -> tuple[int, ...]:
-        """Positions of the inputs of these kinds."""
-        return tuple(at for at, info in enumerate(self.input_infos) if info.kind in kinds)
-
-
 class Executable:
     """A graph and its program, as they run inside record and edit."""
 
@@ -90,8 +63,8 @@ class Executable:
     ) -> None:
         """Args:
         dense: the graph as Dynamo made it.
-        program: None when the graph always runs densely and nothing is masked; ``identity.dense_reason`` then
-            says why.
+        program: None when the graph could not be traced, so that it always runs densely and stores nothing;
+            ``identity.dense_reason`` then says why.
         runtime: whose recordings these are.
         identity: names the graph in recordings and messages.
         lowering: of the record and edit graphs.
@@ -107,8 +80,7 @@ class Executable:
         self._lowered: dict[str, Lowered] = {}
         self._sites: tuple[Site, ...] = program.sites if program is not None else ()
         self._names = tuple(site.name for site in self._sites)
-        self._sparse = program is not None and program.edit is not None and program.batch is not None
-        self._dense_when_full = program is not None and program.dense_when_full
+        self._sparse = program if isinstance(program, SparseProgram) else None
         self._parameters = picker(identity.positions("parameter"))
         self._held = picker(identity.positions("parameter", "state"))
         self._scalars = picker([at for at in identity.positions("scalar") if at not in identity.constants])
@@ -123,11 +95,11 @@ class Executable:
         self._key: ProgramKey | None = None
         # Recordings of one graph serve all ways of running it; what its prologue computes depends on the way.
         self._prologue_hash = ""
-        if program is not None and program.prologue is not None:
-            text = f"{identity.graph_hash} {program.prologue.graph}"
-            self._prologue_hash = hashlib.sha256(text.encode()).hexdigest()
         self._warned = False
-        if program is not None and self._sparse:
+        if isinstance(program, SparseProgram):
+            if program.prologue is not None:
+                text = f"{identity.graph_hash} {program.prologue.graph}"
+                self._prologue_hash = hashlib.sha256(text.encode()).hexdigest()
             every_valid = lowering == "inductor" or capturer is not None
             self._inputs = EditInputs(program, len(identity.input_infos), every_valid)
             self._borrowed = borrowed_outputs(program)
@@ -158,7 +130,7 @@ class Executable:
             self._check_numbers(phase, arguments)
         if self.identity.dense_reason is not None and not self._warned:
             self._warned = True
-            how = "as a whole and is masked at its outputs" if self._sparse else "and is not masked"
+            how = "as a whole and is masked at its outputs" if self._sparse is not None else "and is not masked"
             reason = self.identity.dense_reason
             if isinstance(self._runtime, Relay):
                 reason = without_hints(reason)
@@ -226,10 +198,10 @@ class Executable:
     def _lower(self, name: str) -> Lowered:
         if self.program is None:
             raise GraphError(f"{self.identity.label} has no graph to run as {name}")
-        sources = self.program.edit_inputs if name in ("edit", "edit_save") else None
+        sources = self._sparse.edit_inputs if self._sparse and name in ("edit", "edit_save") else None
         # The prologue and the invariants run once: compiling them costs more than it saves.
         lowering = "plain" if name in ("prologue", "invariants") else self._lowering
-        lowered = lower(getattr(self.program, name), lowering, sources)
+        lowered = lower(self.program.graphs()[name], lowering, sources)
         if sources is None or self._capturer is None:
             return lowered
         return ReplayedGraph(lowered, self._roles(sources), self._capturer, self.identity.label)
@@ -246,9 +218,15 @@ class Executable:
         return Roles(len(sources), frozenset(held), frozenset(stable))
 
     def _run_densely(self, phase: Phase, key: ProgramKey, arguments: Sequence[Any]) -> Sequence[Tensor]:
-        if self.program is None or self.program.dense is None:
+        if self._sparse is None or self._sparse.dense is None:
             return self.dense(*arguments)
-        return self._run(phase, "dense", (*arguments, *self._dense_inputs(self._hoist(phase, key, arguments))))
+        return self._run(phase, "dense", (*arguments, *self._hoisted_for_dense(self._sparse, phase, key, arguments)))
+
+    def _hoisted_for_dense(
+        self, program: SparseProgram, phase: Phase, key: ProgramKey, arguments: Sequence[Any]
+    ) -> Sequence[Tensor]:
+        """What the record and dense graphs read of what the prologue computes."""
+        return self._dense_inputs(self._hoist(program, phase, key, arguments)) if program.dense_inputs else ()
 
     def _dense_and_sites(
         self, phase: Phase, key: ProgramKey, arguments: Sequence[Any]
@@ -256,7 +234,7 @@ class Executable:
         """Run densely; the outputs, and what a recorded call stores."""
         if self.program is None:
             return self.dense(*arguments), {}
-        hoisted = self._dense_inputs(self._hoist(phase, key, arguments)) if self.program.dense_inputs else ()
+        hoisted = self._hoisted_for_dense(self._sparse, phase, key, arguments) if self._sparse else ()
         results = self._run(phase, "record", (*arguments, *hoisted))
         count = self.program.output_count
         return results[:count], dict(zip(self._names, results[count:], strict=True))
@@ -287,47 +265,43 @@ class Executable:
             if self.identity.numbers:
                 names = ", ".join(self.identity.input_infos[position].name for position in self.identity.numbers)
                 error.add_note(f"{names} came as a Python number; {PASS_A_TENSOR}")
-            if not self._sparse:
+            if self._sparse is None:
                 error.add_note(NOT_LINED_UP)
             raise
 
     def _edit(
         self, phase: EditPhase, key: ProgramKey, parameters: Sequence[Tensor], arguments: Sequence[Any]
     ) -> Sequence[Tensor]:
-        dense = phase.dense_call or not self._sparse or (phase.full and self._dense_when_full)
+        sparse = self._sparse
+        full = phase.full and sparse is not None and sparse.dense_when_full
+        dense = phase.dense_call or sparse is None or full
         call = self._begin(phase, key, parameters, arguments, dense)
         with phase.running(call, dense):
-            if dense:
-                if phase.full and self._sparse:
-                    phase.skip_plan(self._plan_spec(arguments))
-                if not phase.saving:
-                    return self._run_densely(phase, key, arguments)
-                outputs, tensors = self._dense_and_sites(phase, key, arguments)
-                phase.commit(key, tensors, self._sites, self._protected(arguments, outputs))
-                return outputs
-            return self._edit_sparsely(phase, key, call, arguments)
+            if sparse is not None and not dense:
+                return self._edit_sparsely(sparse, phase, key, call, arguments)
+            if phase.full and sparse is not None:
+                phase.skip_plan(self._plan_spec(sparse, arguments))
+            if not phase.saving:
+                return self._run_densely(phase, key, arguments)
+            outputs, tensors = self._dense_and_sites(phase, key, arguments)
+            phase.commit(key, tensors, self._sites, self._protected(arguments, outputs))
+            return outputs
 
-    def _plan_spec(self, arguments: Sequence[Any]) -> PlanSpec:
-        program = self.program
-        if program is None or program.mask_domain is None or program.batch is None:
-            raise GraphError("a graph without spatial inputs was asked to run sparsely")
+    def _plan_spec(self, program: SparseProgram, arguments: Sequence[Any]) -> PlanSpec:
         device = arguments[self._picture].device
         bucketed = self._capturer is not None
         return PlanSpec(program.mask_domain, program.domains, program.stencils, program.batch, device, bucketed)
 
     def _edit_sparsely(
-        self, phase: EditPhase, key: ProgramKey, call: RecordedCall, arguments: Sequence[Any]
+        self, program: SparseProgram, phase: EditPhase, key: ProgramKey, call: RecordedCall, arguments: Sequence[Any]
     ) -> Sequence[Tensor]:
-        program = self.program
-        if program is None:
-            raise GraphError("a graph without spatial inputs was asked to run sparsely")
-        plan = phase.plan(self._plan_spec(arguments))
+        plan = phase.plan(self._plan_spec(program, arguments))
         if plan is None:
             if phase.saving:
                 phase.commit(key, dict(zip(call, call.stored(), strict=True)), self._sites)
             return tuple(call[name].clone() for name in self._output_names)
-        hoisted = self._hoist(phase, key, arguments)
-        invariants = self._compute_invariants(phase, key, arguments, hoisted)
+        hoisted = self._hoist(program, phase, key, arguments)
+        invariants = self._compute_invariants(program, phase, key, arguments, hoisted)
         inputs = self._inputs.assemble(arguments, hoisted, invariants, plan, call)
         results = self._run(phase, "edit_save" if phase.saving else "edit", inputs)
         outputs = list(results[: program.output_count])
@@ -339,10 +313,12 @@ class Executable:
             phase.commit(key, updated, self._sites, self._protected(arguments, outputs))
         return outputs
 
-    def _hoist(self, phase: Phase, key: ProgramKey, arguments: Sequence[Any]) -> tuple[Tensor, ...]:
+    def _hoist(
+        self, program: SparseProgram, phase: Phase, key: ProgramKey, arguments: Sequence[Any]
+    ) -> tuple[Tensor, ...]:
         """What the prologue computes. Within one edit the weights are known not to change; while a run is recorded they
         may, and are looked at in each call."""
-        if self.program is None or self.program.prologue is None:
+        if program.prologue is None:
             return ()
         known = self._hoisted.setdefault(phase, {})
         if key not in known or isinstance(phase, RecordPhase):
@@ -356,25 +332,29 @@ class Executable:
         return known[key]
 
     def _compute_invariants(
-        self, phase: EditPhase, key: ProgramKey, arguments: Sequence[Any], hoisted: Sequence[Tensor]
+        self,
+        program: SparseProgram,
+        phase: EditPhase,
+        key: ProgramKey,
+        arguments: Sequence[Any],
+        hoisted: Sequence[Tensor],
     ) -> Sequence[Tensor]:
         """What depends on parameters and inputs such as the prompt only; computed once for each prompt of an edit."""
-        program = self.program
-        if program is None or program.invariants is None:
+        if program.invariants is None:
             return ()
         memo = self._invariants.setdefault(phase, {}).setdefault(key, InvariantMemo())
         inputs = self._invariant_inputs((*arguments, *hoisted))
         return memo.get(self._prompts(arguments), lambda: self._graph("invariants")(*inputs))
 
 
-def _spatial_input(program: Program, users: Sequence[int]) -> int:
+def _spatial_input(program: SparseProgram, users: Sequence[int]) -> int:
     """Position of an input that has the mask's resolution. Others may lie on another device, such as the timestep."""
     domain = program.mask_domain
     placeholders = [node for node in program.record.graph.nodes if node.op == "placeholder"]
     for position in users:
-        value = placeholders[position].meta.get("val")
+        value = placeholders[position].meta.get(VALUE)
         sizes = tuple(value.shape) if isinstance(value, Tensor) else ()
-        if domain is not None and (domain.size in sizes or {domain.height, domain.width} <= set(sizes)):
+        if domain.size in sizes or {domain.height, domain.width} <= set(sizes):
             return position
     raise GraphError(f"no input has the resolution of the mask, {domain}")
 

@@ -17,7 +17,7 @@ from fisedit_compile.errors import OptionError
 from fisedit_compile.operators.choosing import Times
 from fisedit_compile.operators.triton.chips import Chip
 from fisedit_compile.options import Options, parse_options
-from fisedit_compile.passes import Miss, Program, build_program
+from fisedit_compile.passes import Miss, Program, SparseProgram, build_program
 from fisedit_compile.passes.common.report import MacCount
 from fisedit_compile.reporting import measured
 from fisedit_compile.reporting.kernels import KernelChoice, kernel_choices
@@ -86,10 +86,8 @@ def ragged_mask(density: float, domain: Domain, seed: int = 0) -> Tensor:
     return mask.reshape(size)
 
 
-def fine_mask(program: Program, mask: Any) -> Tensor | None:
-    """A mask, or a ragged one for a density, at the resolution and batch of a program; None without a sparse graph."""
-    if program.edit is None or program.mask_domain is None or program.batch is None:
-        return None
+def fine_mask(program: SparseProgram, mask: Any) -> Tensor:
+    """A mask, or a ragged one for a density, at the resolution and batch of a program."""
     given = ragged_mask(mask, program.mask_domain) if isinstance(mask, float | int) else mask
     return reduce_mask(tile_mask(prepare_mask(given), program.batch), program.mask_domain)
 
@@ -184,10 +182,10 @@ class ExplainReport:
         """
         macs, loaded, densities = 0.0, 0, []
         for program in self.programs:
-            fine = fine_mask(program, mask)
-            if fine is None:
+            if not isinstance(program, SparseProgram):
                 macs += program.report.total_macs
                 continue
+            fine = fine_mask(program, mask)
             densities.append(float(fine.float().mean()))
             if not fine.any():
                 continue
@@ -206,8 +204,7 @@ class ExplainReport:
         """
         found = []
         for program in self.programs:
-            fine = fine_mask(program, mask)
-            if fine is not None and fine.any():
+            if isinstance(program, SparseProgram) and (fine := fine_mask(program, mask)).any():
                 plan = build_plan(fine, program.domains, program.stencils, torch.device("cpu"))
                 found += kernel_choices(program, plan, chip)
         return found
@@ -258,7 +255,7 @@ class ExplainReport:
         if packed:
             summary.add_row("packed copies of weights", format_bytes(packed))
         tables = [summary]
-        if any(program.edit is not None for program in self.programs):
+        if any(isinstance(program, SparseProgram) for program in self.programs):
             costs = Table("density", "multiply-accumulates", "of dense", "loaded", title="An edit call, ragged mask")
             for density in DENSITIES:
                 cost = self.cost(density)
@@ -317,10 +314,8 @@ class ExplainReport:
         return measured.measured_attention(self.programs)
 
 
-def bytes_read(program: Program, plan: IndexPlan) -> int:
+def bytes_read(program: SparseProgram, plan: IndexPlan) -> int:
     """Recorded bytes that the edit graph reads: few rows of most maps, all of those that attention looks at."""
-    if program.edit is None:
-        return 0
     placeholders = [node for node in program.edit.graph.nodes if node.op == "placeholder"]
     sources = dict(zip(placeholders, program.edit_inputs, strict=True))
     sites = {site.name: site for site in program.sites}

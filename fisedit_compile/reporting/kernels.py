@@ -19,7 +19,8 @@ from fisedit_compile.operators.convolution.triton import make_problem
 from fisedit_compile.operators.triton.blocks import ConvChoice, ConvProblem
 from fisedit_compile.operators.triton.chips import KNOWN_CHIPS, Chip
 from fisedit_compile.operators.triton.tuning import best_choice
-from fisedit_compile.passes import GraphInput, Program
+from fisedit_compile.passes import GraphInput, SparseProgram
+from fisedit_compile.passes.common.meta import VALUE
 from fisedit_compile.passes.processor.choose_convolution import is_plain
 from fisedit_compile.runtime.plans import IndexPlan
 from fisedit_compile.runtime.spec import PlanInput, Stencil
@@ -71,7 +72,7 @@ def _plain(name: str) -> str:
     return "".join(name.split()).lower()
 
 
-def kernel_choices(program: Program, plan: IndexPlan, chip: Chip) -> list[KernelChoice]:
+def kernel_choices(program: SparseProgram, plan: IndexPlan, chip: Chip) -> list[KernelChoice]:
     """What computes the sparse convolutions of a program under a mask.
 
     Args:
@@ -90,9 +91,7 @@ def kernel_choices(program: Program, plan: IndexPlan, chip: Chip) -> list[Kernel
     ]
 
 
-def _problems(program: Program, plan: IndexPlan) -> list[tuple[ConvProblem, bool]]:
-    if program.edit is None or program.batch is None:
-        return []
+def _problems(program: SparseProgram, plan: IndexPlan) -> list[tuple[ConvProblem, bool]]:
     placeholders = [node for node in program.edit.graph.nodes if node.op == "placeholder"]
     sources = dict(zip(placeholders, program.edit_inputs, strict=True))
     found = []
@@ -124,7 +123,9 @@ def _problems(program: Program, plan: IndexPlan) -> list[tuple[ConvProblem, bool
     return found
 
 
-def _packing(node: fx.Node, program: Program, sources: Mapping[fx.Node, GraphInput]) -> tuple[Tensor, bool, int] | None:
+def _packing(
+    node: fx.Node, program: SparseProgram, sources: Mapping[fx.Node, GraphInput]
+) -> tuple[Tensor, bool, int] | None:
     """The weight that was packed, whether the convolution is transposed, and its groups; None when the weight is
     computed."""
     source = sources.get(node)
@@ -136,7 +137,7 @@ def _packing(node: fx.Node, program: Program, sources: Mapping[fx.Node, GraphInp
             return None
         node = node.args[0]
     weight, transposed, groups = node.args
-    value = weight.meta.get("val") if isinstance(weight, fx.Node) else None
+    value = weight.meta.get(VALUE) if isinstance(weight, fx.Node) else None
     if not isinstance(value, Tensor) or not isinstance(groups, int):
         return None
     return value, bool(transposed), groups

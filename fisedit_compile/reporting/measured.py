@@ -14,7 +14,8 @@ from fisedit_compile.operators.choosing import Times, costs, describe_count
 from fisedit_compile.operators.convolution import maps
 from fisedit_compile.operators.convolution.choice import describe_shape
 from fisedit_compile.operators.products import aten as packed
-from fisedit_compile.passes.common.program import Program
+from fisedit_compile.passes.common.meta import VALUE
+from fisedit_compile.passes.common.program import Program, SparseProgram
 from fisedit_compile.passes.common.targets import aten
 from fisedit_compile.passes.processor.pack_weights import REORDERINGS
 
@@ -30,7 +31,7 @@ def _calls(graph_module: fx.GraphModule | None, *targets: object) -> Iterator[fx
 
 def _value(node: object) -> Tensor:
     assert isinstance(node, fx.Node)
-    value: Tensor = node.meta["val"]
+    value: Tensor = node.meta[VALUE]
     return value
 
 
@@ -59,11 +60,13 @@ def measured_convolutions(programs: Sequence[Program]) -> dict[str, Times]:
             weight, channels_last = _value(node.args[2]), bool(node.args[5])
             case = maps.describe_map(weight.shape[1], weight.shape[0], channels_last, weight.dtype)
             whole[f"{maps.MEASURED} {case}"] = f"whole map, {case}"
+        if not isinstance(program, SparseProgram):
+            continue
         for node in _calls(program.edit, fisedit.conv_choice.default):
             arguments: tuple[Any, ...] = node.args
             given, height, width = arguments[-3:]
             weight = _value(given)
-            size = program.batch or 0, height, width
+            size = program.batch, height, width
             shapes.add(describe_shape(*size, weight.shape[1], weight.shape[0], weight.dtype))
     entries = costs.entries()
     known = {key.removeprefix("convolution "): times for key, times in entries.items()}
@@ -76,7 +79,8 @@ def measured_products(programs: Sequence[Program]) -> dict[str, Times]:
     of whole maps in recorded and dense calls."""
     wanted = {}
     for program in programs:
-        for node in _calls(program.prologue, fisedit.pack_matrix.default, fisedit.pack_tile_weights.default):
+        prologue = program.prologue if isinstance(program, SparseProgram) else None
+        for node in _calls(prologue, fisedit.pack_matrix.default, fisedit.pack_tile_weights.default):
             case = _describe_packing(node)
             if case is not None:
                 wanted[f"product {case}"] = case

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from fisedit_compile import private
 from fisedit_compile.errors import FisEditError
 from fisedit_compile.passes.common.ir import unknown
+from fisedit_compile.passes.common.meta import EXAMPLE_VALUE, VALUE
 from fisedit_compile.passes.common.program import InputInfo
 from fisedit_compile.tracing.inputs import DynamicNumber, StaticTensor
 
@@ -136,7 +137,7 @@ def fixed_sizes(gm: fx.GraphModule) -> dict[fx.Node, Any]:
     symbols = private.size_symbols(placeholders(gm.graph))
     found: dict[fx.Node, Any] = {}
     for node in gm.graph.nodes:
-        value = node.meta.get("example_value")
+        value = node.meta.get(EXAMPLE_VALUE)
         sizes = value if isinstance(value, torch.Size) else (value,)
         symbolic = [private.is_symbolic(size) for size in sizes]
         if not all(isinstance(size, int) or of for size, of in zip(sizes, symbolic, strict=True)):
@@ -152,7 +153,7 @@ def _returned(gm: fx.GraphModule) -> tuple[StaticTensor, ...] | None:
     (results,) = next(node for node in gm.graph.nodes if node.op == "output").args
     found = []
     for result in results:
-        value = result.meta.get("example_value") if isinstance(result, fx.Node) else None
+        value = result.meta.get(EXAMPLE_VALUE) if isinstance(result, fx.Node) else None
         if not isinstance(value, Tensor) or value.layout is not torch.strided:
             return None
         try:
@@ -190,7 +191,7 @@ def outline(inputs: GraphInputs, outputs: Sequence[StaticTensor]) -> fx.GraphMod
     with private.FakeTensorMode():
         for number, value in enumerate(inputs.values):
             node = graph.placeholder(f"given_{number}")
-            node.meta["val"] = value.empty() if isinstance(value, StaticTensor) else value
+            node.meta[VALUE] = value.empty() if isinstance(value, StaticTensor) else value
     given = tuple(placeholders(graph))
     graph.output(tuple(graph.call_function(unknown, given) for _ in outputs))
     return fx.GraphModule(nn.Module(), graph)
@@ -201,4 +202,4 @@ def set_outputs(graph: fx.Graph, outputs: Sequence[StaticTensor]) -> None:
     (results,) = next(node for node in graph.nodes if node.op == "output").args
     with private.FakeTensorMode():
         for node, value in zip(results, outputs, strict=True):
-            node.meta["val"] = value.empty()
+            node.meta[VALUE] = value.empty()

@@ -20,8 +20,9 @@ from torch import Tensor, fx, nn
 from fisedit_compile import private
 from fisedit_compile.options import NUMBERS_HINT
 from fisedit_compile.passes.common.deferred import DeferredModule
+from fisedit_compile.passes.common.meta import EXAMPLE_VALUE, MODULE_PATH, MODULE_STACK, VALUE
+from fisedit_compile.passes.common.opaque import Opaque
 from fisedit_compile.passes.common.program import InputInfo
-from fisedit_compile.passes.domains.collapse import Opaque
 from fisedit_compile.passes.domains.labels import find_labels
 from fisedit_compile.private import FunctionalTrace
 from fisedit_compile.tracing.description import (
@@ -94,7 +95,7 @@ class DenseGraph:
 
 def module_path(node: fx.Node) -> str:
     """Dotted path of the module a node comes from; "" when it comes from none."""
-    stack = node.meta.get("nn_module_stack")
+    stack = node.meta.get(MODULE_STACK)
     if not stack:
         return ""
     path, _ = list(stack.values())[-1]
@@ -168,7 +169,7 @@ def _check_after(graph: fx.Graph) -> None:
 
 def _returns_tensors(graph: fx.Graph) -> bool:
     (results,) = next(node for node in graph.nodes if node.op == "output").args
-    return all(isinstance(result, fx.Node) and isinstance(result.meta.get("val"), Tensor) for result in results)
+    return all(isinstance(result, fx.Node) and isinstance(result.meta.get(VALUE), Tensor) for result in results)
 
 
 def _drop_idle_autocast(graph: fx.Graph) -> None:
@@ -193,7 +194,7 @@ def _order_elements(graph: fx.Graph) -> None:
         ordered = LOOK_AT_STRIDES.get(node.target)
         if ordered is None:
             continue
-        source = node.args[0].meta["val"]
+        source = node.args[0].meta[VALUE]
         if not source.is_contiguous() or source.storage_offset():
             raise UntraceableGraph(f"{node.target} looks at values that do not lie in order")
         if node.target is aten.as_strided.default:
@@ -239,7 +240,7 @@ def _name_inputs(graph: fx.Graph, values: Sequence[Any]) -> None:
             number += 1
         else:
             private.rename_node(node, "constant")
-            node.meta["val"] = value
+            node.meta[VALUE] = value
 
 
 def trace(gm: fx.GraphModule, inputs: GraphInputs) -> TracedGraph:
@@ -293,7 +294,7 @@ def trace(gm: fx.GraphModule, inputs: GraphInputs) -> TracedGraph:
             # others. Nor may the names of sites, which are made from those of nodes, depend on the choice.
             node.target = aten.reshape.default
             private.rename_node(node, "reshaped")
-        node.meta["module_path"] = module_path(node)
+        node.meta[MODULE_PATH] = module_path(node)
     logger.debug("traced a graph of %d nodes with %d inputs", len(graph.nodes), len(values))
     infos = list(inputs.infos)
     for at in find_labels(graph, infos):
@@ -316,7 +317,7 @@ def trace(gm: fx.GraphModule, inputs: GraphInputs) -> TracedGraph:
 def _without_computing(gm: fx.GraphModule) -> Any:
     """A stand-in for a Dynamo graph that returns zeros of the right shapes."""
     (results,) = next(node for node in gm.graph.nodes if node.op == "output").args
-    values = [result.meta["example_value"] for result in results]
+    values = [result.meta[EXAMPLE_VALUE] for result in results]
 
     def zeros(value: Any) -> Any:
         if not isinstance(value, Tensor):

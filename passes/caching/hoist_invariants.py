@@ -18,16 +18,14 @@ Conditions:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import fx
 
 from fisedit_compile.passes.caching.hoist_parameters import constant_nodes, is_repeatable
 from fisedit_compile.passes.caching.insert_cache_ops import add_store
+from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.ir import eliminate_dead_code, load, spatial_of
-from fisedit_compile.passes.common.program import InputInfo
-from fisedit_compile.passes.common.report import Report
+from fisedit_compile.passes.common.meta import INVARIANT, MODULE_PATH, ORIGIN, VALUE
 from fisedit_compile.runtime.spec import Site
 
 NAME = "hoist_invariants"
@@ -50,42 +48,41 @@ def _border(nodes: set[fx.Node], graph: fx.Graph) -> list[fx.Node]:
     return [node for node in graph.nodes if node in nodes and any(user not in nodes for user in node.users)]
 
 
-def _record_step(node: fx.Node, origin: fx.Node, record: fx.Graph, report: Report) -> None:
+def _record_step(node: fx.Node, origin: fx.Node, compilation: Compilation) -> None:
     """Let the record graph store what ``origin`` computes, and the edit graph load it in place of ``node``."""
-    value = node.meta["val"]
+    value = node.meta[VALUE]
     if value.nbytes > STEP_BYTES:
-        report.miss(NAME, node, f"it takes {value.nbytes} bytes")
+        compilation.report.miss(NAME, node, f"it takes {value.nbytes} bytes")
         return
-    path = origin.meta.get("module_path")
+    path = origin.meta.get(MODULE_PATH)
     name = ":".join([*([path] if path else []), origin.name, "value"])
-    add_store(record, origin, name)
-    report.sites += (Site(name, "value", None, (), 0, tuple(map(int, value.shape)), value.dtype, lossless=True),)
+    add_store(compilation.module("record").graph, origin, name)
+    site = Site(name, "value", None, (), 0, tuple(map(int, value.shape)), value.dtype, lossless=True)
+    compilation.sites += (site,)
     with node.graph.inserting_before(node):
         loaded = node.graph.call_function(load, (name,))
-    loaded.meta.update(val=value, origin=origin.name)
+    loaded.meta.update({VALUE: value, ORIGIN: origin.name})
     node.replace_all_uses_with(loaded)
-    report.match(NAME)
+    compilation.report.match(NAME)
 
 
-def hoist_invariants(
-    edit_module: fx.GraphModule, record_module: fx.GraphModule, infos: Sequence[InputInfo], report: Report
-) -> fx.GraphModule:
-    """Run the pass on both graphs in place; returns the edit graph, with ``meta["invariant"]`` on what is marked."""
-    edit, record = edit_module.graph, record_module.graph
+def hoist_invariants(compilation: Compilation) -> None:
+    """Run the pass on the edit and the record graph; what is marked has ``meta["invariant"]``."""
+    edit_module, record_module = compilation.edit, compilation.module("record")
+    edit, record, infos, report = edit_module.graph, record_module.graph, compilation.inputs, compilation.report
     placeholders = [node for node in edit.nodes if node.op == "placeholder"]
     kinds = dict(zip(placeholders, (info.kind for info in infos), strict=True))
     constant = constant_nodes(edit, infos)
-    tensors = {node for node in edit.nodes if isinstance(node.meta.get("val"), torch.Tensor | tuple | list)}
+    tensors = {node for node in edit.nodes if isinstance(node.meta.get(VALUE), torch.Tensor | tuple | list)}
     dense = {node.name: node for node in record.nodes if node.op == "call_function"}
     same = {node for node in tensors if node.name in dense and dense[node.name].target is node.target}
     steps = {node for node, kind in kinds.items() if kind == "scalar"}
     for node in _border(_dependents(edit, steps, constant, same), edit):
-        _record_step(node, dense[node.name], record, report)
+        _record_step(node, dense[node.name], compilation)
     prompts = {node for node, kind in kinds.items() if kind == "user" and spatial_of(node) is None}
     for number, node in enumerate(_border(_dependents(edit, prompts, constant, tensors), edit)):
-        node.meta["invariant"] = number
+        node.meta[INVARIANT] = number
         report.match(NAME)
     eliminate_dead_code(edit)
     for graph_module in (edit_module, record_module):
         graph_module.recompile()
-    return edit_module

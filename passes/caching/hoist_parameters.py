@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.deferred import DeferredModule
+from fisedit_compile.passes.common.meta import HOISTED
 from fisedit_compile.passes.common.program import InputInfo
-from fisedit_compile.passes.common.report import Report
 from fisedit_compile.passes.common.targets import OVERLOAD
 
 NAME = "hoist_parameters"
@@ -48,17 +49,15 @@ def constant_nodes(graph: fx.Graph, infos: Sequence[InputInfo]) -> set[fx.Node]:
     return constant
 
 
-def hoist_parameters(
-    graph_module: fx.GraphModule, infos: Sequence[InputInfo], report: Report
-) -> tuple[fx.GraphModule, fx.GraphModule | None]:
-    """Mark hoisted nodes of the edit graph with ``meta["hoisted"]``, in place; returns it and the prologue, if any."""
-    graph = graph_module.graph
+def hoist_parameters(compilation: Compilation) -> None:
+    """Run the pass: marks hoisted nodes of the edit graph with ``meta["hoisted"]``, and makes the prologue, if any."""
+    graph = compilation.edit.graph
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    constant = constant_nodes(graph, infos)
+    constant = constant_nodes(graph, compilation.inputs)
     computed = [node for node in graph.nodes if node in constant and node.op == "call_function"]
     results = [node for node in computed if any(user not in constant for user in node.users)]
     if not results:
-        return graph_module, None
+        return
     prologue = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in placeholders:
@@ -69,7 +68,7 @@ def hoist_parameters(
     prologue.output(tuple(copies[node] for node in results))
     prologue.eliminate_dead_code()
     for number, node in enumerate(results):
-        node.meta["hoisted"] = number
-        report.match(NAME)
-    root: Any = graph_module
-    return graph_module, DeferredModule(root, prologue, "Prologue")
+        node.meta[HOISTED] = number
+        compilation.report.match(NAME)
+    root: Any = compilation.edit
+    compilation.prologue = DeferredModule(root, prologue, "Prologue")

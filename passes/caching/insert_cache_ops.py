@@ -24,15 +24,25 @@ import torch
 from torch import fx
 
 from fisedit_compile.errors import GraphError
-from fisedit_compile.passes.common.ir import RowsBuilder, load, recorded, shape_of, spatial_of, store
+from fisedit_compile.passes.common.compilation import Compilation
+from fisedit_compile.passes.common.ir import (
+    RowsBuilder,
+    Transform,
+    eliminate_dead_code,
+    load,
+    recorded,
+    shape_of,
+    spatial_of,
+    store,
+)
 from fisedit_compile.passes.common.layouts import Spatial
-from fisedit_compile.passes.common.report import Report
+from fisedit_compile.passes.common.meta import MODULE_PATH, ORIGIN, VALUE
 from fisedit_compile.passes.common.targets import aten
 from fisedit_compile.passes.sparsify.lower_conversions import flatten_space
 from fisedit_compile.runtime.spec import Site
 
 NAME = "insert_cache_ops"
-NORM_OUTPUTS = ("norm_center", "norm_partials", "norm_totals")
+NORM_OUTPUTS: tuple[Transform, ...] = ("norm_center", "norm_partials", "norm_totals")
 
 
 def add_store(graph: fx.Graph, value: fx.Node, name: str) -> None:
@@ -54,10 +64,10 @@ class _Recorder:
         add_store(self.graph, value, name)
         self.sites[name] = site
 
-    def site(self, origin: str, transform: str, parameters: tuple[int, ...]) -> str:
+    def site(self, origin: str, transform: Transform, parameters: tuple[int, ...]) -> str:
         """Name of the site of a transform of the value ``origin``; it is added when it is new."""
         value = self.values[origin]
-        path = value.meta.get("module_path")
+        path = value.meta.get(MODULE_PATH)
         name = ":".join([*([path] if path else []), origin, transform, *map(str, parameters)])
         if name in self.sites:
             return name
@@ -65,7 +75,7 @@ class _Recorder:
         if spatial is None:
             raise GraphError(f"the value {origin} to be recorded is not spatial")
         builder = RowsBuilder(_behind(value))
-        shape, dtype = shape_of(value), value.meta["val"].dtype
+        shape, dtype = shape_of(value), value.meta[VALUE].dtype
         if transform == "map":
             self.add(
                 name, value, Site(name, "spatial", spatial.domain, spatial.order, spatial.space_rank, shape, dtype)
@@ -75,7 +85,7 @@ class _Recorder:
         flat = (shape[spatial.batch_dim], spatial.domain.size, *channels)
         if transform == "rows":
             # The former gives what is contiguous already as it is, the latter copies fast.
-            ready = value.meta["val"].permute(spatial.order).is_contiguous()
+            ready = value.meta[VALUE].permute(spatial.order).is_contiguous()
             contiguous = aten.contiguous.default if ready else torch.ops.fisedit.contiguous_rows.default
             rows = builder.call(contiguous, flatten_space(builder, value, spatial))
             self.add(name, rows, _rows_site(name, spatial, flat, dtype))
@@ -107,24 +117,25 @@ def _rows_site(name: str, spatial: Spatial, shape: tuple[int, ...], dtype: torch
     return Site(name, "spatial", spatial.domain, tuple(range(len(shape))), 1, shape, dtype)
 
 
-def insert_cache_ops(
-    edit: fx.GraphModule, record: fx.GraphModule, report: Report
-) -> tuple[fx.GraphModule, fx.GraphModule, tuple[Site, ...]]:
-    """Run the pass on both graphs in place; returns them and the sites in the order of their stores."""
-    recorder = _Recorder(record.graph, {str(node.meta.get("origin", node.name)): node for node in record.graph.nodes})
+def insert_cache_ops(compilation: Compilation) -> None:
+    """Run the pass on the edit and the record graph; ``sites`` are in the order of their stores."""
+    edit, record = compilation.edit, compilation.module("record")
+    # What nobody reads must not be stored.
+    eliminate_dead_code(edit.graph)
+    recorder = _Recorder(record.graph, {str(node.meta.get(ORIGIN, node.name)): node for node in record.graph.nodes})
     outputs: dict[str, str] = {}
     output = next(iter(reversed(record.graph.nodes)))
     for number, value in enumerate(output.args[0]):
         if not isinstance(value, fx.Node):
             continue
         name, spatial = f"output:{number}", spatial_of(value)
-        shape, dtype = shape_of(value), value.meta["val"].dtype
+        shape, dtype = shape_of(value), value.meta[VALUE].dtype
         if spatial is None:
             site = Site(name, "value", None, (), 0, shape, dtype)
         else:
             site = Site(name, "spatial", spatial.domain, spatial.order, spatial.space_rank, shape, dtype, lossless=True)
         recorder.add(name, value, site)
-        outputs.setdefault(str(value.meta.get("origin", value.name)), name)
+        outputs.setdefault(str(value.meta.get(ORIGIN, value.name)), name)
     for node in list(edit.graph.nodes):
         if node.target is not recorded:
             continue
@@ -134,8 +145,7 @@ def insert_cache_ops(
         else:
             name = recorder.site(origin, transform, tuple(parameters))
         node.target, node.args = load, (name,)
-        report.match(NAME)
+        compilation.report.match(NAME)
     for graph_module in (edit, record):
         graph_module.recompile()
-    report.sites = tuple(recorder.sites.values())
-    return edit, record, report.sites
+    compilation.sites = tuple(recorder.sites.values())

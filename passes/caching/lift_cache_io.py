@@ -18,8 +18,10 @@ from typing import Any
 from torch import fx
 
 from fisedit_compile.errors import GraphError
+from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.deferred import DeferredModule
 from fisedit_compile.passes.common.ir import load, plan, store, update
+from fisedit_compile.passes.common.meta import HOISTED, INVARIANT, ORIGIN, PLAN_INPUT, VALUE
 from fisedit_compile.passes.common.program import GraphInput
 from fisedit_compile.passes.common.report import Report
 from fisedit_compile.runtime.spec import Site
@@ -49,12 +51,12 @@ def _input_of(node: fx.Node, arguments: dict[fx.Node, int]) -> GraphInput | None
     """What the node is read from, when it becomes a graph input."""
     if node in arguments:
         return GraphInput("argument", arguments[node])
-    if "hoisted" in node.meta:
-        return GraphInput("hoisted", node.meta["hoisted"])
-    if "invariant" in node.meta:
-        return GraphInput("invariant", node.meta["invariant"])
+    if HOISTED in node.meta:
+        return GraphInput("hoisted", node.meta[HOISTED])
+    if INVARIANT in node.meta:
+        return GraphInput("invariant", node.meta[INVARIANT])
     if node.target is plan:
-        return GraphInput("plan", node.meta["plan_input"])
+        return GraphInput("plan", node.meta[PLAN_INPUT])
     if node.target is load:
         return GraphInput("recorded", str(node.args[0]))
     return None
@@ -87,7 +89,7 @@ class _Cut:
         copies: dict[fx.Node, fx.Node] = {}
         for source, nodes in self.inputs.items():
             placeholder = lifted.placeholder(f"{source.kind}_{nodes[0].name}")
-            placeholder.meta.update({key: value for key, value in nodes[0].meta.items() if key in ("val", "origin")})
+            placeholder.meta.update({key: value for key, value in nodes[0].meta.items() if key in (VALUE, ORIGIN)})
             copies.update(dict.fromkeys(nodes, placeholder))
         for node in self._graph.nodes:
             if node in self._needed and node not in copies and node.op != "output":
@@ -104,7 +106,7 @@ def _arguments(graph: fx.Graph) -> dict[fx.Node, int]:
 def lift_invariants(edit: fx.GraphModule) -> tuple[fx.GraphModule | None, tuple[GraphInput, ...]]:
     """The graph that computes the marked invariants in their order, and its inputs; None when nothing is marked."""
     arguments = _arguments(edit.graph)
-    marked = sorted((node for node in edit.graph.nodes if "invariant" in node.meta), key=lambda n: n.meta["invariant"])
+    marked = sorted((node for node in edit.graph.nodes if INVARIANT in node.meta), key=lambda n: n.meta[INVARIANT])
     if not marked:
         return None, ()
 
@@ -147,3 +149,11 @@ def lift_edit(
         raise GraphError(f"updates of unknown sites: {sorted(unknown)}")
     saving = cut.build(edit, [*originals, *updates], "EditSave")
     return cut.build(edit, originals, "Edit"), saving, tuple(cut.inputs)
+
+
+def lift_cache_io(compilation: Compilation) -> None:
+    """Run the pass: makes all graphs functional, and says what the new ones read."""
+    edit, record, sites, report = compilation.edit, compilation.module("record"), compilation.sites, compilation.report
+    compilation.edit, compilation.edit_save, compilation.edit_inputs = lift_edit(edit, sites, report)
+    compilation.invariants, compilation.invariant_inputs = lift_invariants(edit)
+    lift_stores(record, sites, report)

@@ -15,8 +15,9 @@ from __future__ import annotations
 from torch import fx
 
 from fisedit_compile.errors import GraphError
+from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.ir import MARKERS
-from fisedit_compile.passes.common.program import Program
+from fisedit_compile.passes.common.program import Program, SparseProgram
 
 
 def _check(condition: bool, text: str) -> None:
@@ -40,28 +41,36 @@ def _lint(graph_module: fx.GraphModule) -> None:
         raise GraphError(f"a lifted graph is broken: {error}") from error
 
 
-def verify(program: Program) -> Program:
-    """Return the program unchanged.
+def verify(compilation: Compilation) -> None:
+    """Run the pass on the finished program.
 
     Raises:
-        GraphError: a condition is violated; the text says which.
+        GraphError: there is no program, or a condition is violated; the text says which.
     """
+    if compilation.program is None:
+        raise GraphError("there is no program to verify; make_program has to run first")
+    check_program(compilation.program)
+
+
+def check_program(program: Program) -> None:
+    """Raise a ``GraphError`` that says which condition a program violates, if any."""
     names = [site.name for site in program.sites]
     _check(len(set(names)) == len(names), "two cache sites share a name")
     _check(_returned(program.record) == program.output_count + len(names), "the record graph misses a store")
+    for graph_module in program.graphs().values():
+        left = [node.name for node in graph_module.graph.nodes if node.target in MARKERS]
+        _check(not left, f"marker nodes are left: {', '.join(left)}")
+        _lint(graph_module)
+    if isinstance(program, SparseProgram):
+        _check_sparse(program, names)
+
+
+def _check_sparse(program: SparseProgram, names: list[str]) -> None:
     if program.dense is not None:
         _check(_returned(program.dense) == program.output_count, "the dense graph misses an output")
         _check(_placeholders(program.dense) == _placeholders(program.record), "the dense graph takes other inputs")
     made = 0 if program.prologue is None else _returned(program.prologue)
     _check(all(number < made for number in program.dense_inputs), "the record graph reads what is not hoisted")
-    graphs = (program.record, program.dense, program.edit, program.edit_save, program.prologue, program.invariants)
-    for graph_module in graphs:
-        if graph_module is not None:
-            left = [node.name for node in graph_module.graph.nodes if node.target in MARKERS]
-            _check(not left, f"marker nodes are left: {', '.join(left)}")
-            _lint(graph_module)
-    if program.edit is None or program.edit_save is None:
-        return program
     for graph_module in (program.edit, program.edit_save):
         count = _placeholders(graph_module)
         _check(count == len(program.edit_inputs), f"{count} placeholders for {len(program.edit_inputs)} edit inputs")
@@ -69,4 +78,3 @@ def verify(program: Program) -> Program:
     _check(_returned(program.edit_save) == program.output_count + len(names), "the saving edit graph misses an update")
     recorded = {source.reference for source in program.edit_inputs if source.kind == "recorded"}
     _check(recorded <= set(names), f"inputs read unknown sites: {sorted(map(str, recorded - set(names)))}")
-    return program

@@ -13,6 +13,7 @@ from torch import fx
 
 from fisedit_compile.passes.common.ir import RowsBuilder, spatial_of
 from fisedit_compile.passes.common.layouts import Spatial
+from fisedit_compile.passes.common.meta import DENSE_REASON, SPATIAL_OUTPUTS
 from fisedit_compile.passes.common.report import Report
 
 Inferred = Spatial | list[Spatial] | str
@@ -39,7 +40,7 @@ class Family:
 
 def is_annotated(node: fx.Node) -> bool:
     """Whether propagate_domains found the node's output, or each of its outputs, spatial."""
-    return spatial_of(node) is not None or "spatial_outputs" in node.meta
+    return spatial_of(node) is not None or SPATIAL_OUTPUTS in node.meta
 
 
 def rewrite_nodes(family: Family, graph: fx.Graph, report: Report) -> None:
@@ -50,7 +51,7 @@ def rewrite_nodes(family: Family, graph: fx.Graph, report: Report) -> None:
     for node in list(graph.nodes):
         if node.op != "call_function" or not family.matches(node.target):
             continue
-        reason = node.meta.get("dense_reason")
+        reason = node.meta.get(DENSE_REASON)
         if reason is not None:
             report.miss(family.name, node, reason)
             continue
@@ -60,13 +61,5 @@ def rewrite_nodes(family: Family, graph: fx.Graph, report: Report) -> None:
         if reason is None:
             report.match(family.name)
         else:
-            node.meta["dense_reason"] = reason
+            node.meta[DENSE_REASON] = reason
             report.miss(family.name, node, reason)
-
-
-def rewrite_family(family: Family, graph_module: fx.GraphModule, report: Report) -> fx.GraphModule:
-    """``rewrite_nodes`` on a module, checked and with its code made anew."""
-    rewrite_nodes(family, graph_module.graph, report)
-    graph_module.graph.lint()
-    graph_module.recompile()
-    return graph_module

@@ -17,14 +17,18 @@ Markers are ordinary ``call_function`` nodes whose targets are the functions bel
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
 
 from fisedit_compile.errors import GraphError
 from fisedit_compile.passes.common.layouts import Spatial
-from fisedit_compile.runtime.spec import Domain, PlanInput, Stencil
+from fisedit_compile.passes.common.meta import LIKELY_ROWS, MODULE_PATH, ORIGIN, PLAN_INPUT, PROVENANCE, SPATIAL, VALUE
+from fisedit_compile.runtime.spec import Domain, PlanInput, PlanKind, Stencil
+
+Transform = Literal["map", "rows", "norm_center", "norm_partials", "norm_totals"]
+"""How a recorded value is kept; passes/README.md has what each one stores."""
 
 
 def _marker(name: str) -> Callable[..., Any]:
@@ -51,12 +55,12 @@ MARKERS = (to_rows, to_map, recorded, update, plan, load, store, unknown)
 
 def spatial_of(node: object) -> Spatial | None:
     """The spatial annotation of a node, or None for anything else."""
-    return node.meta.get("spatial") if isinstance(node, fx.Node) else None
+    return node.meta.get(SPATIAL) if isinstance(node, fx.Node) else None
 
 
 def origin_of(node: fx.Node) -> str:
     """Name of the node of the dense graph whose value this node stands for."""
-    return str(node.meta.get("origin", node.name))
+    return str(node.meta.get(ORIGIN, node.name))
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:
@@ -65,7 +69,7 @@ def shape_of(node: fx.Node) -> tuple[int, ...]:
     Raises:
         GraphError: the node carries no tensor value.
     """
-    value = node.meta.get("val")
+    value = node.meta.get(VALUE)
     if not isinstance(value, torch.Tensor):
         raise GraphError(f"node {node.name} carries no tensor value")
     return tuple(int(size) for size in value.shape)
@@ -83,7 +87,7 @@ def reads_spatial(node: fx.Node) -> bool:
 
 def copy_provenance(source: fx.Node, target: fx.Node) -> None:
     """Carry over what names the site of a node: module stack, stack trace."""
-    for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
+    for key in PROVENANCE:
         if key in source.meta:
             target.meta[key] = source.meta[key]
 
@@ -93,11 +97,11 @@ def insert_call(before: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.N
     with before.graph.inserting_before(before):
         node = before.graph.call_function(target, args, kwargs)
     copy_provenance(before, node)
-    if "module_path" in before.meta:
-        node.meta["module_path"] = before.meta["module_path"]
-    values, keywords = fx.node.map_arg((args, kwargs), lambda value: value.meta["val"])
+    if MODULE_PATH in before.meta:
+        node.meta[MODULE_PATH] = before.meta[MODULE_PATH]
+    values, keywords = fx.node.map_arg((args, kwargs), lambda value: value.meta[VALUE])
     with torch.no_grad():
-        node.meta["val"] = target(*values, **keywords)
+        node.meta[VALUE] = target(*values, **keywords)
     return node
 
 
@@ -128,14 +132,14 @@ class RowsBuilder:
             return rows
         return self.call(to_rows, value)
 
-    def plan(self, kind: str, of: Domain | Stencil) -> fx.Node:
+    def plan(self, kind: PlanKind, of: Domain | Stencil) -> fx.Node:
         """A tensor made from the mask."""
         label = str(of) if isinstance(of, Domain) else f"{of.kind}:{of.source}->{of.target}"
         node = self.call(plan, kind, label)
-        node.meta["plan_input"] = PlanInput(kind, of)
+        node.meta[PLAN_INPUT] = PlanInput(kind, of)
         return node
 
-    def recorded(self, value: fx.Node, transform: str, *parameters: int) -> fx.Node:
+    def recorded(self, value: fx.Node, transform: Transform, *parameters: int) -> fx.Node:
         """A tensor of the recorded call: ``value`` seen through ``transform``."""
         return self.call(recorded, origin_of(value), transform, *parameters)
 
@@ -193,12 +197,12 @@ class RowsBuilder:
     def replace(self, rows: fx.Node, node: fx.Node | None = None) -> None:
         """Let ``to_map(rows)`` stand for the node from now on, and erase it."""
         node = node or self.node
-        spatial = node.meta["spatial"]
-        rows.meta["likely_rows"] = shape_of(node)[spatial.batch_dim] * likely_rows(spatial.domain)
+        spatial = node.meta[SPATIAL]
+        rows.meta[LIKELY_ROWS] = shape_of(node)[spatial.batch_dim] * likely_rows(spatial.domain)
         with self.graph.inserting_before(node):
             value = self.graph.call_function(to_map, (rows,))
         copy_provenance(node, value)
-        value.meta.update(val=node.meta["val"], spatial=node.meta["spatial"], origin=origin_of(node))
+        value.meta.update({VALUE: node.meta[VALUE], SPATIAL: node.meta[SPATIAL], ORIGIN: origin_of(node)})
         node.replace_all_uses_with(value)
         self.graph.erase_node(node)
 

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from fisedit_compile.passes.common.meta import EXAMPLE_VALUE, VALUE
+
 #: Operators of Python that change their first operand, where that can be changed.
 IN_PLACE = (
     operator.iadd, operator.iand, operator.ifloordiv, operator.ilshift, operator.imod, operator.imul, operator.imatmul,
@@ -76,7 +78,7 @@ def _is_tensor(value: object) -> bool:
     """Whether a value is known to be a tensor. Dynamo calls what it saw ``example_value``, tracing ``val``."""
     if not isinstance(value, fx.Node):
         return False
-    return isinstance(value.meta.get("example_value", value.meta.get("val")), torch.Tensor)
+    return isinstance(value.meta.get(EXAMPLE_VALUE, value.meta.get(VALUE)), torch.Tensor)
 
 
 def _rewrite_numbers(node: fx.Node) -> bool:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import fx
 
 from fisedit_compile.passes.common.report import Report
 from fisedit_compile.runtime.spec import Domain, PlanInput, Site, Stencil
+
+InputKind = Literal["parameter", "state", "scalar", "user"]
+SourceKind = Literal["argument", "hoisted", "invariant", "plan", "recorded"]
 
 
 @dataclass(frozen=True)
@@ -17,7 +21,7 @@ class InputInfo:
     numbers are among them). ``tokens``: the resolution of a picture ``[B, H * W, C]``, where the user says that it is
     one."""
 
-    kind: str
+    kind: InputKind
     name: str
     tokens: Domain | None = None
 
@@ -31,46 +35,83 @@ class GraphInput:
     the site named ``reference`` of the recorded call.
     """
 
-    kind: str
+    kind: SourceKind
     reference: int | str | PlanInput
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Program:
-    """One compiled graph. See docs/architecture.md for how the graphs relate.
+    """One compiled graph, of one of the kinds below. See docs/architecture.md for how its graphs relate.
 
     Attributes:
-        record: dense graph; inputs are the flat inputs followed by ``dense_inputs``, outputs are the original outputs
-            followed by one tensor for each site.
-        edit: graph over rows; inputs as in ``edit_inputs``; outputs are the original outputs.
-        edit_save: as ``edit``, followed by one update for each site (rows ``[B, N, *C]``, a value, or None: keep).
-        prologue: computes what depends on parameters only (packed weights); inputs are the flat inputs.
-        invariants: computes what depends on parameters and on inputs such as the prompt only; None when nothing does.
-        invariant_inputs: its inputs, of the kinds ``argument`` and ``hoisted``.
+        record: dense graph; inputs are the flat inputs, outputs are the original outputs followed by one tensor for
+            each site.
         sites: what a recorded call stores, in order; outputs are sites named ``output:0`` and so on.
-        mask_domain: finest resolution of the spatial inputs; None when nothing is spatial.
-        dense: the record graph without what it stores; None when nothing was rewritten for dense calls.
-        dense_inputs: which outputs of the prologue the record and dense graphs read.
-        batch: batch size of all spatial values; None when nothing is spatial.
-        dense_when_full: a mask of everything leaves nothing of the recording, so that the dense graph is its edit.
+        output_count: how many outputs the graph has.
+        report: what the passes did and did not do.
+        parameter_positions, scalar_positions: which flat inputs are parameters, and which are scalars.
     """
 
     record: fx.GraphModule
-    edit: fx.GraphModule | None
-    edit_save: fx.GraphModule | None
-    prologue: fx.GraphModule | None
-    invariants: fx.GraphModule | None
-    invariant_inputs: tuple[GraphInput, ...]
-    edit_inputs: tuple[GraphInput, ...]
     sites: tuple[Site, ...]
-    domains: tuple[Domain, ...]
-    stencils: tuple[Stencil, ...]
-    mask_domain: Domain | None
-    batch: int | None
+    output_count: int
     report: Report
     parameter_positions: tuple[int, ...]
     scalar_positions: tuple[int, ...]
-    output_count: int
-    dense_when_full: bool = False
+
+    def graphs(self) -> dict[str, fx.GraphModule]:
+        """All graphs that there are, by the name of their field."""
+        return {"record": self.record}
+
+
+@dataclass(kw_only=True)
+class DenseProgram(Program):
+    """Of a graph without spatial inputs: it is recorded, edits compute it densely, and nothing is masked."""
+
+
+@dataclass(kw_only=True)
+class SparseProgram(Program):
+    """Of a graph with spatial inputs. The inputs of ``record`` are the flat inputs followed by ``dense_inputs``.
+
+    Attributes:
+        edit: graph over rows; inputs as in ``edit_inputs``; outputs are the original outputs.
+        edit_save: as ``edit``, followed by one update for each site (rows ``[B, N, *C]``, a value, or None: keep).
+        edit_inputs: what the edit graphs read.
+        domains, stencils: what the mask is made into plans for.
+        mask_domain: finest resolution of the spatial inputs.
+        batch: batch size of all spatial values.
+        prologue: computes what depends on parameters only (packed weights); inputs are the flat inputs. None when
+            nothing does.
+        invariants: computes what depends on parameters and on inputs such as the prompt only; None when nothing does.
+        invariant_inputs: its inputs, of the kinds ``argument`` and ``hoisted``.
+        dense: the record graph without what it stores; None when nothing was rewritten for dense calls, for which the
+            graph as Dynamo made it then serves.
+        dense_inputs: which outputs of the prologue the record and dense graphs read.
+        dense_when_full: a mask of everything leaves nothing of the recording, so that the dense graph is its edit.
+    """
+
+    edit: fx.GraphModule
+    edit_save: fx.GraphModule
+    edit_inputs: tuple[GraphInput, ...]
+    domains: tuple[Domain, ...]
+    stencils: tuple[Stencil, ...]
+    mask_domain: Domain
+    batch: int
+    prologue: fx.GraphModule | None = None
+    invariants: fx.GraphModule | None = None
+    invariant_inputs: tuple[GraphInput, ...] = ()
     dense: fx.GraphModule | None = None
     dense_inputs: tuple[int, ...] = ()
+    dense_when_full: bool = False
+
+    def graphs(self) -> dict[str, fx.GraphModule]:
+        """All graphs that there are, by the name of their field."""
+        named = {
+            "record": self.record,
+            "dense": self.dense,
+            "edit": self.edit,
+            "edit_save": self.edit_save,
+            "prologue": self.prologue,
+            "invariants": self.invariants,
+        }
+        return {name: graph for name, graph in named.items() if graph is not None}

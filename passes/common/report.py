@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import fx
 
 from fisedit_compile.runtime.spec import Domain, Site
+
+MacKind = Literal["convolution", "linear", "product", "attention", "transformer layer", "attention layer"]
+Connection = Literal["rows", "stencil", "attention", "statistics", "ends locality"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class MacCount:
     """
 
     node: str
-    kind: str
+    kind: MacKind
     macs: int
     domain: Domain | None
 
@@ -62,7 +66,7 @@ class Report:
     row_convolutions: Counter[str] = field(default_factory=Counter)
     packed_bytes: int = 0
     dense_reason: str | None = None
-    connections: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+    connections: Counter[tuple[str, str, Connection]] = field(default_factory=Counter)
 
     def match(self, pass_name: str) -> None:
         """Count one rewrite."""

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+import fisedit_compile.operators  # noqa: F401  (registers operators that are named here)
+
 aten = torch.ops.aten
 #: The class of every concrete operator.
 OVERLOAD = type(aten.add.Tensor)
@@ -62,6 +64,53 @@ RESHAPES = {
     aten.reshape_as.default,
 }
 
+PERMUTES = {aten.permute.default, aten.transpose.int, aten.movedim.int, aten.movedim.intlist}
+SQUEEZES = {aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default}
+JOINS = {aten.cat.default, aten.stack.default, aten.concat.default}
+#: What takes a part of a dimension, or all parts of it.
+CROPS = {aten.slice.Tensor, aten.narrow.default}
+SPLITS = {aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default, aten.chunk.default}
+#: The same, and what takes single indices of a dimension, which then vanishes.
+SLICES = CROPS | {aten.select.int}
+CUTS = SPLITS | {aten.unbind.int}
+#: What writes into a part of a dimension.
+WRITES = {aten.slice_scatter.default, aten.select_scatter.default}
+#: What moves the indices of a dimension.
+TURNS = {aten.flip.default, aten.roll.default}
+#: The same value at another place of the mask: propagate_domains puts it where values from different places meet.
+ALIAS = aten.alias.default
+#: Whatever changes dimensions and computes nothing.
+LAYOUTS = RESHAPES | PERMUTES | SQUEEZES | JOINS | CUTS | SLICES | WRITES | TURNS | {aten.expand.default, ALIAS}
+
+#: Complex numbers from pairs along the last dimension, and back.
+COMPLEX = {torch.ops.fisedit.complex_of_pairs.default, aten.view_as_real.default}
+
+#: Products over the last dimension of the first operand.
+LAST_DIMENSION_PRODUCTS = {aten.linear.default, aten.matmul.default}
+#: Norms over the last dimensions.
+LAST_DIMENSION_NORMS = {aten.layer_norm.default, aten.rms_norm.default}
+#: Work within the channels of each position, where these are where an operator looks for them.
+PER_POSITION = LAST_DIMENSION_PRODUCTS | LAST_DIMENSION_NORMS | {aten.batch_norm.default}
+#: Norms whose statistics are those of all positions.
+GROUP_NORMS = {aten.group_norm.default, aten.instance_norm.default}
+
+#: Reductions and scans over named dimensions: operator -> whether the dimensions vanish without ``keepdim``.
+REDUCTIONS: dict[Any, bool] = {
+    aten.sum.dim_IntList: True,
+    aten.mean.dim: True,
+    aten.amax.default: True,
+    aten.amin.default: True,
+    aten.var.correction: True,
+    aten.std.correction: True,
+    aten.logsumexp.default: True,
+    aten.linalg_vector_norm.default: True,
+    aten.softmax.int: False,
+    aten.log_softmax.int: False,
+    aten.cumsum.default: False,
+}
+
+ATTENTIONS = {aten.scaled_dot_product_attention.default}
+
 #: Operators that end nothing and do nothing once a graph is functional.
 NO_OPERATION = {
     aten.lift_fresh_copy.default,
@@ -79,6 +128,20 @@ CONVOLUTIONS = {
     aten.convolution.default,
     aten.conv_transpose2d.input,
 }
+
+NEAREST = {aten.upsample_nearest2d.vec, aten.upsample_nearest2d.default}
+BILINEAR = {aten.upsample_bilinear2d.vec, aten.upsample_bilinear2d.default}
+#: Pads and their modes; "" where the mode is an argument.
+PADS: dict[Any, str] = {
+    aten.constant_pad_nd.default: "constant",
+    aten.reflection_pad2d.default: "reflect",
+    aten.replication_pad2d.default: "replicate",
+    aten.pad.default: "",
+}
+POOLS = {aten.avg_pool2d.default, aten.max_pool2d.default, aten.adaptive_avg_pool2d.default}
+SHUFFLES = {aten.pixel_shuffle.default, aten.pixel_unshuffle.default}
+#: Operators that change the resolution and have a rule for rows, convolutions apart.
+RESAMPLINGS = NEAREST | BILINEAR | set(PADS) | POOLS | SHUFFLES
 
 #: Operators that keep a map a map of dimensions (batch, channel, height, width) at another resolution, rule or no rule.
 RESOLUTION_CHANGES = CONVOLUTIONS | {

@@ -18,83 +18,40 @@ Conditions:
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Sequence
-from typing import Any
 
-import torch
-from torch import fx
-
+from fisedit_compile.errors import GraphError
+from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.ir import spatial_of
-from fisedit_compile.passes.common.report import Miss, Report
+from fisedit_compile.passes.common.meta import CHANGED, ORIGIN, SPATIAL, VALUE
+from fisedit_compile.passes.common.report import Miss
 
 NAME = "collapse"
 
 
-class Opaque:
-    """A graph that passes cannot look into, as the target of a call.
+def collapse(compilation: Compilation) -> None:
+    """Run the pass on the traced graph.
 
-    Attributes:
-        reason: why it runs as a whole.
-        changed: positions of the inputs that it changes in place.
+    Raises:
+        GraphError: the compilation is not that of a graph that runs as a whole.
     """
-
-    # FX names nodes, and what is called in the code that it writes, by it.
-    __name__ = "opaque"
-
-    def __init__(
-        self,
-        run: Callable[..., Sequence[Any]],
-        reason: str,
-        strides: Sequence[tuple[int, ...] | None],
-        changed: Collection[int] = (),
-    ) -> None:
-        """Args:
-        run: the graph; takes the flat inputs and returns the outputs.
-        reason: see above.
-        strides: of each input as the graph knows it; None for what is no tensor.
-        changed: see above.
-        """
-        self._run = run
-        # A copy of what the graph changes would keep the change from the caller.
-        self._strides = tuple(None if at in changed else known for at, known in enumerate(strides))
-        self.reason = reason
-        self.changed = frozenset(changed)
-
-    def __str__(self) -> str:
-        return "the whole graph"
-
-    def __call__(self, *arguments: Any) -> Sequence[Any]:
-        return self._run(*map(_with_strides, arguments, self._strides))
-
-
-def _with_strides(value: Any, strides: tuple[int, ...] | None) -> Any:
-    """A tensor as it lies in memory when the graph is called by itself: views in the graph rely on that."""
-    if strides is None or value.stride() == strides:
-        return value
-    if any(stride == 0 and size > 1 for stride, size in zip(strides, value.shape, strict=True)):
-        # Every view of elements that lie on top of each other is one of elements in order as well.
-        return value.contiguous()
-    return torch.empty_strided(value.shape, strides, dtype=value.dtype, device=value.device).copy_(value)
-
-
-def collapse(graph_module: fx.GraphModule, opaque: Opaque, report: Report) -> fx.GraphModule:
-    """Run the pass in place and return the module."""
-    graph = graph_module.graph
+    graph, opaque, report = compilation.edit.graph, compilation.opaque, compilation.report
+    if opaque is None:
+        raise GraphError("collapse was run on a graph that passes can look into; it is for opaque graphs only")
     output = next(iter(reversed(graph.nodes)))
     if any(node.target is opaque for node in graph.nodes):
-        return graph_module
+        return
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     gone = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
     with graph.inserting_before(output):
         call = graph.call_function(opaque, tuple(inputs))
         results = [graph.call_function(operator.getitem, (call, number)) for number in range(len(output.args[0]))]
     for node, value in zip(results, output.args[0], strict=True):
-        node.meta.update(val=value.meta["val"], origin=node.name)
+        node.meta.update({VALUE: value.meta[VALUE], ORIGIN: node.name})
         if (spatial := spatial_of(value)) is not None:
-            node.meta["spatial"] = spatial.at()  # what happens to positions inside is not looked at
-    call.meta["origin"] = call.name
+            node.meta[SPATIAL] = spatial.at()  # what happens to positions inside is not looked at
+    call.meta[ORIGIN] = call.name
     for position in opaque.changed:
-        inputs[position].meta["changed"] = True
+        inputs[position].meta[CHANGED] = True
     output.args = (tuple(results),)
     for node in reversed(gone):
         graph.erase_node(node)
@@ -107,5 +64,4 @@ def collapse(graph_module: fx.GraphModule, opaque: Opaque, report: Report) -> fx
         report.dense_nodes.append(Miss("trace", call.name, str(opaque), opaque.reason))
     else:
         report.dense_reason = f"{opaque.reason}; moreover {report.dense_reason}"
-    graph_module.recompile()
-    return graph_module
+    compilation.edit.recompile()

@@ -7,8 +7,8 @@ apart: a label is a name, a time is a number.
 An input is a label when
 1. it is a tensor of integers or booleans;
 2. it is used as a name only: to look up rows of a table of parameters or to be compared for equality, after casts
-   between integers, changes of shape, joins, cuts, and choices (``where``) between it and other names; a boolean also
-   chooses;
+   between integers, changes of shape, joins, cuts, and selections (``where``) between it and other names; a boolean
+   also selects;
 3. the graph computes sines or cosines of another small input: that one is the time. Without it a looked-up number may
    itself be the time, since some networks embed their timesteps by a table; it then stays what an edit must keep.
 
@@ -25,12 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fisedit_compile.passes.common.meta import VALUE
 from fisedit_compile.passes.common.program import InputInfo
 from fisedit_compile.passes.common.targets import NO_OPERATION, RESHAPES, aten
 
 WAVES = {aten.sin.default, aten.cos.default}
 EQUALITIES = {aten.eq.Scalar, aten.eq.Tensor, aten.ne.Scalar, aten.ne.Tensor, aten.one_hot.default}
-CHOICES = {aten.where.self, aten.where.ScalarSelf, aten.where.ScalarOther, aten.where.Scalar}
+SELECTIONS = {aten.where.self, aten.where.ScalarSelf, aten.where.ScalarOther, aten.where.Scalar}
 FILLS = {aten.masked_fill.Scalar, aten.masked_fill.Tensor}
 #: Position of the indices among the arguments of operators that look rows up in the tensor that comes first.
 LOOKUPS: dict[Any, int] = {aten.embedding.default: 1, aten.index_select.default: 2, aten.index.Tensor: 1}
@@ -40,7 +41,7 @@ LOGIC = {aten.logical_not.default, aten.logical_and.default, aten.logical_or.def
 SHAPES_ONLY = {aten.full_like.default, aten.zeros_like.default, aten.ones_like.default, aten.empty_like.default,
                aten.new_zeros.default, aten.new_ones.default, aten.new_full.default}  # fmt: skip
 #: Operators whose results are elements of their operands. Casts among them count if they lead to integers.
-CARRIERS = RESHAPES | NO_OPERATION | CHOICES | FILLS | {
+CARRIERS = RESHAPES | NO_OPERATION | SELECTIONS | FILLS | {
     aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default, aten.type_as.default,
     aten.expand.default, aten.repeat.default, aten.repeat_interleave.self_int, aten.unsqueeze.default,
     aten.squeeze.default, aten.squeeze.dim, aten.permute.default, aten.transpose.int, aten.cat.default,
@@ -71,7 +72,7 @@ def _looks_up(reader: fx.Node, value: fx.Node, depends: _Dependencies) -> bool:
         return False
     table, indices = reader.args[0], reader.args[place]
     named = indices is value or (isinstance(indices, (list, tuple)) and value in indices)
-    return named and isinstance(table, fx.Node) and not depends[table] and table.meta["val"].dim() == 2
+    return named and isinstance(table, fx.Node) and not depends[table] and table.meta[VALUE].dim() == 2
 
 
 def _is_used_as_name(source: fx.Node, depends: _Dependencies) -> bool:
@@ -79,17 +80,17 @@ def _is_used_as_name(source: fx.Node, depends: _Dependencies) -> bool:
     stack, seen, named = [source], {source}, False
     while stack:
         value = stack.pop()
-        boolean = value.meta["val"].dtype is torch.bool
+        boolean = value.meta[VALUE].dtype is torch.bool
         for reader in value.users:
             if reader.target in SHAPES_ONLY:
                 continue
-            chosen_by = reader.args[:1] if reader.target in CHOICES else reader.args[1:2]
+            selected_by = reader.args[:1] if reader.target in SELECTIONS else reader.args[1:2]
             if reader.target in EQUALITIES or _looks_up(reader, value, depends):
                 named = True
-            elif reader.target in CHOICES | FILLS and boolean and chosen_by == (value,):
+            elif reader.target in SELECTIONS | FILLS and boolean and selected_by == (value,):
                 named = True
             elif reader.target in CARRIERS or (reader.target in LOGIC and boolean):
-                if not _is_name(reader.meta["val"]):
+                if not _is_name(reader.meta[VALUE]):
                     return False
                 if reader not in seen:
                     seen.add(reader)
@@ -108,7 +109,7 @@ def find_labels(graph: fx.Graph, infos: Sequence[InputInfo]) -> frozenset[int]:
     """
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     scalars = {node: at for at, (node, info) in enumerate(zip(inputs, infos, strict=True)) if info.kind == "scalar"}
-    names = [node for node in scalars if _is_name(node.meta.get("val"))]
+    names = [node for node in scalars if _is_name(node.meta.get(VALUE))]
     if not names:
         return frozenset()
     users = {node for node, info in zip(inputs, infos, strict=True) if info.kind == "user"}

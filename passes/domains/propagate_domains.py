@@ -33,12 +33,25 @@ import torch
 from torch import fx
 
 from fisedit_compile.options import TOKENS_HINT
+from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.family import Family
 from fisedit_compile.passes.common.ir import insert_call, reads_spatial, shape_of, spatial_of, unknown
 from fisedit_compile.passes.common.layouts import HEIGHT, NCHW, NHWC, TOKENS, WIDTH, Spatial
+from fisedit_compile.passes.common.meta import DENSE_REASON, ORIGIN, SPATIAL, SPATIAL_OUTPUTS, VALUE
 from fisedit_compile.passes.common.program import InputInfo
+from fisedit_compile.passes.common.reading.attentions import is_within
+from fisedit_compile.passes.common.reading.moves import joined_axis, read_crops
 from fisedit_compile.passes.common.report import Report
-from fisedit_compile.passes.common.targets import RESOLUTION_CHANGES, aten, is_elementwise
+from fisedit_compile.passes.common.targets import (
+    ALIAS,
+    ATTENTIONS,
+    GROUP_NORMS,
+    JOINS,
+    RESOLUTION_CHANGES,
+    SPLITS,
+    aten,
+    is_elementwise,
+)
 from fisedit_compile.passes.domains.geometry.domain_graph import (
     data_flow,
     domain_graph,
@@ -49,11 +62,6 @@ from fisedit_compile.passes.domains.geometry.domain_graph import (
 from fisedit_compile.passes.domains.geometry.geometry import Geometry, Places
 from fisedit_compile.passes.domains.geometry.movement import Movement
 from fisedit_compile.passes.domains.geometry.recognise import Recogniser
-from fisedit_compile.passes.sparsify.attention import FAMILY as ATTENTION
-from fisedit_compile.passes.sparsify.attention import is_within
-from fisedit_compile.passes.sparsify.layout import ALIAS, JOINS
-from fisedit_compile.passes.sparsify.norm import TARGETS as NORMS
-from fisedit_compile.passes.sparsify.rules.moves import SPLITS, joined_axis, read_crops
 from fisedit_compile.runtime.spec import Domain
 
 NAME = "propagate_domains"
@@ -68,7 +76,7 @@ def find_spatial_inputs(graph: fx.Graph, infos: Sequence[InputInfo], report: Rep
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     known: dict[fx.Node, tuple[Spatial, bool]] = {}
     for node, info in zip(placeholders, infos, strict=True):
-        value = node.meta.get("val")
+        value = node.meta.get(VALUE)
         if info.tokens is not None:
             known[node] = (Spatial(info.tokens, TOKENS), True)
             continue
@@ -77,11 +85,11 @@ def find_spatial_inputs(graph: fx.Graph, infos: Sequence[InputInfo], report: Rep
         dims = NHWC if reads_channels_last(flow, node.name) else NCHW
         size = (value.shape[dims.index(name)] for name in (HEIGHT, WIDTH))
         known[node] = (Spatial(Domain(*map(int, size)), dims), reaches_anchor(flow, node.name))
-    certain = {s.domain for node, (s, anchored) in known.items() if anchored and node.meta["val"].is_floating_point()}
+    certain = {s.domain for node, (s, anchored) in known.items() if anchored and node.meta[VALUE].is_floating_point()}
     found: list[fx.Node] = []
     for node, (spatial, anchored) in known.items():
         domain, batch = spatial.domain, shape_of(node)[0]
-        if not node.meta["val"].is_floating_point() or domain.size < 2:
+        if not node.meta[VALUE].is_floating_point() or domain.size < 2:
             report.miss(NAME, node, "it is not a floating tensor with more than one position")
         elif not anchored and is_attention_bias(flow, node.name):
             report.miss(NAME, node, "it is the mask of an attention")
@@ -92,7 +100,7 @@ def find_spatial_inputs(graph: fx.Graph, infos: Sequence[InputInfo], report: Rep
         elif found and shape_of(found[0])[0] != batch:
             report.miss(NAME, node, f"its batch is {batch}, not {shape_of(found[0])[0]}")
         else:
-            node.meta["spatial"] = spatial
+            node.meta[SPATIAL] = spatial
             found.append(node)
     return found
 
@@ -101,7 +109,7 @@ def find_resolutions(derived: Sequence[fx.Node], batch: int, domains: set[Domain
     """Add the resolutions that padding, pooling, resizing, cropping and graphs of which nothing is known lead to, so
     that shapes can be recognised."""
     for node in derived:
-        value = node.meta.get("val")
+        value = node.meta.get(VALUE)
         if not isinstance(value, torch.Tensor) or value.dim() != 4 or value.shape[0] != batch:
             continue
         source = node.args[0] if node.args else None
@@ -118,12 +126,12 @@ def find_resolutions(derived: Sequence[fx.Node], batch: int, domains: set[Domain
 def _meet(node: fx.Node, movement: Movement, derived: dict[fx.Node, None]) -> None:
     """Bring operands of one size to the place of the result: what a row operator reads has the rows that it makes."""
     operands = [value for value in dict.fromkeys(node.all_input_nodes) if spatial_of(value) is not None]
-    if ATTENTION.matches(node.target) and not is_within(node):
+    if node.target in ATTENTIONS and not is_within(node):
         _meet_keys(node, [value for value in operands if value is not node.args[0]], movement, derived)
         operands = [value for value in operands if value is node.args[0]]
     elif node.target in JOINS and (known := spatial_of(operands[0])) is not None and joined_axis(node, known):
         return
-    elif node.target in NORMS or not (len(operands) > 1 or is_elementwise(node.target)):
+    elif node.target in GROUP_NORMS or not (len(operands) > 1 or is_elementwise(node.target)):
         return
     sizes: dict[Domain, list[fx.Node]] = {}
     for value in operands:
@@ -156,7 +164,7 @@ def _settle(node: fx.Node, movement: Movement, derived: dict[fx.Node, None]) -> 
         return
     (cover,) = covers
     geometry = movement.geometry(node)
-    node.meta["spatial"] = spatial.at(cover)
+    node.meta[SPATIAL] = spatial.at(cover)
     node.replace_all_uses_with(
         _at(node, node.next, geometry, movement, derived), delete_user_cb=lambda user: user.target is not ALIAS
     )
@@ -169,8 +177,8 @@ def _at(
     spatial = spatial_of(value)
     assert spatial is not None
     node = movement.aliases.get((value, reader)) or insert_call(reader, ALIAS, value)
-    node.meta["spatial"] = spatial.at(geometry.cover)
-    node.meta["origin"] = node.name
+    node.meta[SPATIAL] = spatial.at(geometry.cover)
+    node.meta[ORIGIN] = node.name
     movement.put(node, geometry)
     derived[node] = None
     return node
@@ -222,13 +230,13 @@ def _annotate(
     if isinstance(inferred, Spatial) and shape_of(node)[inferred.batch_dim] != batch:
         inferred = f"its batch is not {batch}"
     if isinstance(inferred, list):
-        node.meta["spatial_outputs"] = inferred
+        node.meta[SPATIAL_OUTPUTS] = inferred
         domains.update(layout.domain.whole for layout in inferred)
     elif isinstance(inferred, Spatial):
-        node.meta["spatial"] = movement.place(node, inferred, inferred=True)
+        node.meta[SPATIAL] = movement.place(node, inferred, inferred=True)
         domains.add(inferred.domain.whole)
     else:
-        node.meta["dense_reason"] = inferred
+        node.meta[DENSE_REASON] = inferred
         _recognise(node, recogniser, movement)
 
 
@@ -237,7 +245,7 @@ def _recognise(node: fx.Node, recogniser: Recogniser, movement: Movement) -> Non
     recogniser.recognise(node)
     layout = spatial_of(node)
     if layout is not None:
-        node.meta["spatial"] = movement.place(node, layout, inferred=False)
+        node.meta[SPATIAL] = movement.place(node, layout, inferred=False)
 
 
 def _annotate_output(getter: fx.Node, source: fx.Node, outputs: Sequence[Spatial], movement: Movement) -> None:
@@ -252,12 +260,12 @@ def _annotate_output(getter: fx.Node, source: fx.Node, outputs: Sequence[Spatial
     if crops is not None:
         geometry = movement.cropped(whole, crops[number], layout.domain)
     movement.put(getter, geometry)
-    getter.meta["spatial"] = layout.at(geometry.cover)
+    getter.meta[SPATIAL] = layout.at(geometry.cover)
 
 
 def _no_input(graph: fx.Graph, infos: Sequence[InputInfo]) -> str:
     """Why nothing is spatial, and which inputs the user could declare to be pictures."""
-    placeholders = (node.meta.get("val") for node in graph.nodes if node.op == "placeholder")
+    placeholders = (node.meta.get(VALUE) for node in graph.nodes if node.op == "placeholder")
     tokens = [
         info.name
         for info, value in zip(infos, placeholders, strict=True)
@@ -268,7 +276,7 @@ def _no_input(graph: fx.Graph, infos: Sequence[InputInfo]) -> str:
 
 
 def _forget(node: fx.Node) -> None:
-    for key in ("spatial", "spatial_outputs", "dense_reason"):
+    for key in (SPATIAL, SPATIAL_OUTPUTS, DENSE_REASON):
         node.meta.pop(key, None)
 
 
@@ -289,17 +297,15 @@ def _check_outputs(graph: fx.Graph, doubtful: Sequence[fx.Node], report: Report)
         return
 
 
-def propagate_domains(
-    graph_module: fx.GraphModule, infos: Sequence[InputInfo], families: Sequence[Family], report: Report
-) -> fx.GraphModule:
-    """Run the pass in place and return the module."""
-    graph = graph_module.graph
+def propagate_domains(compilation: Compilation) -> None:
+    """Run the pass on the traced graph; ``compilation.families`` know the layouts of their operators' outputs."""
+    graph, infos, report = compilation.edit.graph, compilation.inputs, compilation.report
     earlier = _take_aliases(graph)
     inputs = find_spatial_inputs(graph, infos, report)
     domains = {spatial.domain for node in inputs if (spatial := spatial_of(node))}
     derived = dict.fromkeys(inputs)
     for node in graph.nodes:
-        node.meta["origin"] = node.name
+        node.meta[ORIGIN] = node.name
         if node.op != "placeholder":
             _forget(node)
         if node.op == "call_function" and any(value in derived for value in node.all_input_nodes):
@@ -316,16 +322,16 @@ def propagate_domains(
         recogniser = Recogniser(derived, batch, domains)
         for node in [node for node in derived if node not in inputs]:
             source = node.args[0] if node.target is operator.getitem else None
-            outputs = source.meta.get("spatial_outputs") if isinstance(source, fx.Node) else None
+            outputs = source.meta.get(SPATIAL_OUTPUTS) if isinstance(source, fx.Node) else None
             if outputs is not None:
                 assert isinstance(source, fx.Node)
                 _annotate_output(node, source, outputs, movement)
             elif node.target is not operator.getitem and reads_spatial(node):
                 _meet(node, movement, derived)
-                _annotate(node, families, batch, domains, recogniser, movement)
+                _annotate(node, compilation.families, batch, domains, recogniser, movement)
                 _settle(node, movement, derived)
             else:
-                node.meta["dense_reason"] = BEHIND
+                node.meta[DENSE_REASON] = BEHIND
                 _recognise(node, recogniser, movement)
         _check_outputs(graph, recogniser.doubtful, report)
         if report.dense_reason is None:
@@ -338,4 +344,3 @@ def propagate_domains(
     report.matches[NAME] += len(inputs)
     for source, target, data in domain_graph(graph).edges(data=True):
         report.connections[str(source), str(target), data["kind"]] += 1
-    return graph_module

@@ -14,39 +14,33 @@ Where one of them does not hold, what the user says is wrong, and so would be th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import fx
 
 from fisedit_compile.errors import OptionError
 from fisedit_compile.options import Resolutions
-from fisedit_compile.passes.common.program import InputInfo
+from fisedit_compile.passes.common.compilation import Compilation
+from fisedit_compile.passes.common.meta import VALUE
 from fisedit_compile.runtime.spec import Domain
 
 
-def declare_tokens(
-    graph: fx.Graph, infos: Sequence[InputInfo], tokens: Sequence[tuple[str, Resolutions]]
-) -> tuple[InputInfo, ...]:
-    """The inputs' descriptions, with the resolutions of those that option ``tokens`` names.
+def declare_tokens(compilation: Compilation) -> None:
+    """Run the pass: ``compilation.inputs`` get the resolutions of those that option ``tokens`` names.
 
-    Args:
-        graph: its placeholders carry ``meta["val"]``.
-        infos: what each placeholder is.
-        tokens: as parsed by ``config.parse_options``. A name that no input has is left out of account: of a network in
-            several graphs, each has some of the inputs.
+    A name that no input has is left out of account: of a network in several graphs, each has some of the inputs.
 
     Raises:
         OptionError: condition 1 or 2 does not hold.
     """
-    named = dict(tokens)
+    named = dict(compilation.options.tokens)
+    placeholders = (node for node in compilation.edit.graph.nodes if node.op == "placeholder")
     declared = []
-    for node, info in zip((node for node in graph.nodes if node.op == "placeholder"), infos, strict=True):
+    for node, info in zip(placeholders, compilation.inputs, strict=True):
         if info.name in named and info.kind != "parameter":
-            info = replace(info, tokens=_resolution(info.name, node.meta.get("val"), named[info.name]))
+            info = replace(info, tokens=_resolution(info.name, node.meta.get(VALUE), named[info.name]))
         declared.append(info)
-    return tuple(declared)
+    compilation.inputs = tuple(declared)
 
 
 def _resolution(name: str, value: object, resolutions: Resolutions) -> Domain:

@@ -1,4 +1,4 @@
-"""Bring a traced graph into the few forms the other passes match.
+"""Bring a traced graph to the few spellings that the other passes match.
 
 Why: tracing leaves copies that mean nothing in a functional graph, and several spellings of one operation.
 
@@ -33,7 +33,8 @@ import torch
 from torch import fx
 
 from fisedit_compile.passes.common.arguments import read_arguments
-from fisedit_compile.passes.common.report import Report
+from fisedit_compile.passes.common.compilation import Compilation
+from fisedit_compile.passes.common.meta import VALUE
 from fisedit_compile.passes.common.targets import NO_OPERATION, aten
 
 NAME = "canonicalize"
@@ -60,7 +61,7 @@ def idle_source(node: fx.Node) -> fx.Node | str | None:
             return "dropout in training mode is random"
     elif target in IDLE_IN_SHAPE:
         assert isinstance(source, fx.Node)
-        before, after = source.meta.get("val"), node.meta.get("val")
+        before, after = source.meta.get(VALUE), node.meta.get(VALUE)
         if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
             return "no tensor value is known"
         if (before.dtype, before.device, before.shape) != (after.dtype, after.device, after.shape):
@@ -99,12 +100,12 @@ def _spelling(node: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | No
     if node.target is aten.type_as.default:
         source, like = node.args
         assert isinstance(like, fx.Node)
-        return aten.to.dtype, (source, like.meta["val"].dtype), {}
+        return aten.to.dtype, (source, like.meta[VALUE].dtype), {}
     if node.target is aten.einsum.default:
         order = _as_permutation(node)
         return None if order is None else (aten.permute.default, (node.args[1][0], order), {})  # type: ignore[index]
     if node.target in NEW:
-        given, value = read_arguments(node), node.meta["val"]
+        given, value = read_arguments(node), node.meta[VALUE]
         number = NEW[node.target] if "fill_value" not in given else given["fill_value"]
         return aten.full.default, (given["size"], number), {"dtype": value.dtype, "device": value.device}
     norm = node.args[0] if node.target is operator.getitem and node.args[1] == 0 else None
@@ -127,8 +128,9 @@ def _respelled(node: fx.Node) -> fx.Node:
     return other
 
 
-def canonicalize(graph_module: fx.GraphModule, report: Report) -> fx.GraphModule:
-    """Run the pass in place and return the module."""
+def canonicalize(compilation: Compilation) -> None:
+    """Run the pass on the traced graph."""
+    graph_module, report = compilation.edit, compilation.report
     graph = graph_module.graph
     # From the end, so that the copy behind several others is the one that is kept for an output.
     for node in reversed(list(graph.nodes)):
@@ -144,4 +146,3 @@ def canonicalize(graph_module: fx.GraphModule, report: Report) -> fx.GraphModule
             report.miss(NAME, node, found)
     graph.eliminate_dead_code()
     graph_module.recompile()
-    return graph_module

@@ -29,8 +29,8 @@ from typing import Any
 from torch import fx
 
 from fisedit_compile.passes.common.arguments import read_arguments
+from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.ir import eliminate_dead_code, insert_call, shape_of
-from fisedit_compile.passes.common.report import Report
 from fisedit_compile.passes.common.targets import aten
 
 NAME = "expand_layers"
@@ -92,8 +92,9 @@ def _encoder_layer(node: fx.Node, given: dict[str, Any]) -> fx.Node:
     return x if first else _norm(node, x, given, 2)
 
 
-def expand_layers(graph_module: fx.GraphModule, report: Report) -> fx.GraphModule:
-    """Run the pass in place and return the module."""
+def expand_layers(compilation: Compilation) -> None:
+    """Run the pass on the traced graph."""
+    graph_module, report = compilation.edit, compilation.report
     for node in list(graph_module.graph.nodes):
         if node.target not in (ENCODER_LAYER, ATTENTION):
             continue
@@ -111,4 +112,3 @@ def expand_layers(graph_module: fx.GraphModule, report: Report) -> fx.GraphModul
         report.match(NAME)
     eliminate_dead_code(graph_module.graph)
     graph_module.recompile()
-    return graph_module

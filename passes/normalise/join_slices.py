@@ -25,11 +25,12 @@ from typing import Any
 from torch import Tensor, fx
 
 from fisedit_compile.passes.common.arguments import read_arguments
+from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.ir import eliminate_dead_code, insert_call, shape_of
-from fisedit_compile.passes.common.report import Report
-from fisedit_compile.passes.common.targets import SOFTMAXES, aten, is_elementwise
+from fisedit_compile.passes.common.meta import VALUE
+from fisedit_compile.passes.common.reading.permutations import permutation
+from fisedit_compile.passes.common.targets import PERMUTES, SOFTMAXES, aten, is_elementwise
 from fisedit_compile.passes.normalise.matching.matrix_products import Unmatched, tensor_argument
-from fisedit_compile.passes.sparsify.layout import PERMUTES, permutation
 
 NAME = "join_slices"
 SCATTER = aten.slice_scatter.default
@@ -54,8 +55,8 @@ def _written(node: fx.Node) -> fx.Node:
     value = tensor_argument(node, 1)
     if value.target is not aten.copy.default:
         return value
-    before, after = tensor_argument(value, 1), value.meta["val"]
-    if shape_of(before) != tuple(after.shape) or before.meta["val"].dtype != after.dtype:
+    before, after = tensor_argument(value, 1), value.meta[VALUE]
+    if shape_of(before) != tuple(after.shape) or before.meta[VALUE].dtype != after.dtype:
         raise Unmatched("what is written into a slice is cast or broadcast to it")
     return before
 
@@ -88,7 +89,7 @@ def _inputs(node: fx.Node) -> list[fx.Node]:
     return found
 
 
-def _form(node: fx.Node) -> tuple[Any, ...]:
+def _structure(node: fx.Node) -> tuple[Any, ...]:
     """The operator and all of its arguments but the tensors."""
     if node.target in NEW_TENSORS:
         return node.target, shape_of(node)[1:], node.args[1:], node.kwargs
@@ -127,9 +128,9 @@ class _Joiner:
     def _computed(self, values: tuple[fx.Node, ...]) -> fx.Node:
         """The same operator over whole tensors (conditions 3 and 4)."""
         first = values[0]
-        if first.op != "call_function" or not isinstance(first.meta.get("val"), Tensor):
+        if first.op != "call_function" or not isinstance(first.meta.get(VALUE), Tensor):
             raise Unmatched(f"a slice is computed from {first.name}, which is no slice")
-        if any(_form(value) != _form(first) for value in values[1:]):
+        if any(_structure(value) != _structure(first) for value in values[1:]):
             raise Unmatched("the slices are computed in different ways")
         if first.target in NEW_TENSORS:
             return self._new_tensor(values)
@@ -183,8 +184,9 @@ def _is_end(node: fx.Node) -> bool:
     return node.target is SCATTER and not any(user.target is SCATTER and user.args[0] is node for user in node.users)
 
 
-def join_slices(graph_module: fx.GraphModule, report: Report) -> fx.GraphModule:
-    """Run the pass in place and return the module."""
+def join_slices(compilation: Compilation) -> None:
+    """Run the pass on the traced graph."""
+    graph_module, report = compilation.edit, compilation.report
     for end in [node for node in graph_module.graph.nodes if _is_end(node)]:
         try:
             pieces = _pieces(end)
@@ -197,4 +199,3 @@ def join_slices(graph_module: fx.GraphModule, report: Report) -> fx.GraphModule:
         report.match(NAME)
     eliminate_dead_code(graph_module.graph)
     graph_module.recompile()
-    return graph_module

@@ -2,7 +2,7 @@
 
 Why: networks that compute attention as product, softmax, product spell it in many ways, and most fold the heads into
 the batch on the way, which hides the samples from every later pass. One operator on ``[B, heads, T, D]`` is the only
-form that ``sparsify_attention`` needs to know, and it never makes the ``[B * heads, T, T]`` scores.
+spelling that ``sparsify_attention`` needs to know, and it never makes the ``[B * heads, T, T]`` scores.
 
 Before: ``a = reshape(q, [B * h, T, D])``, the same for ``k`` and ``v``           (q, k, v ``[B, h, T, D]``)
         ``s = baddbmm(mask, a, transpose(b, -1, -2), beta=1, alpha=scale)``
@@ -34,9 +34,10 @@ import torch
 from torch import fx
 
 from fisedit_compile.passes.common.arguments import read_arguments
+from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.ir import eliminate_dead_code, insert_call, shape_of
-from fisedit_compile.passes.common.report import Report
-from fisedit_compile.passes.common.targets import NO_OPERATION, RESHAPES, SOFTMAXES, aten
+from fisedit_compile.passes.common.meta import VALUE
+from fisedit_compile.passes.common.targets import NO_OPERATION, PERMUTES, RESHAPES, SOFTMAXES, aten
 from fisedit_compile.passes.normalise.matching.matrix_products import (
     PRODUCTS,
     Operand,
@@ -45,7 +46,6 @@ from fisedit_compile.passes.normalise.matching.matrix_products import (
     read_product,
     tensor_argument,
 )
-from fisedit_compile.passes.sparsify.layout import PERMUTES
 
 NAME = "normalise_attention"
 CASTS = {aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default}
@@ -75,7 +75,7 @@ class Attention:
 
 
 def _dtype(node: fx.Node) -> torch.dtype:
-    dtype = node.meta["val"].dtype
+    dtype = node.meta[VALUE].dtype
     assert isinstance(dtype, torch.dtype)
     return dtype
 
@@ -352,13 +352,12 @@ def _rewrite(attention: Attention) -> None:
     end.replace_all_uses_with(writer.permuted(Operand(node, attention.order)))
 
 
-def normalise_attention(graph_module: fx.GraphModule, report: Report) -> fx.GraphModule:
-    """Run the pass in place and return the module.
+def normalise_attention(compilation: Compilation) -> None:
+    """Run the pass on the traced graph.
 
-    Args:
-        graph_module: functional ATen graph whose tensor nodes carry ``meta["val"]``.
-        report: gets a match for each rewritten attention and a reason for each softmax that was left alone.
+    The report gets a match for each rewritten attention and a reason for each softmax that was left alone.
     """
+    graph_module, report = compilation.edit, compilation.report
     for softmax in list(graph_module.graph.nodes):
         if softmax.target not in SOFTMAXES:
             continue
@@ -371,4 +370,3 @@ def normalise_attention(graph_module: fx.GraphModule, report: Report) -> fx.Grap
         report.match(NAME)
     eliminate_dead_code(graph_module.graph)
     graph_module.recompile()
-    return graph_module

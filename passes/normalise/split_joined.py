@@ -31,12 +31,11 @@ from typing import Any
 from torch import Tensor, fx
 
 from fisedit_compile.passes.common.arguments import read_arguments
+from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.ir import eliminate_dead_code, insert_call, shape_of
-from fisedit_compile.passes.common.report import Report
-from fisedit_compile.passes.common.targets import aten, is_elementwise
+from fisedit_compile.passes.common.meta import VALUE
+from fisedit_compile.passes.common.targets import RESHAPES, WRITES, aten, is_elementwise
 from fisedit_compile.passes.normalise.matching.joined import Cut, Joined, behind, find_cuts, find_ends, written_part
-from fisedit_compile.passes.sparsify.layout import RESHAPES
-from fisedit_compile.passes.sparsify.rules.writes import WRITES
 
 NAME = "split_joined"
 CATS = {aten.cat.default, aten.concat.default}
@@ -104,7 +103,7 @@ class _Splitter:
                 return value
             if value in self.joined:
                 return self.part(value, number)
-            if is_elementwise(node.target) and isinstance(joined, Joined) and isinstance(value.meta.get("val"), Tensor):
+            if is_elementwise(node.target) and isinstance(joined, Joined) and isinstance(value.meta.get(VALUE), Tensor):
                 return self._share(node, value, joined, number)
             return value
 
@@ -196,8 +195,9 @@ def _split(nodes: Sequence[fx.Node], sizes: tuple[int, ...]) -> int:
     return len(cuts) + len(ends)
 
 
-def split_joined(graph_module: fx.GraphModule, report: Report) -> fx.GraphModule:
-    """Run the pass in place and return the module."""
+def split_joined(compilation: Compilation) -> None:
+    """Run the pass on the traced graph."""
+    graph_module, report = compilation.edit, compilation.report
     graph = graph_module.graph
     found = [root.sizes for node in graph.nodes if (root := _root(node)) is not None]
     # One way of joining at a time: a value may be made of parts in several dimensions (rotary embeddings in channels).
@@ -207,4 +207,3 @@ def split_joined(graph_module: fx.GraphModule, report: Report) -> fx.GraphModule
         eliminate_dead_code(graph)
     graph.lint()
     graph_module.recompile()
-    return graph_module

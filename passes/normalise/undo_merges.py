@@ -28,8 +28,8 @@ from collections.abc import Sequence
 
 from torch import fx
 
+from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.ir import insert_call, shape_of
-from fisedit_compile.passes.common.report import Report
 from fisedit_compile.passes.common.targets import RESHAPES, aten
 from fisedit_compile.passes.normalise.matching.matrix_products import Operand
 
@@ -124,8 +124,9 @@ def _erase(node: fx.Node) -> None:
             _erase(value)
 
 
-def undo_merges(graph_module: fx.GraphModule, report: Report) -> fx.GraphModule:
-    """Run the pass in place and return the module."""
+def undo_merges(compilation: Compilation) -> None:
+    """Run the pass on the traced graph."""
+    graph_module, report = compilation.edit, compilation.report
     graph = graph_module.graph
     pending = [node for node in graph.nodes if node.target in RESHAPES]
     while pending:
@@ -139,4 +140,3 @@ def undo_merges(graph_module: fx.GraphModule, report: Report) -> fx.GraphModule:
         # What was made on the way may be such a reshape, too, and so may be what reads it.
         pending += [other for other in (value, *value.all_input_nodes, *value.users) if other.target in RESHAPES]
     graph_module.recompile()
-    return graph_module

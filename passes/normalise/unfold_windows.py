@@ -29,13 +29,22 @@ from typing import Any
 from torch import Tensor, fx
 
 from fisedit_compile.passes.common.arguments import read_arguments
+from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.ir import eliminate_dead_code, insert_call, shape_of
-from fisedit_compile.passes.common.program import InputInfo
-from fisedit_compile.passes.common.report import Report
-from fisedit_compile.passes.common.targets import SOFTMAXES, aten, is_elementwise
-from fisedit_compile.passes.sparsify.layout import CUTS, JOINS, PERMUTES, RESHAPES, SLICES, permutation
-from fisedit_compile.passes.sparsify.linear import NORMS
-from fisedit_compile.passes.sparsify.pointwise import REDUCTIONS
+from fisedit_compile.passes.common.meta import VALUE
+from fisedit_compile.passes.common.reading.permutations import permutation
+from fisedit_compile.passes.common.targets import (
+    CUTS,
+    JOINS,
+    LAST_DIMENSION_NORMS,
+    PERMUTES,
+    REDUCTIONS,
+    RESHAPES,
+    SLICES,
+    SOFTMAXES,
+    aten,
+    is_elementwise,
+)
 
 NAME = "unfold_windows"
 PRODUCTS = {aten.matmul.default, aten.bmm.default}
@@ -161,10 +170,10 @@ class _Unfolder:
 
     def _broadcast(self, node: fx.Node) -> Unfolded | None:
         """An elementwise operator: operands that are not folded are brought to the same dimensions."""
-        if not isinstance(node.meta.get("val"), Tensor):
+        if not isinstance(node.meta.get(VALUE), Tensor):
             return None
         rank = len(shape_of(node))
-        operands = [value for value in node.all_input_nodes if isinstance(value.meta.get("val"), Tensor)]
+        operands = [value for value in node.all_input_nodes if isinstance(value.meta.get(VALUE), Tensor)]
         places = {
             (found.dim + rank - len(shape_of(value)), found.sizes)
             for value in operands
@@ -275,7 +284,7 @@ class _Unfolder:
             return Unfolded(insert_call(node, aten.permute.default, found.node, new_order), order.index(dim), sizes)
         if target is aten.linear.default:
             return None if dim == rank - 1 else Unfolded(insert_call(node, target, found.node, *rest), dim, sizes)
-        if target in NORMS:
+        if target in LAST_DIMENSION_NORMS:
             whole = dim < rank - len(given["normalized_shape"])
             return self._called(node, {source: found.node}, dim, sizes) if whole else None  # type: ignore[dict-item]
         if target is aten.expand.default:
@@ -314,27 +323,22 @@ class _Unfolder:
         idle = {node for node in self.folds if not self.known[node].node.users}
         self.folds = [node for node in self.folds if node not in idle]
         for node, found in self.known.items():
-            if isinstance(node.meta.get("val"), Tensor) and node not in idle:
+            if isinstance(node.meta.get(VALUE), Tensor) and node not in idle:
                 readers = [user for user in node.users if user not in self.known]
                 if readers:
                     folded = insert_call(node, aten.reshape.default, found.node, list(shape_of(node)))
                     node.replace_all_uses_with(folded, delete_user_cb=readers.__contains__)
 
 
-def unfold_windows(graph_module: fx.GraphModule, infos: Sequence[InputInfo], report: Report) -> fx.GraphModule:
-    """Run the pass in place and return the module.
-
-    Args:
-        graph_module: functional ATen graph whose tensor nodes carry ``meta["val"]``.
-        infos: what each placeholder is.
-        report: gets a match for each fold.
-    """
+def unfold_windows(compilation: Compilation) -> None:
+    """Run the pass on the traced graph; the report gets a match for each fold."""
+    graph_module, report = compilation.edit, compilation.report
     graph = graph_module.graph
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     derived = {
         node
-        for node, info in zip(placeholders, infos, strict=True)
-        if info.kind == "user" and isinstance(node.meta.get("val"), Tensor) and len(shape_of(node)) > 2
+        for node, info in zip(placeholders, compilation.inputs, strict=True)
+        if info.kind == "user" and isinstance(node.meta.get(VALUE), Tensor) and len(shape_of(node)) > 2
     }
     unfolder = _Unfolder({shape_of(node)[0] for node in derived}, derived)
     for node in list(graph.nodes):
@@ -348,4 +352,3 @@ def unfold_windows(graph_module: fx.GraphModule, infos: Sequence[InputInfo], rep
     eliminate_dead_code(graph)
     graph.lint()
     graph_module.recompile()
-    return graph_module

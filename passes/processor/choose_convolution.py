@@ -30,9 +30,9 @@ from torch import fx
 from fisedit_compile.operators.convolution.tiles import PATCH, SIDE
 from fisedit_compile.operators.products.aten import TYPICAL_ROWS
 from fisedit_compile.passes.caching.hoist_parameters import constant_nodes
+from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.ir import RowsBuilder, copy_provenance, shape_of
-from fisedit_compile.passes.common.program import InputInfo
-from fisedit_compile.passes.common.report import Report
+from fisedit_compile.passes.common.meta import LIKELY_ROWS, PLAN_INPUT, VALUE
 from fisedit_compile.runtime.spec import Domain, Stencil
 
 NAME = "choose_convolution"
@@ -45,7 +45,7 @@ def _original_weight(packed: object) -> fx.Node | None:
     """The weight ``[Cout, Cin, 3, 3]`` that was packed for rows."""
     if isinstance(packed, fx.Node) and packed.target is torch.ops.fisedit.pack_conv_weight.default:
         weight = packed.args[0]
-        if isinstance(weight, fx.Node) and isinstance(weight.meta.get("val"), torch.Tensor):
+        if isinstance(weight, fx.Node) and isinstance(weight.meta.get(VALUE), torch.Tensor):
             return weight
     return None
 
@@ -63,14 +63,14 @@ def refusal(node: fx.Node, stencil: Stencil, constant: set[fx.Node], way: str) -
         return "not a 3x3 kernel with stride, padding and dilation 1 and one group"
     if weight is None or weight not in constant:
         return "the weight depends on the inputs"
-    if weight.meta["val"].device.type == "cuda":
+    if weight.meta[VALUE].device.type == "cuda":
         return "tiles are made for processors" if way == "tiles" else None
     domain = stencil.source
     if domain != stencil.target:
         return "its output is active at other positions than its input"
     if domain.height % SIDE or domain.width % SIDE:
         return "the map has an odd height or width"
-    if way == "tiles" and weight.meta["val"].dtype not in (torch.float32, torch.float64):
+    if way == "tiles" and weight.meta[VALUE].dtype not in (torch.float32, torch.float64):
         return "tiles need float32"
     if way == "auto" and (domain.size < MANY_POSITIONS or min(shape_of(weight)[:2]) < MANY_CHANNELS):
         return "rows are as fast with few positions or channels"
@@ -103,12 +103,12 @@ def _tile_weights(
 def _tile_bytes(weight: fx.Node) -> int:
     """What a transformed weight takes."""
     outputs, inputs = shape_of(weight)[:2]
-    return outputs * inputs * PATCH * PATCH * int(weight.meta["val"].itemsize)
+    return outputs * inputs * PATCH * PATCH * int(weight.meta[VALUE].itemsize)
 
 
 def _has_tiles(weight: fx.Node) -> bool:
     """Whether tiles can compute with this weight: they do not pay in half precision."""
-    value = weight.meta["val"]
+    value = weight.meta[VALUE]
     return value.device.type == "cpu" and value.dtype in (torch.float32, torch.float64)
 
 
@@ -124,7 +124,7 @@ def _rewrite(node: fx.Node, domain: Domain, way: str, tiles: Sequence[fx.Node]) 
             fisedit.conv_dense.default, rows, recorded, *whole, weight, bias, domain.height, domain.width
         )
     plan: list[fx.Node] = []
-    if weight.meta["val"].device.type == "cpu":
+    if weight.meta[VALUE].device.type == "cpu":
         patches, places = tile_stencils(domain)
         plan = [
             builder.plan("halo", patches),
@@ -139,26 +139,17 @@ def _rewrite(node: fx.Node, domain: Domain, way: str, tiles: Sequence[fx.Node]) 
     return builder.call(choice, rows, recorded, halo, table, packed, bias, plan, tiles, *whole, weight, *size)
 
 
-def choose_convolution(
-    graph_module: fx.GraphModule,
-    infos: Sequence[InputInfo],
-    report: Report,
-    way: str = "auto",
-    limit: int | None = None,
-    measured: bool = True,
-) -> fx.GraphModule:
-    """Run the pass in place and return the module.
+def choose_convolution(compilation: Compilation) -> None:
+    """Run the pass on the edit graph, whose conversions are lowered.
 
-    Args:
-        graph_module: an edit graph whose conversions are lowered.
-        infos: what its placeholders are.
-        report: counts what got other ways, and the bytes of transformed weights in ``packed_bytes``.
-        way: ``auto``, ``tiles`` or ``dense``.
-        limit: most bytes of copies of weights; None: no limit.
-        measured: pack transformed weights only where that is measured to be faster.
+    The option ``convolution`` asks for a way, ``packing`` is the most bytes that copies of weights may take, and
+    without ``pack_all`` weights are transformed only where that is measured to be faster. The report counts what got
+    other ways, and the bytes of transformed weights in ``packed_bytes``.
     """
+    graph_module, options, report = compilation.edit, compilation.options, compilation.report
+    way, limit = options.convolution, options.packing
     graph = graph_module.graph
-    constant = constant_nodes(graph, infos)
+    constant = constant_nodes(graph, compilation.inputs)
     weights: dict[fx.Node, list[fx.Node]] = {}
     for node in list(graph.nodes):
         if node.target is not CONV_ROWS:
@@ -166,9 +157,9 @@ def choose_convolution(
         table = node.args[3]
         assert isinstance(table, fx.Node)
         weight = _original_weight(node.args[4])
-        if weight is not None and weight.meta["val"].device.type not in ("cpu", "cuda"):
+        if weight is not None and weight.meta[VALUE].device.type not in ("cpu", "cuda"):
             continue
-        stencil = table.meta["plan_input"].of
+        stencil = table.meta[PLAN_INPUT].of
         reason = refusal(node, stencil, constant, way)
         if reason is not None:
             report.row_convolutions[reason] += 1
@@ -178,7 +169,7 @@ def choose_convolution(
             needed = 0 if weight in weights else _tile_bytes(weight)
             if limit is None or report.packed_bytes + needed <= limit:
                 report.packed_bytes += needed
-                count = max(1, node.meta.get("likely_rows", TYPICAL_ROWS) // SIDE**2) if measured else None
+                count = max(1, node.meta.get(LIKELY_ROWS, TYPICAL_ROWS) // SIDE**2) if not options.pack_all else None
                 tiles = _tile_weights(weight, count, RowsBuilder(node), weights)
             elif way == "tiles":
                 report.row_convolutions[f"copies of weights would take more than {limit} bytes"] += 1
@@ -189,4 +180,3 @@ def choose_convolution(
         graph.erase_node(node)
         report.match(NAME)
     graph_module.recompile()
-    return graph_module

@@ -24,10 +24,11 @@ import torch
 from torch import fx
 
 from fisedit_compile.operators.convolution.tiles import SIDE
+from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.ir import RowsBuilder, shape_of, store
-from fisedit_compile.passes.common.report import Report
+from fisedit_compile.passes.common.meta import HOISTED, VALUE
+from fisedit_compile.passes.common.reading.convolutions import Convolution, read_convolution
 from fisedit_compile.passes.common.targets import CONVOLUTIONS, aten
-from fisedit_compile.passes.sparsify.convolution import Convolution, read_convolution
 
 NAME = "convolve_maps"
 ONE = (1, 1)
@@ -40,8 +41,8 @@ def tile_weights(edit: fx.Graph) -> dict[str, list[int]]:
     for node in edit.nodes:
         if node.target is torch.ops.fisedit.pack_tile_weights.default:
             pieces = {user.args[1]: user for user in node.users if user.target is operator.getitem}
-            if all("hoisted" in piece.meta for piece in pieces.values()):
-                found[node.args[0].name] = [pieces[number].meta["hoisted"] for number in sorted(pieces)]
+            if all(HOISTED in piece.meta for piece in pieces.values()):
+                found[node.args[0].name] = [pieces[number].meta[HOISTED] for number in sorted(pieces)]
     return found
 
 
@@ -71,33 +72,25 @@ def refusal(node: fx.Node, convolution: Convolution) -> str | None:
         return "the map has no dimension of samples"
     if shape[2] % SIDE or shape[3] % SIDE:
         return "the map has an odd height or width"
-    result = node.meta["val"]
-    if len({value.meta["val"].dtype for value in (convolution.x, convolution.weight, node)}) > 1:
+    result = node.meta[VALUE]
+    if len({value.meta[VALUE].dtype for value in (convolution.x, convolution.weight, node)}) > 1:
         return "map, weight and result have different dtypes"
     if not result.is_contiguous() and not result.is_contiguous(memory_format=torch.channels_last):
         return "the result is not contiguous"
     return None
 
 
-def convolve_maps(
-    edit: fx.GraphModule, record: fx.GraphModule, report: Report, way: str = "auto"
-) -> tuple[fx.GraphModule, tuple[int, ...]]:
-    """Rewrite the record graph in place.
+def convolve_maps(compilation: Compilation) -> None:
+    """Run the pass on the record graph, which has its stores, behind ``hoist_parameters`` on the edit graph.
 
-    Args:
-        edit: the edit graph, behind ``hoist_parameters``.
-        record: the record graph with its stores.
-        report: counts what was rewritten.
-        way: ``auto``, or ``tiles``: these in any case.
-
-    Returns:
-        The record graph, and which outputs of the prologue it takes as inputs behind those it had.
+    The option ``convolution`` may ask for tiles. What the record graph takes as further inputs joins ``dense_inputs``.
     """
+    record, report = compilation.module("record"), compilation.report
     graph = record.graph
-    weights, rows = tile_weights(edit.graph), _recorded_rows(graph)
+    weights, rows = tile_weights(compilation.edit.graph), _recorded_rows(graph)
     inputs: dict[int, fx.Node] = {}
     if not weights:
-        return record, ()
+        return
     last = [node for node in graph.nodes if node.op == "placeholder"][-1]
     for node in list(graph.nodes):
         if node.target not in CONVOLUTIONS:
@@ -115,9 +108,9 @@ def convolve_maps(
                     last = inputs[number] = graph.placeholder(f"hoisted_{number}")
         tiles = [inputs[number] for number in weights[convolution.weight.name]]
         x, weight, bias = convolution.x, convolution.weight, convolution.bias
-        channels_last = not node.meta["val"].is_contiguous()
+        channels_last = not node.meta[VALUE].is_contiguous()
         fisedit, builder = torch.ops.fisedit, RowsBuilder(node)
-        if way == "tiles":
+        if compilation.options.convolution == "tiles":
             result = builder.call(fisedit.conv_map_tiles.default, x, rows.get(x), tiles, bias, channels_last)
         else:
             result = builder.call(fisedit.conv_map.default, x, rows.get(x), weight, bias, tiles, channels_last)
@@ -126,4 +119,4 @@ def convolve_maps(
         graph.erase_node(node)
         report.match(NAME)
     record.recompile()
-    return record, tuple(inputs)
+    compilation.dense_inputs += tuple(inputs)

@@ -15,8 +15,9 @@ from __future__ import annotations
 from torch import fx
 
 from fisedit_compile.passes.common.arguments import read_arguments
+from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.ir import insert_call, shape_of
-from fisedit_compile.passes.common.report import Report
+from fisedit_compile.passes.common.meta import VALUE
 from fisedit_compile.passes.common.targets import aten
 
 NAME = "fold_attention"
@@ -31,8 +32,9 @@ def _folded_mask(node: fx.Node, mask: fx.Node, sizes: tuple[int, ...]) -> fx.Nod
     return insert_call(node, aten.reshape.default, mask, [shape[0] * shape[1], *shape[2:]])
 
 
-def fold_attention(graph_module: fx.GraphModule, report: Report) -> fx.GraphModule:
-    """Run the pass on a graph of whole maps in place and return the module."""
+def fold_attention(compilation: Compilation) -> None:
+    """Run the pass on the record graph."""
+    graph_module, report = compilation.module("record"), compilation.report
     for node in list(graph_module.graph.nodes):
         if node.target is not aten.scaled_dot_product_attention.default or len(shape_of(node)) != 5:
             continue
@@ -51,10 +53,9 @@ def fold_attention(graph_module: fx.GraphModule, report: Report) -> fx.GraphModu
         rest = {"is_causal": True} if given["is_causal"] else {}
         attended = insert_call(node, node.target, *folded, mask, scale=given["scale"], **rest)
         apart = insert_call(node, aten.reshape.default, attended, list(shape_of(node)))
-        apart.meta = {**node.meta, "val": apart.meta["val"]}
+        apart.meta = {**node.meta, VALUE: apart.meta[VALUE]}
         node.replace_all_uses_with(apart)
         graph_module.graph.erase_node(node)
         report.match(NAME)
     graph_module.graph.lint()
     graph_module.recompile()
-    return graph_module

@@ -18,8 +18,9 @@ import torch
 from torch import fx
 
 from fisedit_compile.passes.common.arguments import read_arguments
+from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.ir import RowsBuilder
-from fisedit_compile.passes.common.report import Report
+from fisedit_compile.passes.common.meta import HOISTED, VALUE
 from fisedit_compile.passes.common.targets import aten
 
 NAME = "multiply_maps"
@@ -28,29 +29,22 @@ NAME = "multiply_maps"
 def packed_weights(edit: fx.Graph) -> dict[str, int]:
     """Outputs of the prologue that hold the packed weight, by the name of the weight."""
     return {
-        node.args[0].name: node.meta["hoisted"]
+        node.args[0].name: node.meta[HOISTED]
         for node in edit.nodes
         if node.target is torch.ops.fisedit.pack_matrix.default
         and node.args[0].op == "placeholder"
-        and "hoisted" in node.meta
+        and HOISTED in node.meta
     }
 
 
-def multiply_maps(
-    edit: fx.GraphModule, record: fx.GraphModule, report: Report
-) -> tuple[fx.GraphModule, tuple[int, ...]]:
-    """Rewrite the record graph in place.
+def multiply_maps(compilation: Compilation) -> None:
+    """Run the pass on the record graph, which has its stores, behind ``hoist_parameters`` on the edit graph.
 
-    Args:
-        edit: the edit graph, behind ``hoist_parameters``.
-        record: the record graph with its stores.
-        report: counts what was rewritten.
-
-    Returns:
-        The record graph, and which outputs of the prologue it takes as inputs behind those it had.
+    What the record graph takes as further inputs joins ``dense_inputs``.
     """
+    record, report = compilation.module("record"), compilation.report
     graph = record.graph
-    weights = packed_weights(edit.graph)
+    weights = packed_weights(compilation.edit.graph)
     inputs: dict[int, fx.Node] = {}
     for node in list(graph.nodes):
         if node.target is not aten.linear.default:
@@ -60,7 +54,7 @@ def multiply_maps(
         number = weights.get(weight.name)
         if number is None:
             continue
-        if len({value.meta["val"].dtype for value in (x, weight, node)}) > 1:
+        if len({value.meta[VALUE].dtype for value in (x, weight, node)}) > 1:
             report.miss(NAME, node, "map, weight and result have different dtypes")
             continue
         if number not in inputs:
@@ -74,4 +68,4 @@ def multiply_maps(
         graph.erase_node(node)
         report.match(NAME)
     record.recompile()
-    return record, tuple(inputs)
+    compilation.dense_inputs += tuple(inputs)

@@ -20,17 +20,15 @@ Conditions:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import fx
 
 from fisedit_compile.operators.products.aten import TYPICAL_ROWS, packs
 from fisedit_compile.passes.caching.hoist_parameters import constant_nodes
 from fisedit_compile.passes.common.arguments import read_arguments
+from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.ir import copy_provenance, likely_rows
-from fisedit_compile.passes.common.program import InputInfo
-from fisedit_compile.passes.common.report import Report
+from fisedit_compile.passes.common.meta import LIKELY_ROWS, PLAN_INPUT, VALUE
 from fisedit_compile.passes.common.targets import aten
 
 NAME = "pack_weights"
@@ -46,7 +44,7 @@ def _weight_value(weight: fx.Node) -> torch.Tensor | None:
     source = weight
     while source.target in REORDERINGS and isinstance(source.args[0], fx.Node):
         source = source.args[0]
-    value = source.meta.get("val")
+    value = source.meta.get(VALUE)
     return value if isinstance(value, torch.Tensor) else None
 
 
@@ -75,34 +73,27 @@ def rows_of_product(node: fx.Node) -> int:
     if node.target in (CONV_ROWS, CONV_CHOICE):
         table = node.args[3]
         assert isinstance(table, fx.Node)
-        specification = table.meta.get("plan_input")
+        specification = table.meta.get(PLAN_INPUT)
         # One product for each sample.
         return TYPICAL_ROWS if specification is None else likely_rows(specification.of.target)
     rows = node.args[0]
     assert isinstance(rows, fx.Node)
-    value = rows.meta.get("val")
+    value = rows.meta.get(VALUE)
     exactly = value.numel() // max(value.shape[-1], 1) if isinstance(value, torch.Tensor) else TYPICAL_ROWS
-    return int(node.meta.get("likely_rows", max(exactly, 1)))
+    return int(node.meta.get(LIKELY_ROWS, max(exactly, 1)))
 
 
-def pack_weights(
-    graph_module: fx.GraphModule,
-    infos: Sequence[InputInfo],
-    report: Report,
-    limit: int | None = None,
-    measured: bool = True,
-) -> fx.GraphModule:
-    """Run the pass in place and return the module.
+def pack_weights(compilation: Compilation) -> None:
+    """Run the pass on the edit graph, whose conversions are lowered.
 
-    Args:
-        graph_module: an edit graph whose conversions are lowered.
-        infos: what its placeholders are.
-        report: counts what was packed, and its bytes in ``packed_bytes``.
-        limit: most bytes of copies of weights, those of other passes included; None: no limit.
-        measured: pack only where products are then measured to be faster.
+    The option ``packing`` is the most bytes that copies of weights may take, those of other passes included; without
+    ``pack_all`` weights are packed only where products are then measured to be faster. The report counts what was
+    packed, and its bytes in ``packed_bytes``.
     """
+    graph_module, options, report = compilation.edit, compilation.options, compilation.report
+    limit = options.packing
     graph = graph_module.graph
-    constant = constant_nodes(graph, infos)
+    constant = constant_nodes(graph, compilation.inputs)
     packed: dict[fx.Node, fx.Node] = {}
     for node in list(graph.nodes):
         if node.target not in PRODUCTS:
@@ -120,7 +111,7 @@ def pack_weights(
             else:
                 report.packed_bytes += value.nbytes
                 with graph.inserting_after(weight):
-                    arguments = (weight, rows_of_product(node)) if measured else (weight,)
+                    arguments = (weight,) if options.pack_all else (weight, rows_of_product(node))
                     packed[weight] = graph.call_function(torch.ops.fisedit.pack_matrix.default, arguments)
                 copy_provenance(node, packed[weight])
         if reason is not None:
@@ -132,4 +123,3 @@ def pack_weights(
             node.target, node.args, node.kwargs = LINEAR_ROWS, (given["input"], given["weight"], given["bias"]), {}
         report.match(NAME)
     graph_module.recompile()
-    return graph_module

@@ -29,21 +29,14 @@ import torch
 from torch import fx
 
 from fisedit_compile.passes.common.arguments import read_arguments
-from fisedit_compile.passes.common.family import Family, Inferred, rewrite_family
+from fisedit_compile.passes.common.compilation import Compilation
+from fisedit_compile.passes.common.family import Family, Inferred, rewrite_nodes
 from fisedit_compile.passes.common.ir import RowsBuilder, shape_of, spatial_of
-from fisedit_compile.passes.common.layouts import BATCH, CHANNEL, SPACE, Spatial
-from fisedit_compile.passes.common.report import Report
-from fisedit_compile.passes.common.targets import aten
+from fisedit_compile.passes.common.layouts import Spatial
+from fisedit_compile.passes.common.reading.attentions import HEADS, SINGLE, is_within
+from fisedit_compile.passes.common.targets import ATTENTIONS, aten
 
 NAME = "sparsify_attention"
-HEADS = (BATCH, CHANNEL, SPACE, CHANNEL)
-SINGLE = (BATCH, SPACE, CHANNEL)
-
-
-def is_within(node: fx.Node) -> bool:
-    """Whether an attention is that of tokens which each position has of its own."""
-    query = spatial_of(read_arguments(node)["query"])
-    return query is not None and query.dims[-2:] == (CHANNEL, CHANNEL) and query.dims != HEADS
 
 
 def infer(node: fx.Node) -> Inferred:
@@ -174,9 +167,9 @@ def rewrite(node: fx.Node, builder: RowsBuilder) -> str | None:
     return None
 
 
-FAMILY = Family(NAME, {aten.scaled_dot_product_attention.default}.__contains__, infer, rewrite)
+FAMILY = Family(NAME, ATTENTIONS.__contains__, infer, rewrite)
 
 
-def sparsify_attention(graph_module: fx.GraphModule, report: Report) -> fx.GraphModule:
-    """Run the pass in place and return the module."""
-    return rewrite_family(FAMILY, graph_module, report)
+def sparsify_attention(compilation: Compilation) -> None:
+    """Run the pass on the edit graph."""
+    rewrite_nodes(FAMILY, compilation.edit.graph, compilation.report)

@@ -13,17 +13,15 @@ Conditions:
 
 from __future__ import annotations
 
-import torch
 from torch import fx
 
-from fisedit_compile.passes.common.family import Family, Inferred, rewrite_family
+from fisedit_compile.passes.common.compilation import Compilation
+from fisedit_compile.passes.common.family import Family, Inferred, rewrite_nodes
 from fisedit_compile.passes.common.ir import RowsBuilder, spatial_of
 from fisedit_compile.passes.common.layouts import CHANNEL
-from fisedit_compile.passes.common.report import Report
-from fisedit_compile.passes.common.targets import aten
+from fisedit_compile.passes.common.targets import COMPLEX, aten
 
 NAME = "sparsify_complex"
-TARGETS = {torch.ops.fisedit.complex_of_pairs.default, aten.view_as_real.default}
 
 
 def infer(node: fx.Node) -> Inferred:
@@ -45,9 +43,9 @@ def rewrite(node: fx.Node, builder: RowsBuilder) -> str | None:
     return None
 
 
-FAMILY = Family(NAME, TARGETS.__contains__, infer, rewrite)
+FAMILY = Family(NAME, COMPLEX.__contains__, infer, rewrite)
 
 
-def sparsify_complex(graph_module: fx.GraphModule, report: Report) -> fx.GraphModule:
-    """Run the pass in place and return the module."""
-    return rewrite_family(FAMILY, graph_module, report)
+def sparsify_complex(compilation: Compilation) -> None:
+    """Run the pass on the edit graph."""
+    rewrite_nodes(FAMILY, compilation.edit.graph, compilation.report)

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from torch import fx
 
 from fisedit_compile.passes.common.arguments import read_arguments
+from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.ir import origin_of, shape_of, spatial_of
-from fisedit_compile.passes.common.report import MacCount
+from fisedit_compile.passes.common.report import MacCount, MacKind
 from fisedit_compile.passes.common.targets import CONVOLUTIONS, aten
 
 ENCODER_WEIGHTS = ("qkv_weight", "proj_weight", "ffn_weight_1", "ffn_weight_2")
@@ -22,7 +23,7 @@ PRODUCTS = {
 }
 
 
-def macs_of(node: fx.Node) -> tuple[str, int] | None:
+def macs_of(node: fx.Node) -> tuple[MacKind, int] | None:
     """Kind and multiply-accumulates of a node, or None when it has none worth counting."""
     if node.op != "call_function":
         return None
@@ -53,7 +54,7 @@ def macs_of(node: fx.Node) -> tuple[str, int] | None:
     return None
 
 
-def count_macs(dense: fx.Graph, edit: fx.Graph) -> Iterator[MacCount]:
+def counts(dense: fx.Graph, edit: fx.Graph) -> Iterator[MacCount]:
     """One count for each node of the dense graph; nodes still present in the edit graph run densely there."""
     left = {node.name for node in edit.nodes}
     for node in dense.nodes:
@@ -61,3 +62,9 @@ def count_macs(dense: fx.Graph, edit: fx.Graph) -> Iterator[MacCount]:
             spatial = spatial_of(node)
             on_rows = spatial is not None and origin_of(node) not in left
             yield MacCount(origin_of(node), *counted, spatial.domain if on_rows and spatial else None)
+
+
+def count_macs(compilation: Compilation) -> None:
+    """Run the pass: the counts go to ``report.mac_counts``, no graph is changed."""
+    dense, edit = compilation.module("record").graph, compilation.edit.graph
+    compilation.report.mac_counts = list(counts(dense, edit))

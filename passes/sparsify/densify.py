@@ -19,6 +19,7 @@ import operator
 
 from torch import fx
 
+from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.ir import (
     eliminate_dead_code,
     origin_of,
@@ -27,8 +28,8 @@ from fisedit_compile.passes.common.ir import (
     to_map,
     to_rows,
 )
-from fisedit_compile.passes.common.report import Report
-from fisedit_compile.passes.domains.collapse import Opaque
+from fisedit_compile.passes.common.meta import CHANGED, DENSE_REASON, ORIGIN, SPATIAL, VALUE
+from fisedit_compile.passes.common.opaque import Opaque
 
 NAME = "densify"
 
@@ -44,7 +45,7 @@ def _wrap(graph: fx.Graph, node: fx.Node) -> None:
         rows = graph.call_function(to_rows, (node,))
     with graph.inserting_after(rows):
         mixed = graph.call_function(to_map, (rows,))
-    mixed.meta.update(val=node.meta["val"], spatial=node.meta["spatial"], origin=origin_of(node))
+    mixed.meta.update({VALUE: node.meta[VALUE], SPATIAL: node.meta[SPATIAL], ORIGIN: origin_of(node)})
     for reader in readers:
         if reader.target is to_rows:
             reader.replace_all_uses_with(rows)
@@ -53,20 +54,21 @@ def _wrap(graph: fx.Graph, node: fx.Node) -> None:
             reader.replace_input_with(node, mixed)
 
 
-def densify(graph_module: fx.GraphModule, report: Report) -> fx.GraphModule:
-    """Run the pass in place and return the module."""
+def densify(compilation: Compilation) -> None:
+    """Run the pass on the edit graph."""
+    graph_module, report = compilation.edit, compilation.report
     graph = graph_module.graph
     for node in list(graph.nodes):
         if node.target in (to_rows, to_map) or node.op not in ("placeholder", "call_function"):
             continue
         # Where the rows are all that is read, there is no map to mix.
-        mixed = spatial_of(node) is not None and not node.meta.get("changed")
+        mixed = spatial_of(node) is not None and not node.meta.get(CHANGED)
         if mixed and [user.target for user in node.users] != [to_rows]:
             _wrap(graph, node)
         touches = reads_spatial(node) or spatial_of(node) is not None
         named = node.target is operator.getitem or isinstance(node.target, Opaque)
         if node.op == "call_function" and not named and touches:
-            report.stays_dense(node, node.meta.get("dense_reason", "its pass is disabled"))
+            report.stays_dense(node, node.meta.get(DENSE_REASON, "its pass is disabled"))
     for node in list(graph.nodes):
         if node.target is to_rows and node.args[0].target is to_map:
             node.replace_all_uses_with(node.args[0].args[0])
@@ -74,4 +76,3 @@ def densify(graph_module: fx.GraphModule, report: Report) -> fx.GraphModule:
             report.match(NAME)
     eliminate_dead_code(graph)
     graph_module.recompile()
-    return graph_module

@@ -27,60 +27,43 @@ from typing import Any
 from torch import fx
 
 from fisedit_compile.passes.common.arguments import read_arguments
-from fisedit_compile.passes.common.family import Family, Inferred, rewrite_family
+from fisedit_compile.passes.common.compilation import Compilation
+from fisedit_compile.passes.common.family import Family, Inferred, rewrite_nodes
 from fisedit_compile.passes.common.ir import RowsBuilder, shape_of, spatial_of
 from fisedit_compile.passes.common.layouts import CHANNEL, Spatial, check_dims, reshape_layout
-from fisedit_compile.passes.common.report import Report
-from fisedit_compile.passes.common.targets import RESHAPES, aten
-from fisedit_compile.passes.sparsify.rules.moves import (
+from fisedit_compile.passes.common.meta import VALUE
+from fisedit_compile.passes.common.reading.moves import joined_axis, read_crops, read_turn, transposed
+from fisedit_compile.passes.common.reading.patches import reshape_patches
+from fisedit_compile.passes.common.reading.permutations import permutation
+from fisedit_compile.passes.common.targets import (
+    ALIAS,
     CROPS,
+    CUTS,
+    JOINS,
+    LAYOUTS,
+    PERMUTES,
+    SLICES,
     SPLITS,
+    SQUEEZES,
     TURNS,
+    WRITES,
+    aten,
+)
+from fisedit_compile.passes.sparsify.rules.moves import (
     in_place,
     infer_crops,
-    joined_axis,
     moved_rows,
-    read_crops,
-    read_turn,
     rewrite_crops,
     rewrite_turn,
-    transposed,
     with_rows_first,
 )
 from fisedit_compile.passes.sparsify.rules.moves import infer_join as infer_space_join
 from fisedit_compile.passes.sparsify.rules.moves import rewrite_join as rewrite_space_join
-from fisedit_compile.passes.sparsify.rules.patches import reshape_patches, rewrite_patches
-from fisedit_compile.passes.sparsify.rules.writes import WRITES, infer_write, rewrite_write
+from fisedit_compile.passes.sparsify.rules.patches import rewrite_patches
+from fisedit_compile.passes.sparsify.rules.writes import infer_write, rewrite_write
 from fisedit_compile.runtime.spec import Stencil
 
 NAME = "sparsify_layout"
-PERMUTES = {aten.permute.default, aten.transpose.int, aten.movedim.int, aten.movedim.intlist}
-SQUEEZES = {aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default}
-JOINS = {aten.cat.default, aten.stack.default, aten.concat.default}
-CUTS = SPLITS | {aten.unbind.int}
-SLICES = CROPS | {aten.select.int}
-#: The same value at another place of the mask: propagate_domains puts it where values from different places meet.
-ALIAS = aten.alias.default
-TARGETS = RESHAPES | PERMUTES | SQUEEZES | JOINS | CUTS | SLICES | WRITES | TURNS | {aten.expand.default, ALIAS}
-
-
-def permutation(node: fx.Node, rank: int) -> tuple[int, ...]:
-    """Which input dimension each output dimension of a permute-like node comes from."""
-    given = read_arguments(node)
-    order = list(range(rank))
-    if node.target is aten.permute.default:
-        return tuple(int(dim) % rank for dim in given["dims"])
-    if node.target is aten.transpose.int:
-        first, second = given["dim0"] % rank, given["dim1"] % rank
-        order[first], order[second] = order[second], order[first]
-        return tuple(order)
-    source, destination = given["source"], given["destination"]
-    sources = [dim % rank for dim in ([source] if isinstance(source, int) else source)]
-    destinations = [dim % rank for dim in ([destination] if isinstance(destination, int) else destination)]
-    rest = [dim for dim in order if dim not in sources]
-    for place, dim in sorted(zip(destinations, sources, strict=True)):
-        rest.insert(place, dim)
-    return tuple(rest)
 
 
 def _infer_shape_change(node: fx.Node, spatial: Spatial) -> Inferred:
@@ -143,7 +126,7 @@ def _infer_cut(node: fx.Node, spatial: Spatial) -> Inferred:
     if node.target in (aten.unbind.int, aten.select.int):
         dims = dims[:dim] + dims[dim + 1 :]
     cut = spatial.with_dims(dims)
-    return [cut] * len(node.meta["val"]) if node.target in CUTS else cut
+    return [cut] * len(node.meta[VALUE]) if node.target in CUTS else cut
 
 
 def infer(node: fx.Node) -> Inferred:
@@ -249,9 +232,9 @@ def rewrite(node: fx.Node, builder: RowsBuilder) -> str | None:
     return None
 
 
-FAMILY = Family(NAME, TARGETS.__contains__, infer, rewrite)
+FAMILY = Family(NAME, LAYOUTS.__contains__, infer, rewrite)
 
 
-def sparsify_layout(graph_module: fx.GraphModule, report: Report) -> fx.GraphModule:
-    """Run the pass in place and return the module."""
-    return rewrite_family(FAMILY, graph_module, report)
+def sparsify_layout(compilation: Compilation) -> None:
+    """Run the pass on the edit graph."""
+    rewrite_nodes(FAMILY, compilation.edit.graph, compilation.report)

@@ -21,16 +21,13 @@ from __future__ import annotations
 from torch import fx
 
 from fisedit_compile.passes.common.arguments import read_arguments
-from fisedit_compile.passes.common.family import Family, Inferred, rewrite_family
+from fisedit_compile.passes.common.compilation import Compilation
+from fisedit_compile.passes.common.family import Family, Inferred, rewrite_nodes
 from fisedit_compile.passes.common.ir import RowsBuilder, shape_of, spatial_of
 from fisedit_compile.passes.common.layouts import CHANNEL
-from fisedit_compile.passes.common.report import Report
-from fisedit_compile.passes.common.targets import aten
+from fisedit_compile.passes.common.targets import LAST_DIMENSION_NORMS, LAST_DIMENSION_PRODUCTS, PER_POSITION, aten
 
 NAME = "sparsify_linear"
-LAST = {aten.linear.default, aten.matmul.default}
-NORMS = {aten.layer_norm.default, aten.rms_norm.default}
-TARGETS = LAST | NORMS | {aten.batch_norm.default}
 
 
 def is_within(node: fx.Node) -> bool:
@@ -49,14 +46,14 @@ def infer(node: fx.Node) -> Inferred:
         return spatial
     if spatial is None or any(spatial_of(value) for value in node.all_input_nodes if value is not x):
         return "an operand other than the first is a spatial value"
-    if node.target in LAST:
+    if node.target in LAST_DIMENSION_PRODUCTS:
         right = node.args[1]
         assert isinstance(right, fx.Node)
         if len(shape_of(right)) != 2:
             return "the right side of the product is not a matrix"
         if spatial.dims[-1] != CHANNEL:
             return "the last dimension is not a channel dimension"
-    elif node.target in NORMS:
+    elif node.target in LAST_DIMENSION_NORMS:
         normalised = read_arguments(node)["normalized_shape"]
         if any(name != CHANNEL for name in spatial.dims[len(spatial.dims) - len(normalised) :]):
             return "the normalised dimensions are not all channels"
@@ -86,9 +83,9 @@ def rewrite(node: fx.Node, builder: RowsBuilder) -> str | None:
     return None
 
 
-FAMILY = Family(NAME, TARGETS.__contains__, infer, rewrite)
+FAMILY = Family(NAME, PER_POSITION.__contains__, infer, rewrite)
 
 
-def sparsify_linear(graph_module: fx.GraphModule, report: Report) -> fx.GraphModule:
-    """Run the pass in place and return the module."""
-    return rewrite_family(FAMILY, graph_module, report)
+def sparsify_linear(compilation: Compilation) -> None:
+    """Run the pass on the edit graph."""
+    rewrite_nodes(FAMILY, compilation.edit.graph, compilation.report)

@@ -18,9 +18,10 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.ir import RowsBuilder, origin_of, recorded, spatial_of, to_map, to_rows, update
 from fisedit_compile.passes.common.layouts import Spatial
-from fisedit_compile.passes.common.report import Report
+from fisedit_compile.passes.common.meta import ORIGIN
 from fisedit_compile.passes.common.targets import aten
 
 NAME = "lower_conversions"
@@ -43,8 +44,9 @@ def unflatten_space(builder: RowsBuilder, value: fx.Node, spatial: Spatial) -> f
     return value
 
 
-def lower_conversions(graph_module: fx.GraphModule, report: Report) -> fx.GraphModule:
-    """Run the pass in place and return the module."""
+def lower_conversions(compilation: Compilation) -> None:
+    """Run the pass on the edit graph."""
+    graph_module, report = compilation.edit, compilation.report
     graph = graph_module.graph
     for node in list(graph.nodes):
         if node.target not in (to_rows, to_map):
@@ -68,9 +70,8 @@ def lower_conversions(graph_module: fx.GraphModule, report: Report) -> fx.GraphM
                 builder.plan("valid", spatial.domain),
             )
             output = unflatten_space(builder, output, spatial)
-            output.meta.update(origin=origin_of(node))
+            output.meta[ORIGIN] = origin_of(node)
         node.replace_all_uses_with(output)
         graph.erase_node(node)
         report.match(NAME)
     graph_module.recompile()
-    return graph_module

@@ -25,13 +25,12 @@ import torch
 from torch import fx
 
 from fisedit_compile.passes.common.arguments import read_arguments
-from fisedit_compile.passes.common.family import Family, Inferred, rewrite_family
+from fisedit_compile.passes.common.compilation import Compilation
+from fisedit_compile.passes.common.family import Family, Inferred, rewrite_nodes
 from fisedit_compile.passes.common.ir import RowsBuilder, shape_of, spatial_of, update
-from fisedit_compile.passes.common.report import Report
-from fisedit_compile.passes.common.targets import aten
+from fisedit_compile.passes.common.targets import GROUP_NORMS
 
 NAME = "sparsify_norm"
-TARGETS = {aten.group_norm.default, aten.instance_norm.default}
 
 
 def infer(node: fx.Node) -> Inferred:
@@ -84,9 +83,9 @@ def rewrite(node: fx.Node, builder: RowsBuilder, cached: bool) -> str | None:
 
 def family(cached: bool) -> Family:
     """The family with recorded (``cached``) or exact statistics."""
-    return Family(NAME, TARGETS.__contains__, infer, functools.partial(rewrite, cached=cached))
+    return Family(NAME, GROUP_NORMS.__contains__, infer, functools.partial(rewrite, cached=cached))
 
 
-def sparsify_norm(graph_module: fx.GraphModule, report: Report, cached: bool = False) -> fx.GraphModule:
-    """Run the pass in place and return the module."""
-    return rewrite_family(family(cached), graph_module, report)
+def sparsify_norm(compilation: Compilation) -> None:
+    """Run the pass on the edit graph; the option ``norm`` says which statistics."""
+    rewrite_nodes(family(compilation.options.norm == "cached"), compilation.edit.graph, compilation.report)

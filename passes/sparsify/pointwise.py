@@ -24,32 +24,18 @@ import torch
 from torch import fx
 
 from fisedit_compile.passes.common.arguments import read_arguments
-from fisedit_compile.passes.common.family import Family, Inferred, rewrite_family
+from fisedit_compile.passes.common.compilation import Compilation
+from fisedit_compile.passes.common.family import Family, Inferred, rewrite_nodes
 from fisedit_compile.passes.common.ir import RowsBuilder, shape_of, spatial_of
 from fisedit_compile.passes.common.layouts import CHANNEL, Spatial, check_dims
-from fisedit_compile.passes.common.report import Report
-from fisedit_compile.passes.common.targets import aten, is_elementwise
+from fisedit_compile.passes.common.meta import VALUE
+from fisedit_compile.passes.common.targets import REDUCTIONS, aten, is_elementwise
 
 NAME = "sparsify_pointwise"
 
-#: Reductions and scans over named dimensions: operator -> whether the dimensions vanish without ``keepdim``.
-REDUCTIONS: dict[Any, bool] = {
-    aten.sum.dim_IntList: True,
-    aten.mean.dim: True,
-    aten.amax.default: True,
-    aten.amin.default: True,
-    aten.var.correction: True,
-    aten.std.correction: True,
-    aten.logsumexp.default: True,
-    aten.linalg_vector_norm.default: True,
-    aten.softmax.int: False,
-    aten.log_softmax.int: False,
-    aten.cumsum.default: False,
-}
-
 
 def _infer_elementwise(node: fx.Node) -> Inferred:
-    value = node.meta.get("val")
+    value = node.meta.get(VALUE)
     if not isinstance(value, torch.Tensor):
         return "it does not return one tensor"
     rank = len(shape_of(node))
@@ -114,7 +100,7 @@ def _rewrite_elementwise(node: fx.Node, builder: RowsBuilder) -> str | None:
     reasons: list[str] = []
 
     def convert(value: Any) -> Any:
-        if not isinstance(value, fx.Node) or not isinstance(value.meta.get("val"), torch.Tensor):
+        if not isinstance(value, fx.Node) or not isinstance(value.meta.get(VALUE), torch.Tensor):
             return value  # a number, which may be an input of the graph
         if spatial_of(value) is not None:
             return builder.rows(value)
@@ -159,6 +145,6 @@ def rewrite(node: fx.Node, builder: RowsBuilder) -> str | None:
 FAMILY = Family(NAME, lambda target: is_elementwise(target) or target in REDUCTIONS, infer, rewrite)
 
 
-def sparsify_pointwise(graph_module: fx.GraphModule, report: Report) -> fx.GraphModule:
-    """Run the pass in place and return the module."""
-    return rewrite_family(FAMILY, graph_module, report)
+def sparsify_pointwise(compilation: Compilation) -> None:
+    """Run the pass on the edit graph."""
+    rewrite_nodes(FAMILY, compilation.edit.graph, compilation.report)

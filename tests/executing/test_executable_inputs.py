@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -15,11 +16,12 @@ from fisedit_compile.errors import (
     ScalarMismatchError,
 )
 from fisedit_compile.executing.edit_inputs import EditInputs
-from fisedit_compile.executing.executable import Executable, GraphIdentity
+from fisedit_compile.executing.executable import Executable
 from fisedit_compile.executing.prologues import prologues
-from fisedit_compile.passes import GraphInput
+from fisedit_compile.passes import DenseProgram, GraphInput, Program
 from fisedit_compile.runtime import RecordedCall
 from fisedit_compile.runtime.plans import build_plan
+from fisedit_compile.tracing.identity import GraphIdentity
 from support.executable_setting import DOMAIN, INFOS, MASK, PICTURE, Setting, dense, program_of
 from support.tolerances import assert_identical
 
@@ -32,9 +34,8 @@ def setting() -> Iterator[Setting]:
 
 
 def test_a_graph_without_spatial_inputs_runs_densely_and_counts(caplog: pytest.LogCaptureFixture) -> None:
-    program = program_of()
-    program.edit = program.edit_save = None
-    program.batch = program.mask_domain = None
+    shared = {field.name: getattr(program_of(), field.name) for field in fields(Program)}
+    program = DenseProgram(**shared)
     identity = GraphIdentity("hash", "the test graph", INFOS, dense_reason="nothing is spatial")
     setting = Setting(program, identity)
     setting.record()

@@ -7,13 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from support.tree import PACKAGE, dotted_names, imports, modules
+from support.tree import PACKAGE, ROOT, dotted_names, imports, modules
 
 #: Each part may import its own layer and those before it.
 LAYERS = (
     ("errors", "options", "tracing.dynamo", "tracing.inputs", "tracing.replacements", "private"),
     ("runtime",),
     ("operators",),
+    # The stages of the passes. "passes" itself is the list of all of them.
+    ("passes.common",),
+    ("passes.normalise",),
+    ("passes.domains",),
+    ("passes.sparsify",),
+    ("passes.caching",),
+    ("passes.processor",),
     ("passes",),
     ("tracing",),
     ("executing",),
@@ -121,4 +128,11 @@ def test_the_rules_see_every_way_to_import(tmp_path: Path) -> None:
         "torch._C._get_tracing_state",
         "torch.utils._pytree.tree_map",
     }
-    assert part("fisedit_compile.passes.common.ir") == "passes" and part("fisedit_compile.EditSession") == ""
+    assert part("fisedit_compile.passes.common.ir") == "passes.common" and part("fisedit_compile.EditSession") == ""
+    assert part("fisedit_compile.passes.manager") == "passes" and part("fisedit_compile.passes.new.rule") == "passes"
+
+
+def test_every_stage_has_a_place_in_the_order() -> None:
+    """A folder that has none could import all of them, and none could import it."""
+    folders = {path.name for path in (ROOT / "passes").iterdir() if (path / "__init__.py").is_file()}
+    assert folders == {name.removeprefix("passes.") for name in LEVELS if name.startswith("passes.")}

@@ -2,63 +2,80 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from fisedit_compile.errors import OptionError
+from fisedit_compile import passes
+from fisedit_compile.errors import GraphError, OptionError
 from fisedit_compile.options import Options
-from fisedit_compile.passes import Program, manager
+from fisedit_compile.passes import DenseProgram, Program, SparseProgram, manager
 from fisedit_compile.passes.common.ir import MARKERS
-from fisedit_compile.passes.manager import OPTIONAL, families
+from fisedit_compile.passes.manager import OPTIONAL, PASSES, families
 from fisedit_compile.runtime.spec import Domain
 from support.execution import Edit, compile_graph, dense_inputs, random_inputs, record, some_mask
 from support.graphs import GraphBuilder, aten, calls, targets
 from support.small_unet import PICTURE, small_unet
 from support.tolerances import assert_near
 
-ORDER = [
-    "canonicalize",
-    "expand_layers",
-    "join_slices",
-    "normalise_attention",
-    "undo_merges",
-    "unfold_windows",
-    "split_joined",
-    "propagate_domains",
-    "sparsify_conv",
-    "sparsify_norm",
-    "sparsify_attention",
-    "sparsify_linear",
-    "sparsify_layout",
-    "sparsify_complex",
-    "sparsify_pointwise",
-    "resample",
-    "densify",
-    "fold_attention",
-    "lower_conversions",
-    "insert_cache_ops",
-    "hoist_invariants",
-    "choose_convolution",
-    "pack_weights",
-    "hoist_parameters",
-    "convolve_maps",
-    "multiply_maps",
-    "lift_cache_io",
-]
+#: All passes in their order; ``collapse`` runs for opaque graphs only.
+ORDER = """
+    declare_tokens canonicalize expand_layers join_slices normalise_attention undo_merges unfold_windows split_joined
+    propagate_domains collapse copy_record sparsify_conv sparsify_norm sparsify_attention sparsify_linear
+    sparsify_layout sparsify_complex sparsify_pointwise resample densify count_macs fold_attention lower_conversions
+    insert_cache_ops hoist_invariants choose_convolution pack_weights hoist_parameters convolve_maps multiply_maps
+    lift_cache_io make_program verify
+""".split()
+USUAL = [name for name in ORDER if name != "collapse"]
 FAMILIES = ORDER[ORDER.index("sparsify_conv") : ORDER.index("densify")]
 FINE, COARSE = Domain(9, 7), Domain(5, 4)
 
 
 @pytest.fixture(scope="module")
-def program() -> Program:
+def program() -> SparseProgram:
     builder, output = small_unet()
     return compile_graph(builder, output)
 
 
 def test_passes_run_in_their_literal_order(program: Program) -> None:
-    assert list(program.report.seconds) == ORDER
+    assert [step.name for step in PASSES] == ORDER
+    assert list(program.report.seconds) == USUAL
     assert all(seconds >= 0 for seconds in program.report.seconds.values())
-    assert set(OPTIONAL) < set(ORDER)
+
+
+@pytest.mark.parametrize("step", PASSES, ids=lambda step: step.name)
+def test_an_entry_says_what_its_pass_is(step: manager.Pass) -> None:
+    assert step.name == step.run.__name__ and (Path(passes.__file__).parent / step.file).is_file()
+    assert step.stage in ("normalise", "domains", "sparsify", "caching", "processor")
+
+
+@pytest.mark.parametrize(
+    ("options", "left_out"),
+    [
+        (Options(lowering="inductor"), {"choose_convolution", "pack_weights"}),
+        (Options(convolution="rows"), {"choose_convolution"}),
+        (Options(packing=0), {"pack_weights"}),
+    ],
+)
+def test_conditions_of_the_list(options: Options, left_out: set[str]) -> None:
+    builder, output = small_unet()
+    assert set(USUAL) - set(compile_graph(builder, output, options=options).report.seconds) == left_out
+
+
+def test_a_list_that_makes_no_program_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manager, "PASSES", PASSES[:2])
+    builder, output = small_unet()
+    with pytest.raises(GraphError, match="make_program is missing"):
+        compile_graph(builder, output)
+
+
+def test_a_pass_in_front_of_what_it_needs_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    (early,) = [step for step in PASSES if step.name == "fold_attention"]
+    monkeypatch.setattr(manager, "PASSES", (early, *PASSES))
+    builder, output = small_unet()
+    with pytest.raises(GraphError, match="the graph record is needed, but no pass has made it"):
+        compile_graph(builder, output)
 
 
 def test_families_cover_the_sparsifying_passes_in_order() -> None:
@@ -98,7 +115,6 @@ def test_a_program_says_what_it_needs(program: Program) -> None:
 
 
 def test_nothing_dense_is_left_in_the_edit_graph(program: Program) -> None:
-    assert program.edit is not None
     names = [str(target) for target in targets(program.edit)]
     for name in ("conv2d", "group_norm", "upsample"):
         assert not any(name in target for target in names)
@@ -128,8 +144,7 @@ def test_a_graph_without_pictures_is_recorded_and_never_edited() -> None:
     builder = GraphBuilder()
     tokens = builder.input(2, 7, 6, name="tokens")
     built = compile_graph(builder, builder.call(aten.linear.default, tokens, builder.parameter(4, 6)))
-    assert (built.edit, built.edit_save, built.mask_domain, built.batch) == (None, None, None, None)
-    assert built.domains == () and built.stencils == ()
+    assert isinstance(built, DenseProgram) and built.graphs() == {"record": built.record}
     assert [(site.name, site.kind) for site in built.sites] == [("output:0", "value")]
     inputs = random_inputs(builder, 1)
     base = record(built, inputs)
@@ -201,8 +216,10 @@ def test_all_passes_may_be_disabled(expected) -> None:
 
 
 def test_the_order_of_the_families_does_not_matter(expected, monkeypatch: pytest.MonkeyPatch) -> None:
-    backwards = families(Options())[::-1]
+    backwards, at = families(Options())[::-1], ORDER.index("sparsify_conv")
+    rewriting = PASSES[at : at + len(FAMILIES)]
     monkeypatch.setattr(manager, "families", lambda options: backwards)
+    monkeypatch.setattr(manager, "PASSES", (*PASSES[:at], *rewriting[::-1], *PASSES[at + len(FAMILIES) :]))
     builder, output = small_unet()
     built = compile_graph(builder, output)
     assert [name for name in built.report.seconds if name in FAMILIES] == FAMILIES[::-1]
@@ -214,7 +231,7 @@ def test_passes_are_disabled_by_the_environment(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("FISEDIT_DISABLE_PASSES", " sparsify_conv,,resample ")
     builder, output = small_unet()
     report = compile_graph(builder, output, options=Options(disabled_passes=frozenset({"sparsify_norm"}))).report
-    assert set(ORDER) - set(report.seconds) == {"sparsify_conv", "resample", "sparsify_norm"}
+    assert set(USUAL) - set(report.seconds) == {"sparsify_conv", "resample", "sparsify_norm"}
 
 
 @pytest.mark.parametrize("name", ["sparsify_convolution", "densify", "lift_cache_io", "verify"])
@@ -244,11 +261,13 @@ def test_graphs_are_dumped_behind_every_pass(tmp_path, monkeypatch: pytest.Monke
     compile_graph(builder, output, options=Options(disabled_passes=frozenset({"resample"})))
     (folder,) = (tmp_path / "dumps").iterdir()
     files = sorted(folder.iterdir())
-    passes = ["traced", *(name for name in ORDER[:-1] if name != "resample")]
-    assert [path.name for path in files] == [
-        f"{number:02d}_{name}.txt"
-        for number, name in enumerate([*passes, "lift_cache_io_record", "lift_cache_io_edit"])
-    ]
+    changed = ["traced"]
+    for step in PASSES:
+        if step.name not in ("resample", "collapse"):
+            both = len(step.works_on) == 2
+            changed += [f"{step.name}_{graph}" if both else step.name for graph in step.works_on]
+    assert changed[-2:] == ["lift_cache_io_record", "lift_cache_io_edit"] and "hoist_invariants_record" in changed
+    assert [path.name for path in files] == [f"{number:02d}_{name}.txt" for number, name in enumerate(changed)]
     text = {path.name[3:-4]: path.read_text() for path in files}
     assert "fisedit" not in text["traced"] and "conv2d" in text["traced"]
     assert "conv_rows" in text["sparsify_conv"] and "conv_rows" not in text["propagate_domains"]

@@ -12,6 +12,7 @@ import torch
 from fisedit_compile.operators.attention import aten as attention
 from fisedit_compile.operators.attention import native
 from fisedit_compile.options import parse_options
+from fisedit_compile.passes import SparseProgram
 from fisedit_compile.reporting.explain import explain_with
 from support.composite_networks import COMPOSITES
 from support.diffusers_networks import DIFFUSERS
@@ -37,7 +38,7 @@ PATHS = {
 def operators_of(network: Network, options: dict[str, Any]) -> set[str]:
     """Names of the operators in a network's edit graph."""
     (program,) = explain_with(parse_options(None, options)[1], network.module(), *network.inputs(0)).programs
-    assert program.edit is not None
+    assert isinstance(program, SparseProgram)
     return {node.target._opname for node in program.edit.graph.nodes if hasattr(node.target, "_opname")}
 
 

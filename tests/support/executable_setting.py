@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, fx
 
 from fisedit_compile.executing.compiled_graph import CompiledGraph
-from fisedit_compile.executing.executable import Executable, GraphIdentity
-from fisedit_compile.passes import GraphInput, InputInfo, Program, Report
+from fisedit_compile.executing.executable import Executable
+from fisedit_compile.passes import GraphInput, InputInfo, Program, Report, SparseProgram
 from fisedit_compile.runtime import Domain, PlanInput, Runtime, Site
+from fisedit_compile.tracing.identity import GraphIdentity
 
 aten = torch.ops.aten
 BATCH, CHANNELS, DOMAIN = 2, 3, Domain(4, 5)
@@ -76,8 +77,8 @@ def prologue_graph() -> fx.GraphModule:
     return module_of(graph)
 
 
-def program_of(returns_recorded: bool = False) -> Program:
-    return Program(
+def program_of(returns_recorded: bool = False) -> SparseProgram:
+    return SparseProgram(
         record=record_graph(),
         edit=edit_graph(False, returns_recorded),
         edit_save=edit_graph(True, returns_recorded),

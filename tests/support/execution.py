@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from fisedit_compile.options import Options
-from fisedit_compile.passes import GraphInput, Program, build_program
+from fisedit_compile.passes import GraphInput, Program, SparseProgram, build_program
 from fisedit_compile.runtime.masks import reduce_mask
 from fisedit_compile.runtime.plans import IndexPlan, build_plan
 from fisedit_compile.runtime.spec import Domain, PlanInput
@@ -34,7 +34,7 @@ def compile_graph(builder: GraphBuilder, *outputs: fx.Node, options: Options | N
 
 def dense_inputs(program: Program, inputs: Sequence[Tensor]) -> list[Tensor]:
     """What dense graphs read besides the inputs."""
-    if not program.dense_inputs:
+    if not isinstance(program, SparseProgram) or not program.dense_inputs:
         return []
     assert program.prologue is not None
     hoisted = program.prologue(*inputs)
@@ -59,7 +59,7 @@ class Edit:
     """One edit of a recorded call."""
 
     def __init__(self, program: Program, base: Base, inputs: Sequence[Tensor], mask: Tensor) -> None:
-        assert program.mask_domain is not None
+        assert isinstance(program, SparseProgram)
         self.program, self.base, self.inputs = program, base, inputs
         fine = reduce_mask(mask, program.mask_domain)
         self.plan: IndexPlan = build_plan(fine, program.domains, program.stencils, "cpu")
@@ -83,7 +83,6 @@ class Edit:
     @torch.no_grad()
     def run(self) -> tuple[Tensor, ...]:
         """The outputs of the edit; checks that the base is left as it was."""
-        assert self.program.edit is not None
         before = {name: value.clone() for name, value in self.base.sites.items()}
         results = self.program.edit(*map(self._read, self.program.edit_inputs))
         for name, value in self.base.sites.items():
@@ -93,7 +92,6 @@ class Edit:
     @torch.no_grad()
     def save(self) -> Base:
         """The edit as a base of its own."""
-        assert self.program.edit_save is not None
         results = self.program.edit_save(*map(self._read, self.program.edit_inputs))
         count = self.program.output_count
         sites = {name: value.clone() for name, value in self.base.sites.items()}
@@ -169,7 +167,7 @@ def check_masked(
         sparse: whether nothing may stay dense.
     """
     program = compile_graph(builder, output, options=options)
-    assert program.mask_domain is not None
+    assert isinstance(program, SparseProgram)
     if sparse:
         assert program.report.dense_nodes == [], program.report.dense_nodes
     first = random_inputs(builder, 1)

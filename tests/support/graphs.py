@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from fisedit_compile.passes.common.ir import MARKERS
 from fisedit_compile.passes.common.layouts import BATCH, CHANNEL, HEIGHT, SPACE, WIDTH, Spatial
-from fisedit_compile.passes.common.program import InputInfo
+from fisedit_compile.passes.common.program import InputInfo, InputKind
 from fisedit_compile.passes.common.report import Report
 from fisedit_compile.private import FakeTensorMode
 from fisedit_compile.runtime.spec import Domain
@@ -54,7 +54,7 @@ class GraphBuilder:
         self,
         *shape: int,
         name: str = "x",
-        kind: str = "user",
+        kind: InputKind = "user",
         dtype: torch.dtype = torch.float32,
         spatial: str | Spatial | None = None,
     ) -> fx.Node:

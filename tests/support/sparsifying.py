@@ -7,14 +7,14 @@ from typing import Any
 
 from torch import fx
 
+from fisedit_compile.options import Options
+from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.family import Family
 from fisedit_compile.passes.common.ir import to_map, update
 from fisedit_compile.passes.common.layouts import Spatial
 from fisedit_compile.passes.common.report import Report
 from fisedit_compile.runtime.spec import Stencil
 from support.graphs import GraphBuilder, calls, outputs, spell, text
-
-Pass = Callable[[fx.GraphModule, Report], fx.GraphModule]
 
 
 def infer(family: Family, builder: GraphBuilder) -> None:
@@ -30,30 +30,36 @@ def infer(family: Family, builder: GraphBuilder) -> None:
                 user.meta["spatial"] = inferred[user.args[1]]
 
 
-def sparsify(run: Pass, family: Family, builder: GraphBuilder, *results: fx.Node) -> tuple[fx.GraphModule, Report]:
+def sparsify(
+    run: Callable[[Compilation], None],
+    family: Family,
+    builder: GraphBuilder,
+    *results: fx.Node,
+    options: Options | None = None,
+) -> tuple[fx.GraphModule, Report]:
     """Infer layouts, run the pass twice, and return the module and the first run's report."""
     infer(family, builder)
     expected = [(node.name, node.meta["val"], node.meta.get("spatial")) for node in results]
     module, report = builder.module(*results), Report()
-    assert run(module, report) is module
+    run(Compilation(module, options=options or Options(), report=report))
     for node, (name, value, spatial) in zip(outputs(module), expected, strict=True):
         if node.target is to_map:
             assert (node.meta["origin"], node.meta["val"], node.meta["spatial"]) == (name, value, spatial)
     before, second = text(module), Report()
-    run(module, second)
+    run(Compilation(module, options=options or Options(), report=second))
     assert text(module) == before, "a second run changes the graph"
     assert not second.matches, "a second run finds something to rewrite"
     assert {miss.reason for miss in second.misses} == {miss.reason for miss in report.misses}
     return module, report
 
 
-def refused(run: Pass, family: Family, builder: GraphBuilder, result: fx.Node) -> list[str]:
+def refused(run: Callable[[Compilation], None], family: Family, builder: GraphBuilder, result: fx.Node) -> list[str]:
     """Run the pass on a graph it must leave alone; returns the reasons it reports for ``result``."""
     infer(family, builder)
     module, report = builder.module(result), Report()
     before = [node for node in module.graph.nodes]
     arguments = [(node.args, node.kwargs) for node in before]
-    run(module, report)
+    run(Compilation(module, report=report))
     assert list(module.graph.nodes) == before and [(node.args, node.kwargs) for node in before] == arguments
     assert not report.matches
     assert all(miss.pass_name == family.name for miss in report.misses)

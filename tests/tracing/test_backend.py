@@ -19,6 +19,7 @@ from fisedit_compile import backend
 from fisedit_compile.errors import CallMismatchError, OptionError
 from fisedit_compile.executing.compiled_graph import CompiledGraph
 from fisedit_compile.executing.executable import Executable
+from fisedit_compile.tracing import identity
 from fisedit_compile.tracing.description import describe
 from fisedit_compile.tracing.trace import trace
 from support.shape_networks import BLOCKS
@@ -162,7 +163,7 @@ def test_the_hash_tells_autocast_apart() -> None:
 def test_the_hash_does_not_depend_on_memory_addresses() -> None:
     """Functions print with their address; those of an untraced graph are Python functions."""
     gm = fx.symbolic_trace(lambda x: functional.dropout(x, 0.5))
-    text = backend._target_name(functional.dropout)
+    text = identity.target_name(functional.dropout)
     assert text == "torch.nn.functional.dropout"
     assert any(node.target is functional.dropout for node in gm.graph.nodes)
 
@@ -248,10 +249,10 @@ def test_constants_count_in_the_hash() -> None:
 
         torch.compile(lambda x, value=value: x + torch.tensor([value, 0.0]), backend=keep)(torch.randn(3, 2))
     first, second = graphs
-    assert backend.structural_hash(first.gm, first.input_infos) != backend.structural_hash(
+    assert identity.structural_hash(first.gm, first.input_infos) != identity.structural_hash(
         second.gm, second.input_infos
     )
-    assert backend.structural_hash(first.gm, first.input_infos, "a") != backend.structural_hash(
+    assert identity.structural_hash(first.gm, first.input_infos, "a") != identity.structural_hash(
         first.gm, first.input_infos, "b"
     )
 

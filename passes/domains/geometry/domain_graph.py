@@ -10,18 +10,27 @@ from torch import fx
 
 from fisedit_compile.passes.common.arguments import read_arguments
 from fisedit_compile.passes.common.ir import shape_of, spatial_of
-from fisedit_compile.passes.common.targets import ANCHORS, aten, is_elementwise
-from fisedit_compile.passes.sparsify.attention import FAMILY as ATTENTION
-from fisedit_compile.passes.sparsify.convolution import FAMILY as CONVOLUTION
-from fisedit_compile.passes.sparsify.layout import FAMILY as LAYOUT
-from fisedit_compile.passes.sparsify.layout import PERMUTES, RESHAPES, permutation
-from fisedit_compile.passes.sparsify.norm import TARGETS as NORMS
-from fisedit_compile.passes.sparsify.resample import FAMILY as RESAMPLE
+from fisedit_compile.passes.common.meta import DENSE_REASON, SPATIAL_OUTPUTS, VALUE
+from fisedit_compile.passes.common.reading.permutations import permutation
+from fisedit_compile.passes.common.report import Connection
+from fisedit_compile.passes.common.targets import (
+    ANCHORS,
+    ATTENTIONS,
+    CONVOLUTIONS,
+    GROUP_NORMS,
+    LAST_DIMENSION_NORMS,
+    LAYOUTS,
+    PERMUTES,
+    RESAMPLINGS,
+    RESHAPES,
+    aten,
+    is_elementwise,
+)
 from fisedit_compile.runtime.spec import Domain
 
 NOT_SPATIAL = "not spatial"
 #: Operators of channels, where these are the last dimension.
-LAST_DIMENSION = {aten.linear.default, aten.layer_norm.default, aten.rms_norm.default}
+LAST_DIMENSION = LAST_DIMENSION_NORMS | {aten.linear.default}
 
 
 def data_flow(graph: fx.Graph) -> networkx.DiGraph:
@@ -40,7 +49,7 @@ def _local_descendants(flow: networkx.DiGraph, name: str) -> list[tuple[fx.Node,
         node = flow.nodes[vertex]["node"]
         return vertex == name or (
             node.op == "call_function"
-            and (is_elementwise(node.target) or LAYOUT.matches(node.target) or node.target is operator.getitem)
+            and (is_elementwise(node.target) or node.target in LAYOUTS or node.target is operator.getitem)
         )
 
     local = networkx.subgraph_view(flow, filter_node=carries)
@@ -56,7 +65,7 @@ def reaches_anchor(flow: networkx.DiGraph, name: str) -> bool:
 def is_attention_bias(flow: networkx.DiGraph, name: str) -> bool:
     """Whether an input flows into the mask of an attention through elementwise and layout operators only."""
     return any(
-        ATTENTION.matches(reader.target) and read_arguments(reader)["attn_mask"] is value
+        reader.target in ATTENTIONS and read_arguments(reader)["attn_mask"] is value
         for reader, value in _local_descendants(flow, name)
     )
 
@@ -77,7 +86,7 @@ def _merges_rows_and_columns(node: fx.Node, value: fx.Node) -> bool:
 
 
 def _has_four_dimensions(node: fx.Node) -> bool:
-    value = node.meta.get("val")
+    value = node.meta.get(VALUE)
     return isinstance(value, torch.Tensor) and value.dim() == 4
 
 
@@ -118,15 +127,15 @@ def reads_channels_last(flow: networkx.DiGraph, name: str) -> bool:
     return last_is_channels
 
 
-def connection_kind(node: fx.Node) -> str:
+def connection_kind(node: fx.Node) -> Connection:
     """How a node connects the resolutions of its inputs with that of its output."""
-    if "dense_reason" in node.meta or spatial_of(node) is None and "spatial_outputs" not in node.meta:
+    if DENSE_REASON in node.meta or spatial_of(node) is None and SPATIAL_OUTPUTS not in node.meta:
         return "ends locality"
-    if CONVOLUTION.matches(node.target) or RESAMPLE.matches(node.target):
+    if node.target in CONVOLUTIONS or node.target in RESAMPLINGS:
         return "stencil"
-    if ATTENTION.matches(node.target):
+    if node.target in ATTENTIONS:
         return "attention"
-    if node.target in NORMS:
+    if node.target in GROUP_NORMS:
         return "statistics"
     return "rows"
 

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from fisedit_compile.passes.common.ir import shape_of, spatial_of
 from fisedit_compile.passes.common.layouts import Spatial
+from fisedit_compile.passes.common.meta import VALUE
 from fisedit_compile.passes.common.targets import OVERLOAD
 from fisedit_compile.runtime.spec import Domain
 
@@ -96,7 +97,7 @@ class MarkedRun:
 
     def reason(self) -> str | None:
         """Why trying would not tell; None when it may."""
-        value = self._region[-1].meta.get("val")
+        value = self._region[-1].meta.get(VALUE)
         if not _has_nan(value):
             return "its result holds no floating numbers"
         for node in self._region:
@@ -128,7 +129,7 @@ class MarkedRun:
     def _shows_all(self) -> bool:
         """Whether what is not NaN depends on no marked position: nothing on the way forgets that a value was NaN."""
         for node in self._region:
-            values = node.meta.get("val")
+            values = node.meta.get(VALUE)
             several = values if isinstance(values, (list, tuple)) else (values,)
             if getattr(node.target, "_opname", "").rstrip("_") in FORGETTING or not all(map(_has_nan, several)):
                 return False
@@ -194,7 +195,7 @@ class MarkedRun:
 
     def _value(self, node: fx.Node, generator: torch.Generator) -> Any:
         """A value of the kind that a node has; that of a constant."""
-        value = node.meta.get("val")
+        value = node.meta.get(VALUE)
         if self._constant(node):
             return evaluate(node)
         if not isinstance(value, Tensor):
@@ -236,7 +237,7 @@ def _on_processor(value: Any) -> Any:
 def _indices(node: fx.Node) -> Iterator[fx.Node]:
     """The operands that hold integers or booleans."""
     for value in node.all_input_nodes:
-        tensor = value.meta.get("val")
+        tensor = value.meta.get(VALUE)
         if isinstance(tensor, Tensor) and not (tensor.is_floating_point() or tensor.is_complex()):
             yield value
 
@@ -249,7 +250,7 @@ def size_of(node: object) -> Domain:
 
 
 def _elements(node: fx.Node) -> int:
-    values = node.meta.get("val")
+    values = node.meta.get(VALUE)
     several = values if isinstance(values, (list, tuple)) else (values,)
     return sum(value.numel() for value in several if isinstance(value, Tensor))
 

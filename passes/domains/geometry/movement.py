@@ -16,30 +16,34 @@ from torch import Tensor, fx
 from fisedit_compile.passes.common.arguments import read_arguments
 from fisedit_compile.passes.common.ir import spatial_of
 from fisedit_compile.passes.common.layouts import HEIGHT, NCHW, WIDTH, Spatial
-from fisedit_compile.passes.common.targets import CONVOLUTIONS, RESOLUTION_CHANGES, SOFTMAXES, aten, is_elementwise
+from fisedit_compile.passes.common.reading.attentions import is_within
+from fisedit_compile.passes.common.reading.convolutions import read_convolution
+from fisedit_compile.passes.common.reading.moves import Crop, joined_axis, read_crops, read_turn, transposed
+from fisedit_compile.passes.common.reading.patches import patch_stencil
+from fisedit_compile.passes.common.reading.permutations import permutation
+from fisedit_compile.passes.common.reading.resampling import pool_stencil, read_pad, read_resampling
+from fisedit_compile.passes.common.targets import (
+    ATTENTIONS,
+    CONVOLUTIONS,
+    CROPS,
+    GROUP_NORMS,
+    JOINS,
+    PADS,
+    PER_POSITION,
+    PERMUTES,
+    POOLS,
+    RESAMPLINGS,
+    RESHAPES,
+    RESOLUTION_CHANGES,
+    SOFTMAXES,
+    TURNS,
+    aten,
+    is_elementwise,
+)
 from fisedit_compile.passes.domains.geometry.canvas import Canvas
 from fisedit_compile.passes.domains.geometry.geometry import Geometry, Places, joined
 from fisedit_compile.passes.domains.geometry.marked_runs import size_of
 from fisedit_compile.passes.domains.geometry.probe_movement import MovementProbe
-from fisedit_compile.passes.sparsify.attention import FAMILY as ATTENTION
-from fisedit_compile.passes.sparsify.attention import is_within
-from fisedit_compile.passes.sparsify.convolution import read_convolution
-from fisedit_compile.passes.sparsify.layout import JOINS, PERMUTES, RESHAPES, permutation
-from fisedit_compile.passes.sparsify.linear import FAMILY as LINEAR
-from fisedit_compile.passes.sparsify.norm import TARGETS as NORMS
-from fisedit_compile.passes.sparsify.resample import FAMILY as RESAMPLE
-from fisedit_compile.passes.sparsify.resample import PADS, POOLS, pool_stencil, read_pad
-from fisedit_compile.passes.sparsify.resample import read_stencil as read_resampling
-from fisedit_compile.passes.sparsify.rules.moves import (
-    CROPS,
-    TURNS,
-    Crop,
-    joined_axis,
-    read_crops,
-    read_turn,
-    transposed,
-)
-from fisedit_compile.passes.sparsify.rules.patches import patch_stencil
 from fisedit_compile.runtime.cover import Term
 from fisedit_compile.runtime.spec import Domain, Stencil
 from fisedit_compile.runtime.taps import OUTSIDE, axis_taps
@@ -51,7 +55,7 @@ WINDOW_POOLS = {
     aten.max_pool2d_with_indices.default,
 }
 #: What mixes positions and keeps each one's place.
-IN_PLACE = SOFTMAXES | NORMS | {aten.cumsum.default, aten.log_softmax.int}
+IN_PLACE = SOFTMAXES | GROUP_NORMS | {aten.cumsum.default, aten.log_softmax.int}
 #: What works along one dimension, the order of its values and their places included.
 ALONG_A_DIMENSION = {
     "argmax", "argmin", "argsort", "cummax", "cummin", "cumprod", "kthvalue", "max", "median", "min", "mode", "msort",
@@ -147,15 +151,15 @@ class Movement:
             return moved
         domain = layout.domain.whole
         here = [value for value in _maps(node) if size_of(value) == domain]
-        if ATTENTION.matches(node.target) and here and node.args[0] is here[0] and not is_within(node):
+        if node.target in ATTENTIONS and here and node.args[0] is here[0] and not is_within(node):
             return self.places.with_everything(self.geometry(here[0]), domain)
-        stays = inferred or is_elementwise(node.target) or node.target in IN_PLACE or LINEAR.matches(node.target)
+        stays = inferred or is_elementwise(node.target) or node.target in IN_PLACE or node.target in PER_POSITION
         if stays and here:
             if inferred:
                 self.on_rows.add(node)
             # A softmax over channels is inferred, and mixes no positions.
             found = self.met(node, here)
-            mixes = node.target in NORMS or (node.target in IN_PLACE and not inferred)
+            mixes = node.target in GROUP_NORMS or (node.target in IN_PLACE and not inferred)
             return self.places.with_everything(found, domain) if mixes else found
         if (within := _along_channels(node)) is not None and size_of(within) == domain:
             return self.met(node, [within])
@@ -229,10 +233,9 @@ class Movement:
         """That of a map cut into patches, or put together from them."""
         size = size_of(x)
         cut = domain.size < size.size
-        kind = "pixel_unshuffle" if cut else "pixel_shuffle"
         fine, coarse = (size, domain) if cut else (domain, size)
         factors = (fine.height // coarse.height, fine.width // coarse.width)
-        return self._sized(x, patch_stencil(kind, size, domain.whole, factors))
+        return self._sized(x, patch_stencil(cut, size, domain.whole, factors))
 
     def _sized(self, x: fx.Node, stencil: Stencil) -> Geometry:
         """That of a resize whose taps are known."""
@@ -275,7 +278,7 @@ class Movement:
             return self._windowed(x, convolution.stencil(size, domain))
         if node.target in WINDOW_POOLS:
             return self._windowed(x, pool_stencil(size, domain, read_arguments(node)))
-        if RESAMPLE.matches(node.target) and node.target not in POOLS:
+        if node.target in RESAMPLINGS and node.target not in POOLS:
             stencil = read_resampling(node, size, domain)
             if isinstance(stencil, Stencil):
                 return self._sized(x, stencil)

@@ -24,6 +24,7 @@ from torch import Tensor, fx
 
 from fisedit_compile.passes.common.ir import shape_of, spatial_of
 from fisedit_compile.passes.common.layouts import Spatial
+from fisedit_compile.passes.common.meta import VALUE
 from fisedit_compile.passes.common.targets import OVERLOAD
 from fisedit_compile.passes.domains.geometry.marked_runs import (
     REFUSALS,
@@ -145,12 +146,12 @@ class MovementProbe:
                 return node
             if node in names:
                 return _Name(names[node])
-            value = node.meta.get("val")
+            value = node.meta.get(VALUE)
             if self.constant(node):
                 return _Name(_content(evaluate(node)))
             return _Name(f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else repr(value))
 
-        lines = [f"{shape_of(source)} {source.meta['val'].dtype} {spatial_of(source)}" for source in sources]
+        lines = [f"{shape_of(source)} {source.meta[VALUE].dtype} {spatial_of(source)}" for source in sources]
         lines += [f"{node.target} {fx.node.map_aggregate((node.args, node.kwargs), name)}" for node in region]
         return "\n".join([*lines, str(layout)])
 

@@ -30,9 +30,18 @@ from torch import Tensor, fx
 from fisedit_compile.passes.common.arguments import read_arguments
 from fisedit_compile.passes.common.ir import reads_spatial, shape_of, spatial_of
 from fisedit_compile.passes.common.layouts import CHANNEL, NCHW, SPACE, Spatial, candidate_layouts
-from fisedit_compile.passes.common.targets import ANCHORS, RESHAPES, RESOLUTION_CHANGES, aten, is_elementwise
+from fisedit_compile.passes.common.meta import SPATIAL, VALUE
+from fisedit_compile.passes.common.reading.permutations import permutation
+from fisedit_compile.passes.common.targets import (
+    ANCHORS,
+    JOINS,
+    PERMUTES,
+    RESHAPES,
+    RESOLUTION_CHANGES,
+    aten,
+    is_elementwise,
+)
 from fisedit_compile.passes.domains.geometry.size_probe import SizeProbe, Unknown
-from fisedit_compile.passes.sparsify.layout import JOINS, PERMUTES, permutation
 from fisedit_compile.runtime.spec import Domain
 
 #: Anchors that work on the last dimensions, whatever these are.
@@ -136,14 +145,14 @@ class Recogniser:
         if self._is_folded(node):
             self._folded.add(node)
             return
-        if not isinstance(node.meta.get("val"), Tensor):
+        if not isinstance(node.meta.get(VALUE), Tensor):
             return
         layout = self._resized(node)
         refused = node.target in RESHAPES and reads_spatial(node)
         if layout is None and not (refused and all(user.op != "output" for user in node.users)):
             layout = self._guess(node) if isinstance(proof, Unknown) else proof
         if layout is not None:
-            node.meta["spatial"] = layout
+            node.meta[SPATIAL] = layout
             self._domains.add(layout.domain)
 
     def _is_folded(self, node: fx.Node) -> bool:

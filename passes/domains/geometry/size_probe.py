@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from fisedit_compile.passes.common.arguments import read_arguments
 from fisedit_compile.passes.common.ir import spatial_of
 from fisedit_compile.passes.common.layouts import HEIGHT, SPACE, WIDTH, Spatial, named_layout
+from fisedit_compile.passes.common.meta import VALUE
 from fisedit_compile.passes.common.targets import CONVOLUTIONS, OVERLOAD, RESHAPES, aten
 from fisedit_compile.runtime.spec import Domain
 
@@ -80,7 +81,7 @@ class SizeProbe:
         Nodes must be asked in the order of the graph.
         """
         self._results[node] = self._run(node)
-        value, results = node.meta.get("val"), self._results[node]
+        value, results = node.meta.get(VALUE), self._results[node]
         if results is None or not isinstance(value, Tensor):
             return UNKNOWN
         shape = tuple(map(int, value.shape))
@@ -138,7 +139,7 @@ class SizeProbe:
 
     def _operand(self, node: fx.Node, which: int) -> Any:
         """An operand at a stretched size: a tensor on the meta device, or several."""
-        value, spatial = node.meta.get("val"), spatial_of(node)
+        value, spatial = node.meta.get(VALUE), spatial_of(node)
         if spatial is None and node in self._derived:
             results = self._results.get(node)
             return UNKNOWN if results is None else results[which]
@@ -158,7 +159,7 @@ class SizeProbe:
         given = read_arguments(node)
         for value in _leaves([value for name, value in given.items() if name not in NAMES_OF_DIMENSIONS]):
             if isinstance(value, fx.Node):
-                tensor = value.meta.get("val")
+                tensor = value.meta.get(VALUE)
                 if value not in self._derived and isinstance(tensor, Tensor) and sizes.intersection(tensor.shape):
                     return True
             elif isinstance(value, int) and value in sizes:

@@ -13,12 +13,22 @@ from torch import Tensor, fx
 
 from fisedit_compile.passes.common.arguments import read_arguments
 from fisedit_compile.passes.common.ir import shape_of
-from fisedit_compile.passes.common.targets import aten, is_elementwise
-from fisedit_compile.passes.sparsify.complex import TARGETS as COMPLEX
-from fisedit_compile.passes.sparsify.layout import CUTS, JOINS, PERMUTES, RESHAPES, SLICES, permutation
-from fisedit_compile.passes.sparsify.linear import LAST, NORMS
-from fisedit_compile.passes.sparsify.pointwise import REDUCTIONS
-from fisedit_compile.passes.sparsify.rules.writes import WRITES
+from fisedit_compile.passes.common.meta import VALUE
+from fisedit_compile.passes.common.reading.permutations import permutation
+from fisedit_compile.passes.common.targets import (
+    COMPLEX,
+    CUTS,
+    JOINS,
+    LAST_DIMENSION_NORMS,
+    LAST_DIMENSION_PRODUCTS,
+    PERMUTES,
+    REDUCTIONS,
+    RESHAPES,
+    SLICES,
+    WRITES,
+    aten,
+    is_elementwise,
+)
 
 
 @dataclass(frozen=True)
@@ -33,7 +43,7 @@ Known = Mapping[fx.Node, Joined | list[Joined]]
 
 
 def _elementwise(node: fx.Node, known: Known) -> Joined | None:
-    if not isinstance(node.meta.get("val"), Tensor):
+    if not isinstance(node.meta.get(VALUE), Tensor):
         return None
     rank = len(shape_of(node))
     found: set[Joined | None] = set()
@@ -122,11 +132,11 @@ def _of_first(node: fx.Node, joined: Joined) -> Joined | list[Joined] | None:
     if target in PERMUTES:
         return Joined(permutation(node, rank).index(dim), sizes)
     given = read_arguments(node)
-    if target in LAST:
+    if target in LAST_DIMENSION_PRODUCTS:
         return joined if dim != rank - 1 and len(shape_of(node.args[1])) == 2 else None  # type: ignore[arg-type]
     if target in COMPLEX:
         return joined if target is aten.view_as_real.default or dim != rank - 1 else None
-    if target in NORMS:
+    if target in LAST_DIMENSION_NORMS:
         return joined if dim < rank - len(given["normalized_shape"]) else None
     if target is aten.expand.default:
         return joined if len(shape_of(node)) == rank and shape_of(node)[dim] == before[dim] else None
@@ -144,7 +154,7 @@ def _of_first(node: fx.Node, joined: Joined) -> Joined | list[Joined] | None:
             return None
         dropped = target in (aten.unbind.int, aten.select.int) and other < dim
         found = Joined(dim - dropped, sizes)
-        return [found] * len(node.meta["val"]) if target in CUTS else found
+        return [found] * len(node.meta[VALUE]) if target in CUTS else found
     return None
 
 
@@ -179,7 +189,7 @@ def _bounds(node: fx.Node, joined: Joined) -> list[tuple[fx.Node, int, int]]:
     if node.target is aten.select.int:
         return [(node, int(given["index"]) % total, int(given["index"]) % total + 1)]
     if node.target in CUTS - {aten.unbind.int}:
-        ends = list(itertools.accumulate((value.shape[joined.dim] for value in node.meta["val"]), initial=0))
+        ends = list(itertools.accumulate((value.shape[joined.dim] for value in node.meta[VALUE]), initial=0))
         numbers = {user: int(user.args[1]) for user in node.users if isinstance(user.args[1], int)}
         return [(user, ends[number], ends[number + 1]) for user, number in numbers.items()]
     return []

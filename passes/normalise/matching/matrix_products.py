@@ -1,4 +1,4 @@
-"""Read the operators that multiply batches of matrices as one form.
+"""Read the operators that multiply batches of matrices alike.
 
 ``bmm``, ``matmul``, ``baddbmm`` and ``einsum`` all become a ``Product``; permutations around it are folded into the
 order in which its operands are read.
@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from fisedit_compile.passes.common.ir import shape_of
-from fisedit_compile.passes.common.targets import aten
-from fisedit_compile.passes.sparsify.layout import PERMUTES, permutation
+from fisedit_compile.passes.common.reading.permutations import permutation
+from fisedit_compile.passes.common.targets import PERMUTES, aten
 
 PRODUCTS = {aten.bmm.default, aten.matmul.default, aten.baddbmm.default, aten.einsum.default}
 

@@ -21,8 +21,6 @@ from fisedit_compile.passes.common.ir import RowsBuilder, shape_of, spatial_of
 from fisedit_compile.passes.common.layouts import CHANNEL
 from fisedit_compile.passes.common.targets import aten
 
-WRITES = {aten.slice_scatter.default, aten.select_scatter.default}
-
 
 def infer_write(node: fx.Node) -> Inferred:
     """The layout of the whole, or of what the part was cut from."""

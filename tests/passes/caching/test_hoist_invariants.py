@@ -9,9 +9,9 @@ import torch
 
 from fisedit_compile.passes.caching import hoist_invariants as module_under_test
 from fisedit_compile.passes.caching.hoist_invariants import hoist_invariants
+from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.deferred import copy_graph
 from fisedit_compile.passes.common.ir import store, to_rows
-from fisedit_compile.passes.common.report import Report
 from support.execution import Edit, compile_graph, random_inputs, record, some_mask
 from support.graphs import DOMAIN, GraphBuilder, aten, spell
 from support.tolerances import assert_identical, assert_near
@@ -20,34 +20,34 @@ LINEAR, RELU, ADD = aten.linear.default, aten.relu.default, aten.add.Tensor
 
 
 def run(builder: GraphBuilder, *results, again: bool = True):
-    """The edit graph's results spelled, what the record graph stores, the marked nodes, the report."""
-    edit, report = builder.module(*results), Report()
+    """The edit graph's results spelled, what the record graph stores, the marked nodes, the compilation."""
+    edit = builder.module(*results)
     dense = copy_graph(edit)
-    assert hoist_invariants(edit, dense, builder.infos, report) is edit
+    first, second = (Compilation(edit, tuple(builder.infos), record=dense) for _ in range(2))
+    hoist_invariants(first)
     stored = {node.args[1]: spell(node.args[0]) for node in dense.graph.nodes if node.target is store}
-    assert tuple(stored) == tuple(site.name for site in report.sites)
+    assert tuple(stored) == tuple(site.name for site in first.sites)
     marked = {node.meta["invariant"]: spell(node) for node in edit.graph.nodes if "invariant" in node.meta}
-    assert report.matches["hoist_invariants"] == len(stored) + len(marked)
+    assert first.report.matches["hoist_invariants"] == len(stored) + len(marked)
     if again:
-        second = Report()
-        hoist_invariants(edit, dense, builder.infos, second)
+        hoist_invariants(second)
         assert (
             second.sites == ()
             and {node.meta["invariant"]: spell(node) for node in edit.graph.nodes if "invariant" in node.meta} == marked
         )
     (returned,) = next(node for node in edit.graph.nodes if node.op == "output").args
-    return [spell(value) for value in returned], stored, marked, report
+    return [spell(value) for value in returned], stored, marked, first
 
 
 def test_a_step_is_recorded() -> None:
     builder = GraphBuilder()
     x, step = builder.tokens(), builder.input(6, name="step", kind="scalar")
     embedding = builder.call(RELU, builder.call(LINEAR, step, builder.parameter(6, 6)))
-    texts, stored, marked, report = run(builder, builder.call(ADD, x, embedding))
+    texts, stored, marked, compilation = run(builder, builder.call(ADD, x, embedding))
     name = f"{embedding.name}:value"
     assert stored == {name: ("aten.relu", ("aten.linear", "step", "weight"))} and marked == {}
     assert texts == [("aten.add.Tensor", "x", ("load", name))]
-    (site,) = report.sites
+    (site,) = compilation.sites
     assert (site.kind, site.shape, site.dtype, site.lossless) == ("value", (6,), torch.float32, True)
 
 
@@ -115,8 +115,8 @@ def test_condition_3_a_large_value_of_a_step(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(module_under_test, "STEP_BYTES", 23)
     builder = GraphBuilder()
     embedding = builder.call(RELU, builder.input(6, name="step", kind="scalar"))
-    _, stored, _, report = run(builder, builder.call(ADD, builder.tokens(), embedding))
-    assert stored == {} and [miss.reason for miss in report.misses] == ["it takes 24 bytes"]
+    _, stored, _, compilation = run(builder, builder.call(ADD, builder.tokens(), embedding))
+    assert stored == {} and [miss.reason for miss in compilation.report.misses] == ["it takes 24 bytes"]
 
 
 def test_condition_3_what_a_pass_made_is_not_recorded() -> None:
@@ -124,12 +124,12 @@ def test_condition_3_what_a_pass_made_is_not_recorded() -> None:
     x, step = builder.tokens(), builder.input(6, name="step", kind="scalar")
     embedding = builder.call(RELU, step)
     total = builder.call(ADD, x, embedding)
-    edit, report = builder.module(total), Report()
+    edit = builder.module(total)
     dense = copy_graph(edit)
     with edit.graph.inserting_before(total):
         moved = edit.graph.call_function(aten.reshape.default, (embedding, [1, 1, 6]))
     total.args = (x, moved)
-    hoist_invariants(edit, dense, builder.infos, report)
+    hoist_invariants(Compilation(edit, tuple(builder.infos), record=dense))
     name = f"{embedding.name}:value"
     assert spell(total) == ("aten.add.Tensor", "x", ("aten.reshape", ("load", name), [1, 1, 6]))
 

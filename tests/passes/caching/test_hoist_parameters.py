@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fisedit_compile.passes.caching.hoist_parameters import hoist_parameters
-from fisedit_compile.passes.common.report import Report
+from fisedit_compile.passes.common.compilation import Compilation
 from support.graphs import GraphBuilder, aten, outputs, spell
 
 PACK = torch.ops.fisedit.pack_conv_weight.default
@@ -14,11 +14,12 @@ PACK = torch.ops.fisedit.pack_conv_weight.default
 
 def run(builder: GraphBuilder, *results):
     """The prologue's outputs spelled, and the numbers on the nodes of the graph."""
-    module, report = builder.module(*results), Report()
-    same, prologue = hoist_parameters(module, builder.infos, report)
-    assert same is module
+    module = builder.module(*results)
+    compilation = Compilation(module, tuple(builder.infos))
+    hoist_parameters(compilation)
+    report, prologue = compilation.report, compilation.prologue
     numbers = {node.name: node.meta["hoisted"] for node in module.graph.nodes if "hoisted" in node.meta}
-    hoist_parameters(module, builder.infos, Report())
+    hoist_parameters(Compilation(module, tuple(builder.infos)))
     assert numbers == {node.name: node.meta["hoisted"] for node in module.graph.nodes if "hoisted" in node.meta}
     results = [] if prologue is None else [spell(node) for node in outputs(prologue)]
     assert list(numbers.values()) == list(range(len(results))) and report.matches["hoist_parameters"] == len(results)

@@ -9,8 +9,8 @@ import torch
 
 from fisedit_compile.errors import GraphError
 from fisedit_compile.passes.caching.insert_cache_ops import insert_cache_ops
+from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.ir import load, recorded, store, update
-from fisedit_compile.passes.common.report import Report
 from fisedit_compile.runtime.spec import Site
 from support.graphs import DOMAIN, GraphBuilder, aten, calls, outputs, spell
 from support.sparsifying import updates
@@ -36,15 +36,15 @@ def edit(*transforms: tuple) -> torch.fx.GraphModule:
 
 def run(record: torch.fx.GraphModule, *transforms: tuple):
     """Sites, what is stored by name, and what the edit graph loads in order."""
-    report = Report()
     edited = edit(*transforms)
-    first, second, sites = insert_cache_ops(edited, record, report)
-    assert (first, second, sites) == (edited, record, report.sites)
+    compilation = Compilation(edited, record=record)
+    insert_cache_ops(compilation)
+    sites = compilation.sites
     assert not any(node.target is recorded for node in calls(edited))
     stored = {node.args[1]: spell(node.args[0]) for node in calls(record) if node.target is store}
     assert list(stored) == [site.name for site in sites], "stores and sites differ in order"
     assert all(not node.users for node in calls(record) if node.target is store)
-    assert report.matches["insert_cache_ops"] == len(transforms)
+    assert compilation.report.matches["insert_cache_ops"] == len(transforms)
     return sites, stored, [node.args[0].args[0] for node in outputs(edited)]
 
 
@@ -160,7 +160,7 @@ def test_updates_follow_their_recorded_values() -> None:
     builder.marker(update, kept, rows)
     edited = builder.module(builder.marker(aten.neg.default, kept))
     record, relu = dense()
-    insert_cache_ops(edited, record.module(relu), Report())
+    insert_cache_ops(Compilation(edited, record=record.module(relu)))
     assert updates(edited) == [(("load", "x:rows"), ("aten.neg", "x"))]
     assert kept.target is load
 

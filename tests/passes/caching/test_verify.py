@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from torch import fx
 
 from fisedit_compile.errors import GraphError
-from fisedit_compile.passes import GraphInput, Program
-from fisedit_compile.passes.caching.verify import verify
+from fisedit_compile.passes import DenseProgram, GraphInput, Program
+from fisedit_compile.passes.caching.verify import check_program, verify
+from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.ir import MARKERS
 from support.execution import compile_graph
 from support.graphs import GraphBuilder, aten, outputs
@@ -33,13 +34,21 @@ def returning(module: fx.GraphModule, values: tuple) -> fx.GraphModule:
 
 def test_a_finished_program_passes_as_often_as_one_likes() -> None:
     built = program()
-    assert built.edit is not None and built.prologue is not None
-    assert verify(built) is built and verify(built) is built
+    assert built.prologue is not None
+    compilation = Compilation(built.record, program=built)
+    verify(compilation)
+    verify(compilation)
+    assert compilation.program is built
+
+
+def test_without_a_program_there_is_nothing_to_verify() -> None:
+    with pytest.raises(GraphError, match="make_program has to run first"):
+        verify(Compilation(program().record))
 
 
 def test_a_program_without_edit_graphs_passes() -> None:
     built = program()
-    assert verify(replace(built, edit=None, edit_save=None)).edit is None
+    check_program(DenseProgram(**{field.name: getattr(built, field.name) for field in fields(Program)}))
 
 
 @pytest.mark.parametrize("marker", MARKERS)
@@ -50,21 +59,21 @@ def test_condition_1_no_marker_is_left(graph, marker) -> None:
     with module.graph.inserting_before(next(iter(reversed(module.graph.nodes)))):
         left = module.graph.call_function(marker, ())
     with pytest.raises(GraphError, match=f"marker nodes are left: {left.name}"):
-        verify(built)
+        check_program(built)
 
 
 def test_condition_2_the_record_graph_returns_every_store() -> None:
     built = program()
     returning(built.record, outputs(built.record)[:-1])
     with pytest.raises(GraphError, match="the record graph misses a store"):
-        verify(built)
+        check_program(built)
 
 
 def test_condition_3_there_is_a_placeholder_for_each_input() -> None:
     built = program()
     count = len(built.edit_inputs)
     with pytest.raises(GraphError, match=f"{count} placeholders for {count - 1} edit inputs"):
-        verify(replace(built, edit_inputs=built.edit_inputs[:-1]))
+        check_program(replace(built, edit_inputs=built.edit_inputs[:-1]))
 
 
 @pytest.mark.parametrize(
@@ -76,7 +85,7 @@ def test_condition_3_edit_graphs_return_outputs_and_updates(graph, text) -> None
     module = getattr(built, graph)
     returning(module, outputs(module)[:-1])
     with pytest.raises(GraphError, match=text):
-        verify(built)
+        check_program(built)
 
 
 def test_condition_4_recorded_inputs_name_sites() -> None:
@@ -85,13 +94,13 @@ def test_condition_4_recorded_inputs_name_sites() -> None:
         GraphInput("recorded", "elsewhere") if source.kind == "recorded" else source for source in built.edit_inputs
     )
     with pytest.raises(GraphError, match=r"inputs read unknown sites: \['elsewhere'\]"):
-        verify(replace(built, edit_inputs=inputs))
+        check_program(replace(built, edit_inputs=inputs))
 
 
 def test_condition_5_site_names_are_unique() -> None:
     built = program()
     with pytest.raises(GraphError, match="two cache sites share a name"):
-        verify(replace(built, sites=(*built.sites[:-1], built.sites[0])))
+        check_program(replace(built, sites=(*built.sites[:-1], built.sites[0])))
 
 
 def test_markers_cannot_be_run() -> None:
@@ -108,4 +117,4 @@ def test_condition_6_a_graph_that_reads_a_value_before_it_is_made(graph) -> None
     first = next(iter(module.graph.nodes))
     first.append(module.graph.call_function(aten.neg.default, (node,)))
     with pytest.raises(GraphError, match="a lifted graph is broken"):
-        verify(built)
+        check_program(built)

@@ -7,7 +7,7 @@ import torch
 
 from fisedit_compile.errors import GraphError
 from fisedit_compile.passes.common.arguments import pair, read_arguments
-from fisedit_compile.passes.common.family import Family, rewrite_family
+from fisedit_compile.passes.common.family import Family, rewrite_nodes
 from fisedit_compile.passes.common.ir import (
     RowsBuilder,
     eliminate_dead_code,
@@ -142,7 +142,8 @@ def test_a_family_rewrites_its_annotated_nodes() -> None:
     annotated, other = builder.call(RELU, x, spatial="bchw"), builder.call(RELU, prompt)
     unknown = builder.call(RELU, x)
     module, report = builder.module(annotated, other, unknown), Report()
-    assert rewrite_family(relu_family(None), module, report) is module
+    rewrite_nodes(relu_family(None), module.graph, report)
+    module.graph.lint()
     assert [spell(node) for node in outputs(module)] == [
         ("to_map", ("aten.relu", ("to_rows", "x"))),
         ("aten.relu", "prompt"),
@@ -155,7 +156,7 @@ def test_a_refused_rewrite_leaves_its_reason() -> None:
     builder = GraphBuilder()
     node = builder.call(RELU, builder.picture(), spatial="bchw")
     module, report = builder.module(node), Report()
-    rewrite_family(relu_family("not today"), module, report)
+    rewrite_nodes(relu_family("not today"), module.graph, report)
     assert node.meta["dense_reason"] == "not today" and outputs(module) == (node,)
     assert reasons(report, "relus") == ["not today"] and not report.matches
     assert (report.misses[0].node, report.misses[0].target) == (node.name, "aten.relu.default")
@@ -166,7 +167,7 @@ def test_a_node_with_a_reason_is_not_tried_again() -> None:
     node = builder.call(RELU, builder.picture(), spatial="bchw")
     node.meta["dense_reason"] = "known before"
     module, report = builder.module(node), Report()
-    rewrite_family(relu_family(None), module, report)
+    rewrite_nodes(relu_family(None), module.graph, report)
     assert outputs(module) == (node,) and reasons(report) == ["known before"]
 
 

@@ -22,7 +22,7 @@ from fisedit_compile.passes.common.layouts import (
     check_dims,
     reshape_layout,
 )
-from fisedit_compile.passes.sparsify.layout import permutation
+from fisedit_compile.passes.common.reading.permutations import permutation
 from fisedit_compile.runtime.spec import Domain
 from support.graphs import DOMAIN, GraphBuilder, layout
 

@@ -11,11 +11,13 @@ from torch import Tensor, fx
 
 from fisedit_compile.errors import GraphError
 from fisedit_compile.options import Options
-from fisedit_compile.passes import build_program
+from fisedit_compile.passes import DenseProgram, build_program
+from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.ir import to_map, to_rows, unknown
+from fisedit_compile.passes.common.opaque import Opaque
 from fisedit_compile.passes.common.program import InputInfo
 from fisedit_compile.passes.common.report import Miss, Report
-from fisedit_compile.passes.domains.collapse import Opaque, collapse
+from fisedit_compile.passes.domains.collapse import collapse
 from fisedit_compile.passes.domains.propagate_domains import NO_INPUT
 from fisedit_compile.passes.sparsify.densify import densify
 from fisedit_compile.runtime.spec import Domain
@@ -52,9 +54,9 @@ def opaque(*strides: tuple[int, ...] | None, run: Any = None, changed: tuple[int
 
 def run(builder: GraphBuilder, whole: Opaque, *results: fx.Node, report: Report | None = None) -> fx.GraphModule:
     module = builder.module(*results)
-    assert collapse(module, whole, report or Report()) is module
+    collapse(Compilation(module, opaque=whole, report=report or Report()))
     before = text(module)
-    collapse(module, whole, Report())
+    collapse(Compilation(module, opaque=whole))
     assert text(module) == before, "a second run changes the graph"
     return module
 
@@ -86,7 +88,7 @@ def test_condition_3_a_reason_why_nothing_is_masked_is_appended() -> None:
 def test_condition_1_it_is_dense_and_its_borders_are_mixed() -> None:
     builder, whole, report = GraphBuilder(), opaque(), Report()
     module = run(builder, whole, *traced(builder), report=report)
-    densify(module, report)
+    densify(Compilation(module, report=report))
     (given,) = only(module, whole).args
     assert given.target is to_map and given.args[0].target is to_rows
     image, vector = outputs(module)
@@ -99,7 +101,7 @@ def test_condition_2_an_input_changed_in_place_is_given_as_it_is() -> None:
     builder, whole = GraphBuilder(), opaque(None, None, changed=(0,))
     x, y = builder.picture(), builder.picture()
     module = run(builder, whole, builder.call(aten.add.Tensor, x, y, spatial="bchw"))
-    densify(module, Report())
+    densify(Compilation(module))
     first, second = only(module, whole).args
     assert first.op == "placeholder" and second.target is to_map
 
@@ -175,7 +177,7 @@ def test_an_outline_tells_maps_by_their_shapes() -> None:
 def test_an_outline_whose_shapes_do_not_tell_is_not_masked() -> None:
     size = DOMAIN.height
     program = program_of((BATCH_SIZE, size, DOMAIN.width, DOMAIN.height, DOMAIN.width))
-    assert program.edit is None
+    assert isinstance(program, DenseProgram)
     assert "an unknown operator" in program.report.dense_reason and "it is random" in program.report.dense_reason
 
 
@@ -185,7 +187,8 @@ def test_an_outline_without_a_picture_is_not_masked() -> None:
     module = builder.module(builder.marker(unknown, tokens, val=torch.empty(2, 20, 6, device="meta")))
     program = build_program(module, builder.infos, Options(), opaque())
     hint = "option tokens makes one of tokens [B, H * W, C], here of x"
-    assert program.edit is None and program.report.dense_reason == f"it is random; moreover {NO_INPUT}; {hint}"
+    assert isinstance(program, DenseProgram)
+    assert program.report.dense_reason == f"it is random; moreover {NO_INPUT}; {hint}"
 
 
 def test_only_the_graph_itself_is_run() -> None:

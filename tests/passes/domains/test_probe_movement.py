@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fisedit_compile.options import Options
+from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.report import Report
 from fisedit_compile.passes.domains.propagate_domains import propagate_domains
 from fisedit_compile.passes.manager import families
@@ -21,9 +22,9 @@ def placed(make) -> tuple[Domain, Report]:
     x = builder.call(aten.conv2d.default, builder.input(1, 3, *SIZE), builder.parameter(4, 3, 1, 1))
     node = make(builder, x)
     end = builder.call(aten.conv2d.default, node, builder.parameter(2, node.meta["val"].shape[1], 1, 1))
-    report = Report()
-    propagate_domains(builder.module(end), builder.infos, families(Options()), report)
-    return node.meta["spatial"].domain, report
+    compilation = Compilation(builder.module(end), tuple(builder.infos), families=families(Options()))
+    propagate_domains(compilation)
+    return node.meta["spatial"].domain, compilation.report
 
 
 def indexed(b: GraphBuilder, x, positions: list[int]):

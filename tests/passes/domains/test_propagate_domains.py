@@ -7,6 +7,7 @@ import torch
 from torch import fx
 
 from fisedit_compile.options import Options
+from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.family import Family
 from fisedit_compile.passes.common.report import Report
 from fisedit_compile.passes.domains.propagate_domains import BEHIND, UNKNOWN, find_spatial_inputs, propagate_domains
@@ -18,12 +19,13 @@ CONV = aten.conv2d.default
 
 
 def run(builder: GraphBuilder, *results, kinds=None) -> Report:
-    module, report = builder.module(*results), Report()
-    kinds = families(Options()) if kinds is None else kinds
-    assert propagate_domains(module, builder.infos, kinds, report) is module
+    module, kinds = builder.module(*results), families(Options()) if kinds is None else kinds
+    first, second = (Compilation(module, tuple(builder.infos), families=tuple(kinds)) for _ in range(2))
+    propagate_domains(first)
     again = text(module)
-    assert text(propagate_domains(module, builder.infos, kinds, Report())) == again, "a second run changes the graph"
-    return report
+    propagate_domains(second)
+    assert text(module) == again, "a second run changes the graph"
+    return first.report
 
 
 def convolved(builder: GraphBuilder, x, out: int = 6):

@@ -9,7 +9,8 @@ import pytest
 from torch import fx
 
 from fisedit_compile.options import Options
-from fisedit_compile.passes import build_program
+from fisedit_compile.passes import DenseProgram, build_program
+from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.layouts import Spatial
 from fisedit_compile.passes.common.report import Report
 from fisedit_compile.passes.domains.geometry.size_probe import SizeProbe, Unknown
@@ -32,9 +33,9 @@ def picture(builder: GraphBuilder, channels: int = 64, size: tuple[int, int] = (
 
 
 def run(builder: GraphBuilder, *results: fx.Node) -> Report:
-    report = Report()
-    propagate_domains(builder.module(*results), builder.infos, families(Options()), report)
-    return report
+    compilation = Compilation(builder.module(*results), tuple(builder.infos), families=families(Options()))
+    propagate_domains(compilation)
+    return compilation.report
 
 
 def found(builder: GraphBuilder, node: fx.Node, *results: fx.Node) -> Spatial | None:
@@ -213,7 +214,7 @@ def test_a_graph_that_returns_a_doubtful_value_stays_dense() -> None:
     made = real(builder, spread(builder, x))
     module = builder.module(x, made)
     program = build_program(module, builder.infos, Options())
-    assert program.edit is None and program.edit_save is None and program.batch is None
+    assert isinstance(program, DenseProgram)
     assert program.report.dense_reason == (
         "its output real_default of shape [2, 8, 8, 8] was made by aten.real.default, and its sizes do not tell which "
         "of its dimensions are positions; another resolution or number of channels may"

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import fx
 
+from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.report import Report
 from fisedit_compile.passes.normalise.expand_layers import expand_layers
 from support.attention_graphs import STACK, Builder
@@ -25,7 +26,7 @@ def run(build: Builder, *results: fx.Node) -> tuple[fx.GraphModule, Report]:
     """Rewrite, and check that the numbers stay what they were."""
     module, values, report = build.module(*results), build.tensors(), Report()
     expected = module(*values)
-    assert expand_layers(module, report) is module
+    expand_layers(Compilation(module, report=report))
     module.graph.lint()
     for actual, wanted in zip(module(*values), expected, strict=True):
         assert_near(actual, wanted)
@@ -93,7 +94,7 @@ def test_a_second_run_changes_nothing() -> None:
     build = Builder()
     module, _ = run(build, layer(build, build.input(B, T, E), True, True))
     before, report = module.code, Report()
-    expand_layers(module, report)
+    expand_layers(Compilation(module, report=report))
     assert module.code == before and not report.matches and not report.misses
 
 
@@ -135,7 +136,7 @@ def test_inputs_and_heads_that_do_not_fit() -> None:
     node = layer(build, build.input(B, T, E), False, False)
     module, report = build.module(node), Report()
     node.args = (node.args[0], E, 3, *node.args[3:])  # tracing refuses it as well
-    expand_layers(module, report)
+    expand_layers(Compilation(module, report=report))
     assert reasons(report, NAME) == [
         f"its input [{B}, {T}, {E}] is not [B, T, {E}], or 3 heads do not divide the width"
     ]

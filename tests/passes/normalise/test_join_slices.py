@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, fx
 
+from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.report import Report
 from fisedit_compile.passes.normalise.join_slices import join_slices
 from support.attention_graphs import STACK, B, Builder, D, H, S, T
@@ -66,7 +67,7 @@ def run(build: Builder, *results: fx.Node) -> tuple[fx.GraphModule, Report]:
     """Rewrite, and check that the numbers stay what they were."""
     module, values, report = build.module(*results), build.tensors(), Report()
     expected = module(*values)
-    assert join_slices(module, report) is module
+    join_slices(Compilation(module, report=report))
     module.graph.lint()
     for actual, wanted in zip(module(*values), expected, strict=True):
         assert_near(actual, wanted)
@@ -143,7 +144,7 @@ def test_einsum_and_operands_that_are_the_same_for_all_slices() -> None:
 def test_a_second_run_changes_nothing() -> None:
     module, _ = made(attention)
     before, report = module.code, Report()
-    join_slices(module, report)
+    join_slices(Compilation(module, report=report))
     assert module.code == before and not report.matches and not report.misses
 
 

@@ -7,6 +7,7 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import fx
 
+from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.report import Report
 from fisedit_compile.passes.normalise.canonicalize import canonicalize
 from fisedit_compile.passes.normalise.normalise_attention import NAME, normalise_attention
@@ -192,7 +193,7 @@ def test_a_second_run_changes_nothing() -> None:
     build = Builder()
     module, _ = run(build, unfold(build, folded(build)["out"]))
     before, report = module.code, Report()
-    normalise_attention(module, report)
+    normalise_attention(Compilation(module, report=report))
     assert module.code == before
     assert not report.matches and not report.misses
 
@@ -212,8 +213,8 @@ def test_traced_diffusers_attention(cross: bool) -> None:
     layer.set_processor(AttnProcessor())
     inputs = [torch.randn(B, T, H * D), *([torch.randn(B, S, 6)] if cross else [])]
     (traced,), report = capture(layer, *inputs), Report()
-    canonicalize(traced.gm, report)
-    normalise_attention(traced.gm, report)
+    canonicalize(Compilation(traced.gm, report=report))
+    normalise_attention(Compilation(traced.gm, report=report))
     assert report.matches[NAME] == 1 and not report.misses
     query, key, value = only(traced.gm, SDPA).args
     for operand, length in ((query, T), (key, S if cross else T), (value, S if cross else T)):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import fx
 
+from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.report import Report
 from fisedit_compile.passes.normalise.normalise_attention import NAME, normalise_attention
 from support.attention_graphs import SDPA, B, Builder, D, H, S, T, aten, folded, plain, run, square_weights
@@ -154,6 +155,7 @@ def test_a_condition_that_fails_leaves_the_graph_and_a_reason(name: str) -> None
 def test_dropout_in_training_is_left_alone() -> None:
     build = Builder()
     out = plain(build, weights=lambda node: build(aten.dropout.default, node, 0.5, True))
-    module = normalise_attention(build.module(out), report := Report())
+    module, report = build.module(out), Report()
+    normalise_attention(Compilation(module, report=report))
     assert SDPA not in targets(module)
     assert [miss.reason for miss in report.misses] == ["the attention weights pass a dropout that is not idle"]

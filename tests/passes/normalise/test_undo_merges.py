@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import fx, nn
 
+from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.report import Report
 from fisedit_compile.passes.normalise.canonicalize import canonicalize
 from fisedit_compile.passes.normalise.normalise_attention import normalise_attention
@@ -26,7 +27,7 @@ def run(build: Builder, *results: fx.Node) -> tuple[fx.GraphModule, Report]:
     """Rewrite, and check that the numbers stay what they were."""
     module, values, report = build.module(*results), build.tensors(), Report()
     expected = module(*values)
-    assert undo_merges(module, report) is module
+    undo_merges(Compilation(module, report=report))
     module.graph.lint()
     for actual, wanted in zip(module(*values), expected, strict=True):
         assert_near(actual, wanted)
@@ -45,7 +46,7 @@ def kept(build: Builder, result: fx.Node) -> None:
     """Nothing is rewritten."""
     before = build.module(result)
     code, report = before.code, Report()
-    undo_merges(before, report)
+    undo_merges(Compilation(before, report=report))
     assert before.code == code and not report.matches
 
 
@@ -104,7 +105,7 @@ def test_a_second_run_changes_nothing() -> None:
     merged = view(build, build.input(B, H, T, D), B * H, T, D)
     module, _ = run(build, view(build, moved(build, merged, 1, 0, 2), T, B, E))
     code, report = module.code, Report()
-    undo_merges(module, report)
+    undo_merges(Compilation(module, report=report))
     assert module.code == code and not report.matches
 
 
@@ -166,7 +167,7 @@ def test_traced_multi_head_attention(weights: bool, heads: int) -> None:
 
     (traced,), report = capture(attend, x), Report()
     for rewrite in (canonicalize, normalise_attention, undo_merges):
-        rewrite(traced.gm, report)
+        rewrite(Compilation(traced.gm, report=report))
     assert not report.misses and report.matches[NAME] >= 4
     only(traced.gm, SDPA)
     sizes: list[Any] = [set(node.meta["val"].shape) for node in traced.gm.graph.nodes if node.op == "call_function"]

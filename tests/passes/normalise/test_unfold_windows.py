@@ -11,6 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.nn import functional
 
+from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.program import InputInfo
 from fisedit_compile.passes.common.report import Report
 from fisedit_compile.passes.normalise.unfold_windows import unfold_windows
@@ -24,9 +25,10 @@ APART = [BATCH, WINDOWS, TOKENS, CHANNELS]
 
 def run(builder: GraphBuilder, *results: fx.Node) -> tuple[fx.GraphModule, Report]:
     module, report = builder.module(*results), Report()
-    assert unfold_windows(module, builder.infos, report) is module
+    unfold_windows(Compilation(module, tuple(builder.infos), report=report))
     again = text(module)
-    assert text(unfold_windows(module, builder.infos, Report())) == again, "a second run changes the graph"
+    unfold_windows(Compilation(module, tuple(builder.infos)))
+    assert text(module) == again, "a second run changes the graph"
     return module, report
 
 
@@ -126,7 +128,7 @@ def test_the_result_is_the_same(batch: int) -> None:
         FakeTensorProp(module).propagate(*inputs)  # values of one mode
         expected = every_operator(*inputs)
         report = Report()
-        unfold_windows(module, infos, report)
+        unfold_windows(Compilation(module, tuple(infos), report=report))
         for output, wanted in zip(module(*inputs), expected, strict=True):
             assert_near(output, wanted, "apart")
     assert report.matches["unfold_windows"] == 2

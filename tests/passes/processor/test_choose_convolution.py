@@ -7,8 +7,9 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from fisedit_compile.operators.products.aten import TYPICAL_ROWS
+from fisedit_compile.options import Options
+from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.ir import plan
-from fisedit_compile.passes.common.report import Report
 from fisedit_compile.passes.processor import choose_convolution as module_under_test
 from fisedit_compile.passes.processor.choose_convolution import choose_convolution, tile_stencils
 from fisedit_compile.runtime.spec import Domain, PlanInput, Stencil
@@ -42,13 +43,13 @@ def convolution(
 
 
 def run(builder: GraphBuilder, node, way: str = "auto", limit: int | None = None):
-    module, report = builder.module(node), Report()
-    assert choose_convolution(module, builder.infos, report, way, limit) is module
+    module, options = builder.module(node), Options(convolution=way, packing=limit)
+    first, second = (Compilation(module, tuple(builder.infos), options) for _ in range(2))
+    choose_convolution(first)
     (result,) = next(node for node in module.graph.nodes if node.op == "output").args[0]
-    again = Report()
-    choose_convolution(module, builder.infos, again, way, limit)
-    assert again.matches["choose_convolution"] == 0
-    return result, report
+    choose_convolution(second)
+    assert second.report.matches["choose_convolution"] == 0
+    return result, first.report
 
 
 def plans(nodes) -> list[PlanInput]:

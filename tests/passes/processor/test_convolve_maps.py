@@ -9,8 +9,8 @@ import torch
 from torch import fx
 
 from fisedit_compile.options import Options
+from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.ir import store
-from fisedit_compile.passes.common.report import Report
 from fisedit_compile.passes.processor import choose_convolution as choosing
 from fisedit_compile.passes.processor.convolve_maps import convolve_maps
 from support.execution import Edit, compile_graph, dense_inputs, random_inputs, record, some_mask
@@ -50,13 +50,14 @@ def record_graph(
 
 
 def run(module: fx.GraphModule, edit: fx.GraphModule | None = None, way: str = "auto"):
-    report = Report()
-    result, inputs = convolve_maps(edit or edit_graph(), module, report, way)
-    assert result is module
+    first, second = (
+        Compilation(edit or edit_graph(), options=Options(convolution=way), record=module) for _ in range(2)
+    )
+    convolve_maps(first)
     module.graph.lint()
-    again = Report()
-    assert convolve_maps(edit or edit_graph(), module, again, way)[1] == () and again.matches["convolve_maps"] == 0
-    return outputs(module)[0], inputs, report
+    convolve_maps(second)
+    assert second.dense_inputs == () and second.report.matches["convolve_maps"] == 0
+    return outputs(module)[0], first.dense_inputs, first.report
 
 
 def test_a_choice() -> None:

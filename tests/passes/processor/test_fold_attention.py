@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.report import Report
 from fisedit_compile.passes.processor.fold_attention import fold_attention
 from support.graphs import GraphBuilder, aten, outputs, spell
@@ -21,7 +22,7 @@ def test_samples_and_windows_are_one_dimension(mask: tuple[int, ...] | None) -> 
     shapes = [SHAPE] * 3 + ([] if mask is None else [mask])
     inputs = [builder.input(*shape, name=f"x{number}") for number, shape in enumerate(shapes)]
     module, report = builder.module(builder.call(SDPA, *inputs, scale=0.5)), Report()
-    assert fold_attention(module, report) is module
+    fold_attention(Compilation(module, record=module, report=report))
     assert report.matches == {"fold_attention": 1}
     (attention,) = [node for node in module.graph.nodes if node.target is SDPA]
     assert [value.meta["val"].dim() for value in attention.all_input_nodes] == [4] * len(shapes)
@@ -29,7 +30,8 @@ def test_samples_and_windows_are_one_dimension(mask: tuple[int, ...] | None) -> 
     values = [torch.randn(shape, generator=generator) for shape in shapes]
     expected = functional.scaled_dot_product_attention(*values, scale=0.5)
     assert_near(module(*values)[0], expected, "folded")
-    fold_attention(module, again := Report())
+    again = Report()
+    fold_attention(Compilation(module, record=module, report=again))
     assert again.matches == {}
 
 
@@ -38,5 +40,5 @@ def test_condition_1(shapes: tuple[tuple[int, ...], ...]) -> None:
     builder = GraphBuilder()
     inputs = [builder.input(*shape, name=f"x{number}") for number, shape in enumerate(shapes)]
     module, report = builder.module(builder.call(SDPA, *inputs)), Report()
-    fold_attention(module, report)
+    fold_attention(Compilation(module, record=module, report=report))
     assert report.matches == {} and spell(outputs(module)[0])[1:4] == ("x0", "x1", "x2")

@@ -7,6 +7,7 @@ import torch
 from torch import fx
 
 from fisedit_compile.options import Options
+from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.report import Report
 from fisedit_compile.passes.processor.multiply_maps import multiply_maps
 from support.execution import Edit, compile_graph, dense_inputs, random_inputs, record, some_mask
@@ -41,13 +42,12 @@ def record_graph(biased: bool = True, dtype: torch.dtype = torch.float32) -> tup
 
 
 def run(module: fx.GraphModule, edit: fx.GraphModule | None = None) -> tuple[fx.Node, tuple[int, ...], Report]:
-    report = Report()
-    result, inputs = multiply_maps(edit or edit_graph(), module, report)
-    assert result is module
+    first, second = (Compilation(edit or edit_graph(), record=module) for _ in range(2))
+    multiply_maps(first)
     module.graph.lint()
-    again = Report()
-    assert multiply_maps(edit or edit_graph(), module, again)[1] == () and again.matches["multiply_maps"] == 0
-    return outputs(module)[0], inputs, report
+    multiply_maps(second)
+    assert second.dense_inputs == () and second.report.matches["multiply_maps"] == 0
+    return outputs(module)[0], first.dense_inputs, first.report
 
 
 @pytest.mark.parametrize("biased", [True, False])

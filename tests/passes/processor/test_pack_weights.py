@@ -7,6 +7,7 @@ import torch
 
 from fisedit_compile.operators.products.aten import TYPICAL_ROWS, packs
 from fisedit_compile.options import Options
+from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.ir import TYPICAL_DENSITY
 from fisedit_compile.passes.common.report import Report
 from fisedit_compile.passes.processor.pack_weights import pack_weights
@@ -19,9 +20,9 @@ PACK, CONV = fisedit.pack_conv_weight.default, fisedit.conv_rows.default
 
 def run(builder: GraphBuilder, result, limit: int | None = None):
     """The result spelled, and the report."""
-    module, report = builder.module(result), Report()
-    assert pack_weights(module, builder.infos, report, limit) is module
-    return spell(result), report
+    compilation = Compilation(builder.module(result), tuple(builder.infos), Options(packing=limit))
+    pack_weights(compilation)
+    return spell(result), compilation.report
 
 
 def convolution(builder: GraphBuilder, groups: int = 1):
@@ -61,7 +62,7 @@ def test_a_convolution() -> None:
 def test_without_measuring_everything_is_packed() -> None:
     builder = GraphBuilder()
     result = builder.call(aten.linear.default, builder.tokens(), builder.parameter(8, 6))
-    pack_weights(builder.module(result), builder.infos, Report(), measured=False)
+    pack_weights(Compilation(builder.module(result), tuple(builder.infos), Options(packing=None, pack_all=True)))
     assert spell(result) == ("fisedit.linear_rows", "x", ("fisedit.pack_matrix", "weight"), None)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fisedit_compile.passes.common.report import MacCount, Report
-from fisedit_compile.passes.sparsify.count_macs import count_macs, macs_of
+from fisedit_compile.passes.sparsify.count_macs import counts, macs_of
 from fisedit_compile.runtime.spec import Domain
 from support.execution import compile_graph
 from support.graphs import DOMAIN, GraphBuilder, aten
@@ -61,7 +61,7 @@ def test_nodes_that_are_still_there_run_densely() -> None:
     prompt = dense.call(aten.linear.default, dense.input(2, 7, 6, name="prompt"), dense.parameter(6, 6))
     edit = GraphBuilder()
     edit.graph.create_node("call_function", aten.linear.default, (edit.tokens(),), name=second.name)
-    counted = list(count_macs(dense.module(second, prompt).graph, edit.graph))
+    counted = list(counts(dense.module(second, prompt).graph, edit.graph))
     assert counted == [
         MacCount(first.name, "linear", 2 * 20 * 36, DOMAIN),
         MacCount(second.name, "linear", 2 * 20 * 36, None),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.ir import to_map, to_rows
 from fisedit_compile.passes.common.report import Report
 from fisedit_compile.passes.sparsify.lower_conversions import lower_conversions
@@ -16,10 +17,10 @@ FLATTEN, UNFLATTEN, PERMUTE = "aten.flatten.using_ints", "aten.unflatten.int", "
 
 def run(builder: GraphBuilder, *results):
     module, report = builder.module(*results), Report()
-    assert lower_conversions(module, report) is module
+    lower_conversions(Compilation(module, report=report))
     before = text(module)
     second = Report()
-    lower_conversions(module, second)
+    lower_conversions(Compilation(module, report=second))
     assert text(module) == before and not second.matches, "a second run changes the graph"
     return module, report
 

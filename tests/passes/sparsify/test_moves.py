@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fisedit_compile.passes.common.reading.resampling import window_stencil
 from fisedit_compile.passes.sparsify.layout import FAMILY, sparsify_layout
-from fisedit_compile.passes.sparsify.resample import window_stencil
 from fisedit_compile.runtime.spec import Domain, Stencil
 from support.execution import check_masked
 from support.graphs import GraphBuilder, aten, layout, outputs, spell

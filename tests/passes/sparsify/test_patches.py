@@ -7,8 +7,8 @@ from torch import Tensor
 
 from fisedit_compile.options import Options
 from fisedit_compile.passes.common.layouts import Spatial
+from fisedit_compile.passes.common.reading.patches import reshape_patches
 from fisedit_compile.passes.sparsify.layout import FAMILY, sparsify_layout
-from fisedit_compile.passes.sparsify.rules.patches import reshape_patches
 from fisedit_compile.runtime.spec import Domain, Stencil
 from support.execution import check_masked
 from support.graphs import GraphBuilder, aten, layout, outputs, spell

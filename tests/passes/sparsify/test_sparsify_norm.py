@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 from torch.nn import functional
@@ -48,8 +46,8 @@ def test_exact_statistics_are_updated_by_the_active_rows() -> None:
 
 def test_cached_statistics_are_the_recorded_ones() -> None:
     builder = GraphBuilder()
-    run = functools.partial(sparsify_norm, cached=True)
-    module, _ = sparsify(run, family(cached=True), builder, group_norm(builder, builder.picture(), affine=False))
+    norm = group_norm(builder, builder.picture(), affine=False)
+    module, _ = sparsify(sparsify_norm, family(cached=True), builder, norm, options=Options(norm="cached"))
     center, totals = (("recorded", "x", f"norm_{name}", 3) for name in ("center", "totals"))
     expected = ("fisedit.norm_apply", ("to_rows", "x"), center, totals, None, None, 1e-4, 40)
     assert spell(outputs(module)[0]) == ("to_map", expected)

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from fisedit_compile.passes.common.targets import ELEMENTWISE, is_elementwise
-from fisedit_compile.passes.sparsify.pointwise import FAMILY, REDUCTIONS, sparsify_pointwise
+from fisedit_compile.passes.common.targets import ELEMENTWISE, REDUCTIONS, is_elementwise
+from fisedit_compile.passes.sparsify.pointwise import FAMILY, sparsify_pointwise
 from fisedit_compile.runtime.spec import Domain
 from support.execution import check_masked
 from support.graphs import DOMAIN, GraphBuilder, aten, layout, outputs, spell
