@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fisedit_compile import private
 from fisedit_compile.errors import OptionError
 from fisedit_compile.executing.compiled_graph import CompiledGraph
 from fisedit_compile.executing.executable import Executable, GraphIdentity
@@ -22,7 +21,10 @@ from fisedit_compile.passes import InputInfo, Program, build_program, disabled_p
 from fisedit_compile.passes.common.literals import spell_literals
 from fisedit_compile.passes.domains.labels import declare_content
 from fisedit_compile.passes.normalise.canonicalize import idle_source
+from fisedit_compile.private.dynamo import compiling
+from fisedit_compile.private.graphs import OpOverload
 from fisedit_compile.runtime import PhaseSource, ReachCheck, default_runtime
+from fisedit_compile.tracing.calls import on_calls
 from fisedit_compile.tracing.description import (
     GraphInputs,
     UntraceableGraph,
@@ -33,7 +35,6 @@ from fisedit_compile.tracing.description import (
     fixed_sizes,
     placeholders,
 )
-from fisedit_compile.tracing.dynamo import on_calls
 from fisedit_compile.tracing.inputs import StaticTensor
 from fisedit_compile.tracing.trace import trace
 
@@ -94,7 +95,7 @@ def structural_hash(
 
 def _target_name(target: Any) -> str:
     """A function's name without its address; whatever else as text."""
-    if isinstance(target, (str, private.OpOverload)) or not hasattr(target, "__qualname__"):
+    if isinstance(target, (str, OpOverload)) or not hasattr(target, "__qualname__"):
         return str(target)
     return f"{target.__module__}.{target.__qualname__}"
 
@@ -165,7 +166,7 @@ def _build(
 ) -> Executable:
     """Trace a graph and make its program."""
     try:
-        with private.compiling():
+        with compiling():
             traced = trace(gm, inputs)
     except UntraceableGraph as error:
         infos = declare_content(inputs.infos, options.content)

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fisedit_compile import private
 from fisedit_compile.bench.masks import make_mask
 from fisedit_compile.bench.networks import build_unet, example_inputs
 from fisedit_compile.bench.peak import measure_peak
 from fisedit_compile.bench.timing import Variant, measure, timed
 from fisedit_compile.errors import FisEditError, OptionError
+from fisedit_compile.private.inductor import compile_frozen
 from fisedit_compile.reporting import explain
 from fisedit_compile.runtime import Runtime
 from fisedit_compile.runtime.masks import reduce_mask
@@ -305,7 +305,7 @@ class Bench:
         ]
         if self.settings.inductor:
             # Modules of their own: otherwise both would share their compiled code.
-            inductor, frozen = torch.compile(copy.copy(self.model)), private.compile_frozen(copy.copy(self.model))
+            inductor, frozen = torch.compile(copy.copy(self.model)), compile_frozen(copy.copy(self.model))
             variants.append(Variant("inductor", lambda number: self.run(inductor, number)))
             variants.append(Variant("frozen inductor", lambda number: self.run(frozen, number)))
         return variants

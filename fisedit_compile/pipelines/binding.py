@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisedit_compile import private
 from fisedit_compile.errors import PipelineError
 from fisedit_compile.pipelines.compiling import CompiledNetwork
 from fisedit_compile.pipelines.decoding.autoencoder import AutoencoderCall
@@ -22,7 +21,11 @@ from fisedit_compile.pipelines.network_calls import TOKENS_ARGUMENT
 from fisedit_compile.pipelines.random_numbers import PROMPTS, RandomNumbers
 from fisedit_compile.pipelines.steps import StepFollower, followed_scheduler
 from fisedit_compile.pipelines.timing import StageClock
-from fisedit_compile.pipelines.twin import Cancellation, check_untouched, run_arguments, twin_of, uncompiled, unmarked
+from fisedit_compile.pipelines.twin import Cancellation, check_untouched, twin_of, uncompiled, unmarked
+from fisedit_compile.private.accelerate import is_offloaded
+from fisedit_compile.private.diffusers import noted_arguments
+from fisedit_compile.private.dynamo import keep_sizes
+from fisedit_compile.private.modules import compiled_call, original_module
 from fisedit_compile.runtime import Domain, Relay, Runtime
 
 CONTENT_ARGUMENTS = ("guidance",)
@@ -75,8 +78,8 @@ class PipelineBinding:
     @property
     def module(self) -> torch.nn.Module:
         """The pipeline's network itself, also when the user has put a compiled one into the pipeline."""
-        network: torch.nn.Module = getattr(self._pipe, self._name)
-        return getattr(network, "_orig_mod", network)
+        network: torch.nn.Module = original_module(getattr(self._pipe, self._name))
+        return network
 
     @property
     def device(self) -> torch.device:
@@ -101,7 +104,7 @@ class PipelineBinding:
             PipelineError: the network is offloaded to the host between calls; at the end, the run was cancelled.
         """
         pipe = self._pipe
-        if getattr(self.module, "_hf_hook", None) is not None:
+        if is_offloaded(self.module):
             raise PipelineError(
                 "the pipeline's network is offloaded (its hooks would be tied to the compiled module, and stay so); "
                 "call pipe.remove_all_hooks() and pipe.to(device), or save memory by the session's storage and budget"
@@ -125,7 +128,7 @@ class PipelineBinding:
         @contextmanager
         def left_alone(turn: int) -> Iterator[None]:
             """What the user's callback finds: a pipeline with the user's own parts, whatever it does with them."""
-            before = run_arguments(pipe)
+            before = noted_arguments(pipe)
             take_back()
             with numbers.callback(turn):
                 yield
@@ -158,7 +161,7 @@ class PipelineBinding:
 
     def _compile(self, tokens: tuple[Domain, ...], clock: StageClock) -> CompiledNetwork:
         """The compiled network; made anew where it is another one than before, or takes other tokens."""
-        made_from = (self.module, self.module._compiled_call_impl)
+        made_from = (self.module, compiled_call(self.module))
         if self._compiled is None or self._compiled_from != made_from or self._tokens != tokens:
             options = {**self._options, "content": list(CONTENT_ARGUMENTS)}
             if tokens:
@@ -173,7 +176,7 @@ class PipelineBinding:
         return self._compiled
 
     def _before_call(self, module: torch.nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
-        private.keep_sizes(positional, named)
+        keep_sizes(positional, named)
         call: _Call | None = getattr(self._local, "call", None)
         if call is None:
             return

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from fisedit_compile.private.operators import schema_of
+
 aten = torch.ops.aten
 #: The class of every concrete operator.
 OVERLOAD = type(aten.add.Tensor)
@@ -117,6 +119,6 @@ def is_elementwise(target: Any) -> bool:
     if not isinstance(target, OVERLOAD):
         return False
     tags = target.tags
-    if torch.Tag.nondeterministic_seeded in tags or target._schema.is_mutable:
+    if torch.Tag.nondeterministic_seeded in tags or schema_of(target).is_mutable:
         return False
     return torch.Tag.pointwise in tags or target in ELEMENTWISE

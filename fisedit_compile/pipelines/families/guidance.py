@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from fisedit_compile.private.diffusers import argument_noted_in
+
 NETWORKS = ("unet", "transformer")
 """What pipelines call the network that is called at every step."""
 
@@ -45,9 +47,10 @@ class _DuringCall:
         part = getattr(type(self._outside), name, None)
         if isinstance(part, property) and part.fget is not None:
             return part.fget(self)
-        if name.startswith("_") and self._accepts(name[1:]):
-            self.read[name[1:]] = self._argument(name[1:])
-            return self.read[name[1:]]
+        noted = argument_noted_in(name)
+        if noted is not None and self._accepts(noted):
+            self.read[noted] = self._argument(noted)
+            return self.read[noted]
         return getattr(self._outside, name)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fisedit_compile.errors import MaskError, PipelineError
 from fisedit_compile.pipelines.masks.masking import AutomaticMask, to_latents, to_pixels
+from fisedit_compile.private.diffusers import packs_latents
 from fisedit_compile.runtime import Domain
 from fisedit_compile.runtime.masks import WHITE_THRESHOLD, MaskLike
 
@@ -38,7 +39,7 @@ def packed_resolutions(
         PipelineError: the pipeline packs latents, and does not say how many pixels a latent cell has; or two of the
             sizes have as many tokens.
     """
-    if not callable(getattr(pipe, "_pack_latents", None)):
+    if not packs_latents(pipe):
         return ()
     scale, default = getattr(pipe, "vae_scale_factor", None), getattr(pipe, "default_sample_size", None)
     if scale is None or (default is None and None in (height, width)):
