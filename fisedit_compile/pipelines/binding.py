@@ -16,8 +16,7 @@ from torch import Tensor
 from fisedit_compile.errors import PipelineError
 from fisedit_compile.pipelines.compiling import CompiledNetwork
 from fisedit_compile.pipelines.decoding.autoencoder import AutoencoderCall
-from fisedit_compile.pipelines.families.guidance import NETWORKS
-from fisedit_compile.pipelines.network_calls import TOKENS_ARGUMENT
+from fisedit_compile.pipelines.families import Family
 from fisedit_compile.pipelines.random_numbers import PROMPTS, RandomNumbers
 from fisedit_compile.pipelines.steps import StepFollower, followed_scheduler
 from fisedit_compile.pipelines.timing import StageClock
@@ -27,9 +26,6 @@ from fisedit_compile.private.diffusers import noted_arguments
 from fisedit_compile.private.dynamo import keep_sizes
 from fisedit_compile.private.modules import compiled_call, original_module
 from fisedit_compile.runtime import Domain, Relay, Runtime
-
-CONTENT_ARGUMENTS = ("guidance",)
-"""What distilled networks call the guidance scale that they take as an input; an edit may change it."""
 
 NETWORK_RELAY = Relay()
 """What networks are compiled with, so that the sessions of a pipeline share its graphs."""
@@ -50,24 +46,23 @@ class PipelineBinding:
 
     Args:
         pipe: a diffusers pipeline.
+        family: of the pipeline.
         runtime: of the session.
         options: of the backend, without ``runtime``.
 
     Raises:
-        PipelineError: the pipeline has neither U-Net nor transformer, no scheduler or no autoencoder.
+        PipelineError: the pipeline has no scheduler or no autoencoder.
     """
 
-    def __init__(self, pipe: Any, runtime: Runtime, options: Mapping[str, Any]) -> None:
-        found = [name for name in NETWORKS if getattr(pipe, name, None) is not None]
-        missing = [part for part in ("scheduler", "vae") if getattr(pipe, part, None) is None]
-        if missing or not found:
+    def __init__(self, pipe: Any, family: Family, runtime: Runtime, options: Mapping[str, Any]) -> None:
+        missing = [part for part in ("scheduler", family.autoencoder) if getattr(pipe, part, None) is None]
+        if missing:
             raise PipelineError(
-                f"an edit session needs a diffusers pipeline with a {(missing or [' or a '.join(NETWORKS)])[0]}, and "
-                f"{type(pipe).__name__} has none; use one with a U-Net, such as StableDiffusionPipeline or "
-                "StableDiffusionXLPipeline, or with a transformer, such as StableDiffusion3Pipeline or FluxPipeline"
+                f"an edit session needs a diffusers pipeline with a {missing[0]}, and {type(pipe).__name__} has none; "
+                "use one with a U-Net, such as StableDiffusionPipeline or StableDiffusionXLPipeline, or with a "
+                "transformer, such as StableDiffusion3Pipeline or FluxPipeline"
             )
-        self._pipe = pipe
-        self._name = found[0]
+        self._pipe, self._family = pipe, family
         self._runtime = runtime
         self._options = dict(options)
         self._compiled: CompiledNetwork | None = None
@@ -78,7 +73,7 @@ class PipelineBinding:
     @property
     def module(self) -> torch.nn.Module:
         """The pipeline's network itself, also when the user has put a compiled one into the pipeline."""
-        network: torch.nn.Module = original_module(getattr(self._pipe, self._name))
+        network: torch.nn.Module = original_module(self._family.network_of(self._pipe))
         return network
 
     @property
@@ -112,12 +107,17 @@ class PipelineBinding:
         compiled = self._compile(follower.trajectory.tokens, clock)
         twin = twin_of(pipe)
         follower.cancellation = Cancellation(pipe, twin)
-        ours = {self._name: compiled.stand_in, "vae": autoencoder.view(pipe.vae, follower, numbers)}
-        if callable(getattr(pipe, "encode_prompt", None)):
-            encode = follower.trajectory.prompts.padding(twin.encode_prompt)
-            ours["encode_prompt"] = _timed(encode, clock, numbers)
-        if callable(getattr(pipe, "prepare_latents", None)):
-            ours["prepare_latents"] = _noted(twin.prepare_latents, follower)
+        family = self._family
+        ours = {
+            family.network: compiled.stand_in,
+            family.autoencoder: autoencoder.view(getattr(pipe, family.autoencoder), follower, numbers),
+        }
+        encode, prepare = (getattr(twin, name, None) for name in (family.encode_prompt, family.prepare_latents))
+        if callable(encode):
+            padded = follower.trajectory.prompts.padding(encode, family.prompt_limit_of(pipe))
+            ours[family.encode_prompt] = _timed(padded, clock, numbers)
+        if callable(prepare):
+            ours[family.prepare_latents] = _noted(prepare, follower)
         own = {name: vars(pipe)[name] for name in ours if name in vars(pipe)}
 
         def take_back() -> None:
@@ -163,9 +163,10 @@ class PipelineBinding:
         """The compiled network; made anew where it is another one than before, or takes other tokens."""
         made_from = (self.module, compiled_call(self.module))
         if self._compiled is None or self._compiled_from != made_from or self._tokens != tokens:
-            options = {**self._options, "content": list(CONTENT_ARGUMENTS)}
-            if tokens:
-                options["tokens"] = {TOKENS_ARGUMENT: [(domain.height, domain.width) for domain in tokens]}
+            options = {**self._options, "content": list(self._family.content)}
+            packing = self._family.packing
+            if tokens and packing is not None:
+                options["tokens"] = {packing.argument: [(domain.height, domain.width) for domain in tokens]}
             with unmarked(self.module):
                 self._compiled = CompiledNetwork(uncompiled(self.module), NETWORK_RELAY, options)
             self._compiled_from, self._tokens = made_from, tokens

@@ -169,11 +169,15 @@ def test_a_unet_the_user_compiled(how: str) -> None:
 
 
 def test_pipelines_without_a_unet() -> None:
-    class Transformer:
-        unet = None
+    class Other:
+        unet: Any = None
 
-    with pytest.raises(PipelineError, match="with a scheduler, and Transformer has none"):
-        EditSession(Transformer())
+    with pytest.raises(PipelineError, match="with a unet or a transformer, and Other has none"):
+        EditSession(Other())
+    other = Other()
+    other.unet = torch.nn.Identity()
+    with pytest.raises(PipelineError, match="with a scheduler, and Other has none"):
+        EditSession(other)
 
 
 def test_an_offloaded_unet_is_refused() -> None:

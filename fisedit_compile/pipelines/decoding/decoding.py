@@ -26,7 +26,7 @@ from fisedit_compile.pipelines.decoding.region import (
     noting_decoder,
     unsupported,
 )
-from fisedit_compile.pipelines.masks.masking import grow_mask
+from fisedit_compile.pipelines.masks.cells import grow_mask
 from fisedit_compile.pipelines.twin import uncompiled, unmarked
 from fisedit_compile.private.accelerate import is_offloaded
 from fisedit_compile.private.dynamo import keep_sizes

@@ -12,9 +12,6 @@ from typing import Any
 
 from fisedit_compile.private.diffusers import argument_noted_in
 
-NETWORKS = ("unet", "transformer")
-"""What pipelines call the network that is called at every step."""
-
 _DECIDES = "do_classifier_free_guidance"
 _NEGATIVE = ("negative_prompt_embeds", "negative_pooled_prompt_embeds")
 
@@ -54,11 +51,12 @@ class _DuringCall:
         return getattr(self._outside, name)
 
 
-def guidance_of(pipe: Any, value: Callable[[str], Any], accepts: Callable[[str], bool]) -> Guidance:
-    """What guidance a call of a pipeline has.
+def guidance_of(pipe: Any, network: Any, value: Callable[[str], Any], accepts: Callable[[str], bool]) -> Guidance:
+    """What guidance a call of a pipeline of diffusers has.
 
     Args:
-        pipe: a diffusers pipeline.
+        pipe: the pipeline.
+        network: of it, called at every step.
         value: gives the value of an argument, its default included.
         accepts: whether the pipeline has an argument.
     """
@@ -77,7 +75,6 @@ def guidance_of(pipe: Any, value: Callable[[str], Any], accepts: Callable[[str],
         if seen.read:
             return Guidance(on, " and ".join(f"{name} {given}" for name, given in seen.read.items()))
     else:
-        network = next((getattr(pipe, name) for name in NETWORKS if getattr(pipe, name, None) is not None), None)
         embedded = hasattr(getattr(network, "config", None), "guidance_embeds")
         on = scale is not None and scale > 1 and not embedded
     return Guidance(on, f"guidance_scale {scale}")
