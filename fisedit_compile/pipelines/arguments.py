@@ -156,6 +156,13 @@ class CallArguments:
         size = self.value(given, "height"), self.value(given, "width")
         return self._family.tokens(self._pipe, *size, self.control_sizes(given))
 
+    def cells(self, given: Mapping[str, Any]) -> Domain | None:
+        """How many latent cells the picture of a call has in each direction, as far as that can be told before it;
+        None: it cannot."""
+        if not self.accepts("height") or not self.accepts("width") or self.control_sizes(given):
+            return None
+        return self._family.cells(self._pipe, self.value(given, "height"), self.value(given, "width"))
+
     def made_size(self, given: Mapping[str, Any]) -> tuple[int, int] | None:
         """Height and width that the latents must have in pixels, of a call whose pipeline may make another size and
         resize the picture in the end; None: it does not."""

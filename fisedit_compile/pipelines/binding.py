@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fisedit_compile.errors import PipelineError
+from fisedit_compile.pipelines.backend_options import BackendOptions
 from fisedit_compile.pipelines.compiling import CompiledNetwork
 from fisedit_compile.pipelines.decoding.autoencoder import AutoencoderCall
 from fisedit_compile.pipelines.families import Family
@@ -48,13 +49,13 @@ class PipelineBinding:
         pipe: a diffusers pipeline.
         family: of the pipeline.
         runtime: of the session.
-        options: of the backend, without ``runtime``.
+        options: of the backend.
 
     Raises:
         PipelineError: the pipeline has no scheduler or no autoencoder.
     """
 
-    def __init__(self, pipe: Any, family: Family, runtime: Runtime, options: Mapping[str, Any]) -> None:
+    def __init__(self, pipe: Any, family: Family, runtime: Runtime, options: BackendOptions) -> None:
         missing = [part for part in ("scheduler", family.autoencoder) if getattr(pipe, part, None) is None]
         if missing:
             raise PipelineError(
@@ -64,7 +65,7 @@ class PipelineBinding:
             )
         self._pipe, self._family = pipe, family
         self._runtime = runtime
-        self._options = dict(options)
+        self._options = options
         self._compiled: CompiledNetwork | None = None
         self._compiled_from: tuple[torch.nn.Module, Any] | None = None
         self._tokens: tuple[Domain, ...] = ()
@@ -163,10 +164,7 @@ class PipelineBinding:
         """The compiled network; made anew where it is another one than before, or takes other tokens."""
         made_from = (self.module, compiled_call(self.module))
         if self._compiled is None or self._compiled_from != made_from or self._tokens != tokens:
-            options = {**self._options, "content": list(self._family.content)}
-            packing = self._family.packing
-            if tokens and packing is not None:
-                options["tokens"] = {packing.argument: [(domain.height, domain.width) for domain in tokens]}
+            options = self._options.of_network(self._family, tokens)
             with unmarked(self.module):
                 self._compiled = CompiledNetwork(uncompiled(self.module), NETWORK_RELAY, options)
             self._compiled_from, self._tokens = made_from, tokens

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 
-from fisedit_compile.errors import PipelineError
-from fisedit_compile.options import parse_options
+from fisedit_compile.errors import OptionError, PipelineError
 from fisedit_compile.pipelines.arguments import CallArguments, keep_value
+from fisedit_compile.pipelines.backend_options import BackendOptions
 from fisedit_compile.pipelines.binding import PipelineBinding
 from fisedit_compile.pipelines.decoding.decoding import SparseDecoder
 from fisedit_compile.pipelines.families import family_of
 from fisedit_compile.pipelines.families.prompts import check_prompt_tokens
 from fisedit_compile.pipelines.families.schedulers import describe_scheduler, scheduler_difference
 from fisedit_compile.pipelines.history import Entry, taking_turns
+from fisedit_compile.pipelines.masks.cells import check_aspect
 from fisedit_compile.pipelines.masks.finding import AutomaticMask
 from fisedit_compile.pipelines.noise import Generators, NoiseSource
 from fisedit_compile.pipelines.picture import Picture
@@ -44,6 +47,9 @@ class EditSession:
         tier: where recordings are kept: ``"device"``, or ``"host"`` where a GPU has no room for them.
         norm: ``"exact"`` or ``"cached"`` group norm statistics, see the backend's options.
         lowering: ``"plain"`` or ``"inductor"``, see the backend's options.
+        packing, convolution, cuda_graphs, disable_passes: options of the backend, for the network and the decoder.
+        tokens: as the backend's option, for inputs of the network besides the latents, which the session knows.
+        content: as the backend's option, for inputs besides those that the session knows (Flux' guidance).
         automatic_mask: how masks are found when none is given.
         decoder: how edits are decoded. ``"sparse"``: from the recorded decode; ``"region"``: densely in boxes around
             the mask; ``"dense"``; ``"auto"``: whatever is cheapest. Decodes are recorded while the budget has room for
@@ -54,8 +60,7 @@ class EditSession:
 
     Raises:
         PipelineError: the pipeline has no network, autoencoder, scheduler or ``callback_on_step_end``.
-        OptionError: a storage, budget, tier, norm, lowering or decoder that does not exist, a negative halo, or prompt
-            tokens for a pipeline that pads its prompts.
+        OptionError: an option that does not exist, or one with an invalid value.
     """
 
     def __init__(
@@ -67,19 +72,36 @@ class EditSession:
         tier: str = "device",
         norm: str = "exact",
         lowering: str = "plain",
+        packing: bool | int | str = "auto",
+        convolution: str = "auto",
+        cuda_graphs: bool = True,
+        tokens: Mapping[str, Any] | None = None,
+        content: Sequence[str] = (),
+        disable_passes: Sequence[str] | str = (),
         automatic_mask: AutomaticMask | None = None,
         decoder: str = "auto",
         decoder_halo: int = 1,
         prompt_tokens: int | None = None,
+        **unknown: Any,
     ) -> None:
+        if unknown:
+            raise _unknown_options(unknown)
         self.pipe = pipe
         self.runtime = Runtime(storage=storage, budget=budget, tier=tier)
         self.automatic_mask = automatic_mask or AutomaticMask()
-        options = {"norm": norm, "lowering": lowering}
-        # Wrong options are told now, not in the middle of the first network call.
-        parse_options(None, options)
-        self._decoder = SparseDecoder(self.runtime.expendable(), options, decoder, decoder_halo)
+        options = BackendOptions.of(
+            norm=norm,
+            lowering=lowering,
+            packing=packing,
+            convolution=convolution,
+            cuda_graphs=cuda_graphs,
+            tokens={} if tokens is None else tokens,
+            content=content,
+            disable_passes=disable_passes,
+        )
+        self._decoder = SparseDecoder(self.runtime.expendable(), options.of_decoder(), decoder, decoder_halo)
         family = family_of(pipe)
+        options.check(family)
         binding = PipelineBinding(pipe, family, self.runtime, options)
         self._arguments = CallArguments(pipe, family)
         self._tools = Tools(pipe, family, self._arguments, binding, self._decoder, self.runtime)
@@ -199,6 +221,21 @@ class EditSession:
             self._entries.append(entry)
         return entry.picture
 
+    def check_mask_size(self, rows: int, columns: int, /, **arguments: Any) -> None:
+        """Refuse a mask of another shape than the picture will have, before that is generated.
+
+        Args:
+            rows, columns: of the mask, in its pixels.
+            **arguments: those that the picture will be generated with. Where they and the pipeline do not tell its
+                size, nothing is checked until :meth:`edit`.
+
+        Raises:
+            MaskError: as :meth:`edit` raises for this mask.
+        """
+        cells = self._arguments.cells(arguments)
+        if cells is not None:
+            check_aspect((rows, columns), (cells.height, cells.width))
+
     @taking_turns
     def undo(self) -> Picture:
         """Drop the last edit and its recorded run; the picture before it is returned and is the current one again.
@@ -242,3 +279,14 @@ class EditSession:
         if difference is not None:
             raise PipelineError(f"{difference}; put the scheduler back, or call generate with the new one first")
         return entry
+
+
+def _unknown_options(names: Iterable[str]) -> OptionError:
+    """The error for options that a session does not have."""
+    known = [
+        name
+        for name, parameter in inspect.signature(EditSession).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    ]
+    own = "; a session has a runtime of its own (session.runtime)" if "runtime" in names else ""
+    return OptionError(f"EditSession has no option {', '.join(names)}; it takes {', '.join(known)}{own}")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import re
+import sys
 from dataclasses import replace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,9 +14,11 @@ import torch
 from torch import Tensor
 
 import fisedit_compile as fisedit
-from fisedit_compile.errors import PipelineError
+from fisedit_compile.errors import MaskError, PipelineError
 from fisedit_compile.pipelines import EditSession, families
 from fisedit_compile.pipelines.families import FAMILIES, family_of
+from fisedit_compile.pipelines.families.sizes import default_size_of
+from fisedit_compile.runtime import Domain
 from support.small_pipeline import SmallPipeline
 from support.tiny_pipelines import tiny_pipeline
 from support.transformer_pipelines import KINDS, transformer_pipeline
@@ -29,7 +33,9 @@ def page(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What the code of the page defines; the family that it registers is gone behind the test."""
     monkeypatch.setattr(families, "FAMILIES", list(FAMILIES))
     torch.compiler.reset()
-    defined: dict[str, Any] = {"__name__": "page"}
+    module = ModuleType("adding_a_pipeline")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    defined = vars(module)
     for block in re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
         exec(compile(block, str(PAGE), "exec"), defined)
     return defined
@@ -100,5 +106,33 @@ def test_a_scalar_that_no_family_names_is_compared(page: dict[str, Any], monkeyp
     monkeypatch.setattr(families, "FAMILIES", [replace(family_of(page["session"].pipe), content=())])
     session = EditSession(page["SketchPipeline"]())
     session.generate("red", num_inference_steps=2)
-    with pytest.raises(fisedit.errors.ScalarMismatchError, match="strength"):
+    with pytest.raises(fisedit.errors.ScalarMismatchError, match=r"expected 1.0 .* got 0.5; .* content=\["):
         session.edit("blue", mask=torch.ones(SIZE).triu(), strength=0.5)
+    session = EditSession(page["SketchPipeline"](), content=["strength"])
+    session.generate("red", num_inference_steps=2)
+    assert session.edit("blue", mask=torch.ones(SIZE).triu(), strength=0.5).report.sparse_calls == 2
+
+
+def test_sizes_that_are_known_before_the_picture() -> None:
+    usual = tiny_pipeline()
+    assert family_of(usual).cells(usual, None, None) == Domain(8, 8)
+    assert family_of(usual).cells(usual, 16, 24) == Domain(8, 12)
+    sd3 = transformer_pipeline("sd3")
+    assert family_of(sd3).cells(sd3, None, 40) == Domain(sd3.default_sample_size, 40 // sd3.vae_scale_factor)
+    small = SmallPipeline()
+    assert family_of(small).cells(small, 14, 22) is None, "it does not tell how large its cells are"
+    pipe, network = SimpleNamespace(vae_scale_factor=8), SimpleNamespace(config=SimpleNamespace(sample_size=[4, 6]))
+    assert default_size_of(pipe, network) == (32, 48)
+    assert default_size_of(pipe, None) is None
+
+
+def test_a_mask_of_another_shape_is_refused_before_the_picture() -> None:
+    session = EditSession(tiny_pipeline())
+    session.check_mask_size(32, 48, height=16, width=24)
+    session.check_mask_size(100, 100)
+    with pytest.raises(MaskError, match=r"aspect ratio of the picture, 8:12 .* got one of 48x32 .* Turn it"):
+        session.check_mask_size(48, 32, height=16, width=24)
+    with pytest.raises(MaskError, match="Crop or pad it"):
+        session.check_mask_size(48, 32)
+    # Those of image-to-image pipelines come from their pictures.
+    EditSession(tiny_pipeline("image-to-image")).check_mask_size(48, 32)

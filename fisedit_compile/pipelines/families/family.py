@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fisedit_compile.pipelines.families.guidance import Guidance, guidance_of
+from fisedit_compile.pipelines.families.sizes import default_size_of
 from fisedit_compile.runtime import Domain
 
 CHANGEABLE = frozenset(
@@ -76,6 +77,8 @@ class Family:
             prompts, and None where the pipeline does. None: all pipelines of the family do.
         changeable: arguments of the pipeline that an edit may change, besides prompts and guidance scales. All others
             decide noise, steps or size, which the edit shares with the recorded run.
+        default_size: tells height and width in pixels of pictures of which the user gives none; None from it: that is
+            not known. It is given the pipeline and its network.
         refused: arguments that a session cannot honour, and what its user is told.
         resizes: the argument by which a pipeline may make a picture of another size, which it resizes in the end.
     """
@@ -92,6 +95,7 @@ class Family:
     guidance: Callable[[Any, Any, Callable[[str], Any], Callable[[str], bool]], Guidance] = guidance_of
     prompt_limit: Callable[[Callable[..., Any] | None], int | None] | None = None
     changeable: frozenset[str] = CHANGEABLE
+    default_size: Callable[[Any, Any], tuple[int, int] | None] = default_size_of
     refused: Mapping[str, str] = field(default_factory=lambda: dict(REFUSED))
     resizes: str = "use_resolution_binning"
 
@@ -113,6 +117,19 @@ class Family:
             PipelineError: they cannot be told.
         """
         return () if self.packing is None else self.packing.resolutions(pipe, height, width, others)
+
+    def cells(self, pipe: Any, height: int | None, width: int | None) -> Domain | None:
+        """How many latent cells a picture has in each direction; None: that is not known.
+
+        Args:
+            pipe: of this family.
+            height, width: of the picture in pixels; None: the pipeline's default.
+        """
+        scale, size = getattr(pipe, "vae_scale_factor", None), self.default_size(pipe, self.network_of(pipe))
+        wanted = [given or default for given, default in zip((height, width), size or (None, None), strict=True)]
+        if not isinstance(scale, int) or not all(isinstance(side, int) and side >= scale for side in wanted):
+            return None
+        return Domain(*(int(side) // scale for side in wanted if side is not None))
 
     def prompt_limit_of(self, pipe: Any) -> int | None:
         """The most tokens of a prompt where the session pads prompts; None: the pipeline does."""

@@ -159,17 +159,30 @@ def to_latents(mask: MaskLike, latents: Tensor, white_threshold: float = WHITE_T
             f"the run has {latents.shape[0]} pictures and the mask has {prepared.shape[0]}; give one mask for all "
             "pictures or one for each; a picture in colours is [height, width, channels]"
         )
-    rows, columns = prepared.shape[-2:]
     height, width = latents.shape[-2:]
-    if not same_aspect((rows, columns), (height, width)):
+    check_aspect((prepared.shape[-2], prepared.shape[-1]), (height, width))
+    return reduce_mask(prepared, Domain(height, width))
+
+
+def check_aspect(mask: tuple[int, int], cells: tuple[int, int]) -> None:
+    """Refuse a mask that cannot be one of the whole picture.
+
+    Args:
+        mask: its height and width in pixels.
+        cells: those of the picture in latent cells.
+
+    Raises:
+        MaskError: it has another aspect ratio.
+    """
+    if not same_aspect(mask, cells):
+        (rows, columns), (height, width) = mask, cells
         shapes = f"{rows}x{columns} (height x width)"
-        turned = same_aspect((columns, rows), (height, width))
+        turned = same_aspect((columns, rows), cells)
         raise MaskError(
             f"expected a mask with the aspect ratio of the picture, {height}:{width} = {height / width:.3g} (height to "
             f"width); got one of {shapes}, {rows / columns:.3g}. "
             + ("Turn it: it is as high as it should be wide" if turned else "Crop or pad it to what the picture shows")
         )
-    return reduce_mask(prepared, Domain(height, width))
 
 
 def same_aspect(mask: tuple[int, int], cells: tuple[int, int]) -> bool:
