@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import fx
 
-from fisedit_compile import private
 from fisedit_compile.errors import OptionError
 from fisedit_compile.executing.compiled_graph import CompiledGraph
 from fisedit_compile.executing.executable import Executable
@@ -18,9 +17,10 @@ from fisedit_compile.options import Options, parse_options
 from fisedit_compile.passes import Program, build_program, disabled_passes
 from fisedit_compile.passes.common.literals import spell_literals
 from fisedit_compile.passes.domains.labels import declare_content
+from fisedit_compile.private.dynamo import compiling
 from fisedit_compile.runtime import PhaseSource, ReachCheck, default_runtime
+from fisedit_compile.tracing.calls import on_calls
 from fisedit_compile.tracing.description import GraphInputs, UntraceableGraph, break_reason, describe
-from fisedit_compile.tracing.dynamo import on_calls
 from fisedit_compile.tracing.identity import (
     Circumstances,
     dense_identity,
@@ -91,7 +91,7 @@ def _make_executable(
 ) -> Executable:
     """Trace a graph, build its program, and make it callable."""
     try:
-        with private.compiling():
+        with compiling():
             traced = trace(gm, inputs)
     except UntraceableGraph as error:
         return _stay_dense(gm, inputs, circumstances, runtime, error)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fisedit_compile.errors import WeightsChangedError
+from fisedit_compile.private.tensors import version_of
 
 SAMPLES = 64
 """Most elements looked at in one parameter."""
@@ -103,7 +104,7 @@ _seen: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 def content_identity(tensor: Tensor) -> str:
     """A text that is equal for tensors of equal content; looked at anew only after a change in place that counted."""
-    version = -1 if tensor.is_inference() else tensor._version
+    version = version_of(tensor)
     known: tuple[int, str] | None = _seen.get(tensor)
     if known is None or known[0] != version:
         known = _seen[tensor] = (version, Fingerprint.take([tensor]).digest)

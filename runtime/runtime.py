@@ -267,7 +267,7 @@ class Runtime(PhaseSource):
                 f"{what} inside another record or edit of the same runtime and thread; leave the outer context first, "
                 f"or use a second Runtime"
             )
-        from fisedit_compile.tracing.dynamo import (
+        from fisedit_compile.runtime.recompiles import (
             strict_recompiles,  # takes seconds to import, and who only asks needs none
         )
 

@@ -21,7 +21,7 @@ from fisedit_compile.bench.unet import DTYPES, BenchmarkError, describe_machine
 from fisedit_compile.errors import OptionError
 from fisedit_compile.pipelines import AutomaticMask, EditSession, Picture
 from fisedit_compile.pipelines.decoding.decoding import DECODERS
-from fisedit_compile.pipelines.masks.masking import MaskFinder
+from fisedit_compile.pipelines.masks.finding import MaskFinder
 
 BASE_PROMPT = "a lake in the mountains"
 EDIT_PROMPT = "a lake in the mountains with a sailing boat on it"

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fisedit_compile import private
 from fisedit_compile.bench.masks import make_mask
 from fisedit_compile.bench.networks import build_unet, example_inputs
 from fisedit_compile.bench.peak import measure_peak
 from fisedit_compile.bench.timing import Variant, measure, timed
 from fisedit_compile.errors import FisEditError, OptionError
+from fisedit_compile.private.inductor import compile_frozen
 from fisedit_compile.reporting.explain import explain
 from fisedit_compile.runtime import Runtime
 from fisedit_compile.runtime.masks import reduce_mask
@@ -309,7 +309,7 @@ class Bench:
             variants.append(Variant("inductor", lambda number: self.run(inductor, number)))
         if self.settings.inductor and self.device.type == "cpu":
             # What freezing gains, weights in the order of oneDNN, is of processors.
-            frozen = private.compile_frozen(copy.copy(self.model))
+            frozen = compile_frozen(copy.copy(self.model))
             variants.append(Variant("frozen inductor", lambda number: self.run(frozen, number)))
         return variants
 

@@ -80,6 +80,8 @@ def edit(
         automatic_mask=automatic,
         decoder=decoder.value,
     )
+    if painted is not None:
+        session.check_mask_size(*painted.shape[-2:], **arguments)
     with options.pipeline_complaints():
         pipe.set_progress_bar_config(desc="generating and recording")
         base = session.generate(base_prompt, generator=torch.Generator().manual_seed(seed), **arguments)

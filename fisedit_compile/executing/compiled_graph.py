@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fisedit_compile.executing.executable import Dense, Executable
 from fisedit_compile.runtime import PhaseSource, ReachCheck
-from fisedit_compile.tracing.dynamo import on_calls
+from fisedit_compile.tracing.calls import on_calls
 
 
 class CompiledGraph:

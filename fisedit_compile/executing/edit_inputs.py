@@ -12,6 +12,7 @@ from fisedit_compile.errors import GraphError
 from fisedit_compile.executing.lowering import valid_rows
 from fisedit_compile.executing.picking import picker
 from fisedit_compile.passes.common.program import SparseProgram
+from fisedit_compile.private.operators import schema_of
 from fisedit_compile.runtime import RecordedCall
 from fisedit_compile.runtime.plans import IndexPlan
 from fisedit_compile.runtime.spec import PlanInput
@@ -81,7 +82,7 @@ def borrowed_outputs(program: SparseProgram) -> tuple[int, ...]:
     for number, result in enumerate(results):
         node = result
         while isinstance(node, fx.Node) and node.op == "call_function":
-            schema = getattr(node.target, "_schema", None)
+            schema = schema_of(node.target)
             if schema is not None and not any(returned.alias_info for returned in schema.returns):
                 break
             node = node.args[0] if node.args else None

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from fisedit_compile import private
 from fisedit_compile.operators import IMPLEMENTATIONS
 from fisedit_compile.operators import triton as kernels
 from fisedit_compile.operators.attention.aten import attend
@@ -27,6 +26,7 @@ from fisedit_compile.operators.convolution.maps import convolve
 from fisedit_compile.passes.common.deferred import copy_graph
 from fisedit_compile.passes.common.literals import spell_literals
 from fisedit_compile.passes.common.program import GraphInput
+from fisedit_compile.private.inductor import compile_with_inductor
 from fisedit_compile.runtime.spec import Domain, PlanInput
 
 logger = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ class InductorGraph:
         started = time.perf_counter()
         # A single row is the only row of its domain: its number never changes.
         dynamic = {at: {1: symbol} for at, symbol in self._dynamic.items() if sizes[symbol] > 1}
-        run, holds = private.compile_with_inductor(copy_graph(self._graph_module), inputs, dynamic)
+        run, holds = compile_with_inductor(copy_graph(self._graph_module), inputs, dynamic)
         self.compilations += 1
         nodes = len(self._graph_module.graph.nodes)
         logger.info("inductor compiled a graph of %d nodes in %.1f s", nodes, time.perf_counter() - started)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisedit_compile.private.tensors import version_of
 from fisedit_compile.runtime import Fingerprint, ProgramKey
 from fisedit_compile.runtime.fingerprint import has_identity
 
@@ -36,7 +37,7 @@ class _Entry:
 
 def _versions(parameters: Sequence[Tensor]) -> tuple[int, ...]:
     """How often each parameter was changed in place; inference tensors do not count."""
-    return tuple(-1 if parameter.is_inference() else parameter._version for parameter in parameters)
+    return tuple(version_of(parameter) for parameter in parameters)
 
 
 class PrologueCache:
@@ -142,7 +143,7 @@ def _copy(value: Any) -> Any:
         return value
     if value.device.type == "cpu":
         return value.detach().clone()
-    return None if value.is_inference() else value._version
+    return None if value.is_inference() else version_of(value)
 
 
 def _same(held: Any, copy: Any, given: Any) -> bool:
@@ -150,4 +151,4 @@ def _same(held: Any, copy: Any, given: Any) -> bool:
         return type(held) is type(given) and bool(copy == given)
     if isinstance(copy, Tensor):
         return (copy.shape, copy.dtype) == (given.shape, given.dtype) and torch.equal(copy, given)
-    return held is given and copy is not None and copy == given._version
+    return held is given and copy is not None and copy == version_of(given)

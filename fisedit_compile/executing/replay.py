@@ -25,12 +25,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fisedit_compile import private
 from fisedit_compile.executing.lowering import Lowered
 from fisedit_compile.executing.picking import picker
 from fisedit_compile.operators.choosing import taken
 from fisedit_compile.operators.convolution.triton import reads_cache
 from fisedit_compile.operators.triton.devices import one_capture
+from fisedit_compile.private.cuda import end_failed_capture
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ class CudaCapturer:
             if not captured:
                 # PyTorch leaves a failed capture on its stream, and its allocator believing that it goes on.
                 torch.cuda.set_stream(stream)
-                private.end_failed_capture(self.device, self._pool)
+                end_failed_capture(self.device, self._pool)
                 self._keeper = None
         return Captured(graph.replay, outputs)
 

@@ -16,35 +16,15 @@ from PIL import Image
 
 from fisedit_compile.errors import PipelineError
 from fisedit_compile.pipelines.differences import told_apart
-from fisedit_compile.pipelines.families.guidance import Guidance, guidance_of
+from fisedit_compile.pipelines.families import Family, Guidance
+from fisedit_compile.pipelines.families.refused import check_single_pictures
+from fisedit_compile.runtime import Domain
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-
-CHANGEABLE = frozenset(
-    {
-        "ip_adapter_image",
-        "ip_adapter_image_embeds",
-        "negative_ip_adapter_image",
-        "negative_ip_adapter_image_embeds",
-        "true_cfg_scale",
-        "clip_skip",
-        "cross_attention_kwargs",
-        "joint_attention_kwargs",
-        "attention_kwargs",
-        "callback_on_step_end",
-        "callback_on_step_end_tensor_inputs",
-        "output_type",
-    }
-)
-"""Arguments an edit may change, besides prompts and guidance scales. All others decide noise, steps or size, which the
-edit shares with the recorded run."""
 
 _GUIDANCE = re.compile(r"(?:\w+_)?guidance_(?:re)?scale$")
 """Names of guidance scales (``image_guidance_scale``, ``distilled_guidance_scale``). By some predictions are mixed,
 others are inputs of the network: both may change. Whether guidance is on may not, which is checked."""
-
-_OF_VIDEOS = re.compile(r"(?:\w+_)?(?:num_frames|frames|video|video_length|num_videos_per_prompt)$")
-"""Arguments of pipelines that make videos. Their latents may have four dimensions (``TextToVideoZeroPipeline``)."""
 
 _PROMPT = re.compile(r"(?P<side>negative_)?(?:(?P<words>prompt(?:_\d)?)|(?:pooled_)?prompt_\w*[a-z]\w*)$")
 """Names of prompts. ``words`` are texts (``negative_prompt_2``), the others embeddings and their masks."""
@@ -55,13 +35,15 @@ class CallArguments:
 
     Args:
         pipe: a diffusers pipeline.
+        family: of the pipeline.
 
     Raises:
-        PipelineError: the pipeline has neither ``callback_on_step_end`` nor its predecessor ``callback``.
+        PipelineError: the pipeline has neither ``callback_on_step_end`` nor its predecessor ``callback``, or makes
+            something else than single pictures.
     """
 
-    def __init__(self, pipe: Any) -> None:
-        self._pipe = pipe
+    def __init__(self, pipe: Any, family: Family) -> None:
+        self._pipe, self._family = pipe, family
         self._name = type(pipe).__name__
         parameters = inspect.signature(type(pipe).__call__).parameters
         self._defaults = {
@@ -74,17 +56,7 @@ class CallArguments:
                 f"{self._name} has no callback_on_step_end, through which an edit session follows the steps; use a "
                 "text-to-image, image-to-image or inpainting pipeline with it, such as StableDiffusionPipeline"
             )
-        moving = [name for name in self._defaults if _OF_VIDEOS.match(name) is not None]
-        if moving:
-            raise PipelineError(
-                f"{self._name} makes videos (it takes {', '.join(moving)}), and an edit session is for pipelines that "
-                "make single pictures; call the pipeline itself"
-            )
-        if type(getattr(pipe, "image_processor", None)).__name__ == "VaeImageProcessorLDM3D":
-            raise PipelineError(
-                f"{self._name} makes depth maps beside its pictures, which an edit session cannot keep together; call "
-                "the pipeline itself, or use one that makes pictures only, such as StableDiffusionPipeline"
-            )
+        check_single_pictures(pipe, self._defaults)
 
     def value(self, given: Mapping[str, Any], name: str) -> Any:
         """The value of an argument: the given one, or the pipeline's default."""
@@ -93,6 +65,19 @@ class CallArguments:
     def accepts(self, name: str) -> bool:
         """Whether the pipeline has an argument of this name."""
         return name in self._defaults
+
+    def of_generation(self, prompt: Any, steps: int | None, others: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a generation, copied; what is None is left to the pipeline's default.
+
+        Raises:
+            PipelineError: an argument that the pipeline does not know or that a session cannot honour.
+        """
+        given = {**({} if prompt is None else {"prompt": prompt}), **others}
+        if steps is not None:
+            given["num_inference_steps"] = steps
+        given = {name: keep_value(value) for name, value in given.items()}
+        self.check(given)
+        return given
 
     def check(self, given: Mapping[str, Any]) -> None:
         """Refuse arguments that the pipeline does not know or that a session cannot honour.
@@ -105,20 +90,17 @@ class CallArguments:
             raise PipelineError(
                 f"{self._name} has no argument {', '.join(unknown)}; it takes {', '.join(sorted(self._defaults))}"
             )
-        if "return_dict" in given:
-            raise PipelineError("return_dict cannot be given: a session returns an object with image and images")
-        if given.get("padding_mask_crop") is not None:
-            raise PipelineError(
-                "padding_mask_crop cannot be used in a session, because masks would not refer to the whole picture; "
-                "crop the picture and its mask before generating"
-            )
+        for name, reason in self._family.refused.items():
+            if given.get(name) is not None:
+                raise PipelineError(reason)
         output_type = given.get("output_type", OUTPUT_TYPES[0])
         if output_type not in OUTPUT_TYPES:
             raise PipelineError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
 
     def guidance(self, given: Mapping[str, Any]) -> Guidance:
         """The guidance of a call: it doubles the batch of the network calls, or their number."""
-        return guidance_of(self._pipe, lambda name: self.value(given, name), self.accepts)
+        network = self._family.network_of(self._pipe)
+        return self._family.guidance(self._pipe, network, lambda name: self.value(given, name), self.accepts)
 
     def merge(self, recorded: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of an edit: those of the recorded run with the changed ones.
@@ -133,7 +115,7 @@ class CallArguments:
                     "generator cannot be given to an edit: it starts from the noise of the recorded run; "
                     "call generate with another generator for other noise"
                 )
-            if not _changeable(name) and not same_value(self.value(recorded, name), value):
+            if not self._changeable(name) and not same_value(self.value(recorded, name), value):
                 was, cannot_be = told_apart(self.value(recorded, name), value)
                 raise PipelineError(
                     f"{name} was {was} when the picture was generated and cannot be {cannot_be} in an edit; leave it "
@@ -162,11 +144,30 @@ class CallArguments:
             )
         return merged
 
+    def _changeable(self, name: str) -> bool:
+        return name in self._family.changeable or any(names.match(name) is not None for names in (_PROMPT, _GUIDANCE))
+
+    def tokens(self, given: Mapping[str, Any]) -> tuple[Domain, ...]:
+        """The resolutions that the tokens of a call may have; none: its latents are maps.
+
+        Raises:
+            PipelineError: they cannot be told.
+        """
+        size = self.value(given, "height"), self.value(given, "width")
+        return self._family.tokens(self._pipe, *size, self.control_sizes(given))
+
+    def cells(self, given: Mapping[str, Any]) -> Domain | None:
+        """How many latent cells the picture of a call has in each direction, as far as that can be told before it;
+        None: it cannot."""
+        if not self.accepts("height") or not self.accepts("width") or self.control_sizes(given):
+            return None
+        return self._family.cells(self._pipe, self.value(given, "height"), self.value(given, "width"))
+
     def made_size(self, given: Mapping[str, Any]) -> tuple[int, int] | None:
         """Height and width that the latents must have in pixels, of a call whose pipeline may make another size and
         resize the picture in the end; None: it does not."""
         height, width = (self.value(given, name) for name in ("height", "width"))
-        if not self.value(given, "use_resolution_binning") or height is None or width is None:
+        if not self.value(given, self._family.resizes) or height is None or width is None:
             return None
         return int(height), int(width)
 
@@ -201,10 +202,6 @@ class CallArguments:
         if names is None:
             names = self.value(given, "callback_on_step_end_tensor_inputs")
         return callback, list(names if names is not None else ["latents"])
-
-
-def _changeable(name: str) -> bool:
-    return name in CHANGEABLE or any(names.match(name) is not None for names in (_PROMPT, _GUIDANCE))
 
 
 def _exchange_prompts(recorded: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
@@ -13,20 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisedit_compile import private
 from fisedit_compile.errors import PipelineError
+from fisedit_compile.pipelines.backend_options import BackendOptions
 from fisedit_compile.pipelines.compiling import CompiledNetwork
 from fisedit_compile.pipelines.decoding.autoencoder import AutoencoderCall
-from fisedit_compile.pipelines.families.guidance import NETWORKS
-from fisedit_compile.pipelines.network_calls import TOKENS_ARGUMENT
+from fisedit_compile.pipelines.families import Family
 from fisedit_compile.pipelines.random_numbers import PROMPTS, RandomNumbers
 from fisedit_compile.pipelines.steps import StepFollower, followed_scheduler
 from fisedit_compile.pipelines.timing import StageClock
-from fisedit_compile.pipelines.twin import Cancellation, check_untouched, run_arguments, twin_of, uncompiled, unmarked
+from fisedit_compile.pipelines.twin import Cancellation, check_untouched, twin_of, uncompiled, unmarked
+from fisedit_compile.private.accelerate import is_offloaded
+from fisedit_compile.private.diffusers import noted_arguments
+from fisedit_compile.private.dynamo import keep_sizes
+from fisedit_compile.private.modules import compiled_call, original_module
 from fisedit_compile.runtime import Domain, Relay, Runtime
-
-CONTENT_ARGUMENTS = ("guidance",)
-"""What distilled networks call the guidance scale that they take as an input; an edit may change it."""
 
 NETWORK_RELAY = Relay()
 """What networks are compiled with, so that the sessions of a pipeline share its graphs."""
@@ -47,26 +47,25 @@ class PipelineBinding:
 
     Args:
         pipe: a diffusers pipeline.
+        family: of the pipeline.
         runtime: of the session.
-        options: of the backend, without ``runtime``.
+        options: of the backend.
 
     Raises:
-        PipelineError: the pipeline has neither U-Net nor transformer, no scheduler or no autoencoder.
+        PipelineError: the pipeline has no scheduler or no autoencoder.
     """
 
-    def __init__(self, pipe: Any, runtime: Runtime, options: Mapping[str, Any]) -> None:
-        found = [name for name in NETWORKS if getattr(pipe, name, None) is not None]
-        missing = [part for part in ("scheduler", "vae") if getattr(pipe, part, None) is None]
-        if missing or not found:
+    def __init__(self, pipe: Any, family: Family, runtime: Runtime, options: BackendOptions) -> None:
+        missing = [part for part in ("scheduler", family.autoencoder) if getattr(pipe, part, None) is None]
+        if missing:
             raise PipelineError(
-                f"an edit session needs a diffusers pipeline with a {(missing or [' or a '.join(NETWORKS)])[0]}, and "
-                f"{type(pipe).__name__} has none; use one with a U-Net, such as StableDiffusionPipeline or "
-                "StableDiffusionXLPipeline, or with a transformer, such as StableDiffusion3Pipeline or FluxPipeline"
+                f"an edit session needs a diffusers pipeline with a {missing[0]}, and {type(pipe).__name__} has none; "
+                "use one with a U-Net, such as StableDiffusionPipeline or StableDiffusionXLPipeline, or with a "
+                "transformer, such as StableDiffusion3Pipeline or FluxPipeline"
             )
-        self._pipe = pipe
-        self._name = found[0]
+        self._pipe, self._family = pipe, family
         self._runtime = runtime
-        self._options = dict(options)
+        self._options = options
         self._compiled: CompiledNetwork | None = None
         self._compiled_from: tuple[torch.nn.Module, Any] | None = None
         self._tokens: tuple[Domain, ...] = ()
@@ -75,8 +74,8 @@ class PipelineBinding:
     @property
     def module(self) -> torch.nn.Module:
         """The pipeline's network itself, also when the user has put a compiled one into the pipeline."""
-        network: torch.nn.Module = getattr(self._pipe, self._name)
-        return getattr(network, "_orig_mod", network)
+        network: torch.nn.Module = original_module(self._family.network_of(self._pipe))
+        return network
 
     @property
     def device(self) -> torch.device:
@@ -101,7 +100,7 @@ class PipelineBinding:
             PipelineError: the network is offloaded to the host between calls; at the end, the run was cancelled.
         """
         pipe = self._pipe
-        if getattr(self.module, "_hf_hook", None) is not None:
+        if is_offloaded(self.module):
             raise PipelineError(
                 "the pipeline's network is offloaded (its hooks would be tied to the compiled module, and stay so); "
                 "call pipe.remove_all_hooks() and pipe.to(device), or save memory by the session's storage and budget"
@@ -109,12 +108,17 @@ class PipelineBinding:
         compiled = self._compile(follower.trajectory.tokens, clock)
         twin = twin_of(pipe)
         follower.cancellation = Cancellation(pipe, twin)
-        ours = {self._name: compiled.stand_in, "vae": autoencoder.view(pipe.vae, follower, numbers)}
-        if callable(getattr(pipe, "encode_prompt", None)):
-            encode = follower.trajectory.prompts.padding(twin.encode_prompt)
-            ours["encode_prompt"] = _timed(encode, clock, numbers)
-        if callable(getattr(pipe, "prepare_latents", None)):
-            ours["prepare_latents"] = _noted(twin.prepare_latents, follower)
+        family = self._family
+        ours = {
+            family.network: compiled.stand_in,
+            family.autoencoder: autoencoder.view(getattr(pipe, family.autoencoder), follower, numbers),
+        }
+        encode, prepare = (getattr(twin, name, None) for name in (family.encode_prompt, family.prepare_latents))
+        if callable(encode):
+            padded = follower.trajectory.prompts.padding(encode, family.prompt_limit_of(pipe))
+            ours[family.encode_prompt] = _timed(padded, clock, numbers)
+        if callable(prepare):
+            ours[family.prepare_latents] = _noted(prepare, follower)
         own = {name: vars(pipe)[name] for name in ours if name in vars(pipe)}
 
         def take_back() -> None:
@@ -125,7 +129,7 @@ class PipelineBinding:
         @contextmanager
         def left_alone(turn: int) -> Iterator[None]:
             """What the user's callback finds: a pipeline with the user's own parts, whatever it does with them."""
-            before = run_arguments(pipe)
+            before = noted_arguments(pipe)
             take_back()
             with numbers.callback(turn):
                 yield
@@ -158,11 +162,9 @@ class PipelineBinding:
 
     def _compile(self, tokens: tuple[Domain, ...], clock: StageClock) -> CompiledNetwork:
         """The compiled network; made anew where it is another one than before, or takes other tokens."""
-        made_from = (self.module, self.module._compiled_call_impl)
+        made_from = (self.module, compiled_call(self.module))
         if self._compiled is None or self._compiled_from != made_from or self._tokens != tokens:
-            options = {**self._options, "content": list(CONTENT_ARGUMENTS)}
-            if tokens:
-                options["tokens"] = {TOKENS_ARGUMENT: [(domain.height, domain.width) for domain in tokens]}
+            options = self._options.of_network(self._family, tokens)
             with unmarked(self.module):
                 self._compiled = CompiledNetwork(uncompiled(self.module), NETWORK_RELAY, options)
             self._compiled_from, self._tokens = made_from, tokens
@@ -173,7 +175,7 @@ class PipelineBinding:
         return self._compiled
 
     def _before_call(self, module: torch.nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
-        private.keep_sizes(positional, named)
+        keep_sizes(positional, named)
         call: _Call | None = getattr(self._local, "call", None)
         if call is None:
             return

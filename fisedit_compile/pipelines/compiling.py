@@ -20,9 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from fisedit_compile.errors import PipelineError
-from fisedit_compile.private import OptimizedModule, leaves
+from fisedit_compile.pipelines.apart import OwnCode, compile_apart
+from fisedit_compile.private.dynamo import GRAPH_BREAKS, OptimizedModule
+from fisedit_compile.private.graphs import leaves
+from fisedit_compile.private.modules import attributes
 from fisedit_compile.runtime import PhaseSource, ReachCheck
-from fisedit_compile.tracing.dynamo import GRAPH_BREAKS, OwnCode, compile_apart
 
 BACKEND = "fisedit"
 PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device)
@@ -88,9 +90,7 @@ class Structure:
         self._alive: list[ref[Any]] = []
         for module in network.modules():
             self._add(module)
-            for name, value in vars(module).items():
-                if name in ("_parameters", "_buffers"):
-                    continue
+            for name, value in attributes(module):
                 self._parts.append(name)
                 if isinstance(value, Mapping):
                     for key, inner in value.items():

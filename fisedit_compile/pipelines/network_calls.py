@@ -8,7 +8,7 @@ one for the other.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,12 +16,6 @@ from torch import Tensor
 
 from fisedit_compile.errors import PipelineError
 from fisedit_compile.runtime import Domain
-
-TOKENS_ARGUMENT = "hidden_states"
-"""What the networks of pipelines that pack latents call their tokens."""
-
-PICTURE_ARGUMENTS = ("sample", TOKENS_ARGUMENT)
-"""What networks call the latents that they are given."""
 
 SAME_START = 1e-3
 """Greatest difference of what the first call is given, as a share of the greatest value: encodes differ by rounding."""
@@ -35,10 +29,16 @@ class NetworkCalls:
 
     Args:
         recorded: those of the picture that is edited; None for a generation.
+        latents: what the network may call the latents that it is given; the first that is a tensor counts.
+        tokens: what it calls them where they are tokens.
     """
 
-    def __init__(self, recorded: NetworkCalls | None = None) -> None:
+    def __init__(
+        self, recorded: NetworkCalls | None = None, latents: Sequence[str] = (), tokens: str | None = None
+    ) -> None:
         self._recorded = recorded
+        self._latents: tuple[str, ...] = tuple(latents) if recorded is None else recorded._latents
+        self._tokens: str | None = tokens if recorded is None else recorded._tokens
         self._forms: list[Forms] = []
         self._ends: list[int] = []
         self._map: Domain | None = None
@@ -56,7 +56,7 @@ class NetworkCalls:
         number = len(self._forms)
         self._forms.append(forms)
         if not number:
-            name = next((name for name in PICTURE_ARGUMENTS if isinstance(arguments.get(name), Tensor)), None)
+            name = next((name for name in self._latents if isinstance(arguments.get(name), Tensor)), None)
             self._start = None if name is None else (name, arguments[name].detach().clone())
         if self._recorded is None:
             return
@@ -99,7 +99,7 @@ class NetworkCalls:
             PipelineError: the last call had a map of another size than the pipeline's latents.
         """
         forms = self._forms[-1] if self._forms else {}
-        shape = next((forms[name] for name in PICTURE_ARGUMENTS if name in forms), ())
+        shape = next((forms[name] for name in self._latents if name in forms), ())
         if self._map is not None and len(shape) == 4 and Domain(*shape[-2:]) != self._map:
             raise PipelineError(
                 f"{type(pipe).__name__} calls its network with maps of {Domain(*shape[-2:])} cells, and its latents "
@@ -132,7 +132,7 @@ class NetworkCalls:
         Raises:
             PipelineError: the last call had another number of tokens.
         """
-        shape = self._forms[-1].get(TOKENS_ARGUMENT) if self._forms else None
+        shape = self._forms[-1].get(self._tokens) if self._forms and self._tokens is not None else None
         if shape is not None and shape[1] not in sizes:
             raise PipelineError(
                 f"{type(pipe).__name__} gives its network {shape[1]} tokens, which are not those of the picture alone: "

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from fisedit_compile.errors import PipelineError
+from fisedit_compile.private.diffusers import cache_settings, hook_names
 
 _AGAIN = "or call generate again with the network as it is now"
 
@@ -68,7 +69,7 @@ class NetworkState:
 
 def _cache(network: Any) -> str | None:
     """The class of the settings of diffusers' cache; None: it is off."""
-    settings = getattr(network, "_cache_config", None)
+    settings = cache_settings(network)
     return None if settings is None else type(settings).__name__.removesuffix("Config")
 
 
@@ -83,7 +84,6 @@ def _of_caches(before: str | None, now: str | None) -> str:
 
 def _parts(network: nn.Module) -> Iterator[tuple[str, _Part]]:
     for name, module in network.named_modules():
-        registry = getattr(module, "_diffusers_hook", None)
         strides = tuple(
             tuple(step for size, step in zip(weight.shape, weight.stride(), strict=True) if size > 1)
             for weight in module.parameters(recurse=False)
@@ -93,7 +93,7 @@ def _parts(network: nn.Module) -> Iterator[tuple[str, _Part]]:
         if getattr(patch, "__func__", None) is type(module).forward:
             # What hooks of diffusers leave behind when they are removed.
             patch = None
-        yield name, _Part(type(module), patch, tuple(getattr(registry, "hooks", ())), strides)
+        yield name, _Part(type(module), patch, hook_names(module), strides)
 
 
 def _difference(name: str, before: _Part, now: _Part) -> str | None:

@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisedit_compile import private
 from fisedit_compile.errors import FisEditError, PipelineError
 from fisedit_compile.pipelines.arguments import keep_value
 from fisedit_compile.pipelines.twin import independent_copy
+from fisedit_compile.private.graphs import FakeTensor, TorchDispatchMode, pop_mode, push_mode
+from fisedit_compile.private.operators import schema_of
 
 PIPELINE, PROMPTS, SCHEDULER = "pipeline", "prompts", "scheduler"
 """Who draws: the pipeline itself, the encoding of prompts, the scheduler. Callbacks are told apart by their turn."""
@@ -213,12 +214,12 @@ class RandomNumbers:
             return
         self._on = wanted
         if wanted:
-            private.push_mode(self._mode)
-        elif private.pop_mode() is not self._mode:
+            push_mode(self._mode)
+        elif pop_mode() is not self._mode:
             raise FisEditError("a dispatch mode that was entered in a session's call was not left again")
 
 
-class _Dispatch(private.TorchDispatchMode):
+class _Dispatch(TorchDispatchMode):
     """Brings random operators of this thread to a run."""
 
     def __init__(self, numbers: RandomNumbers) -> None:
@@ -246,14 +247,14 @@ def _draws(operator: Any, positional: Sequence[Any], named: Mapping[str, Any]) -
             return False
         if argument.name in ("train", "training") and value is False:
             return False
-        if isinstance(value, private.FakeTensor) or str(value) == "meta":
+        if isinstance(value, FakeTensor) or str(value) == "meta":
             return False
     return True
 
 
 def _bound(operator: Any, positional: Sequence[Any], named: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
     """The arguments of an operator with their values, also those that were left out."""
-    for number, argument in enumerate(operator._schema.arguments):
+    for number, argument in enumerate(schema_of(operator).arguments):
         if number < len(positional):
             yield argument, positional[number]
         else:
@@ -277,7 +278,7 @@ class _Call:
         )
         self._generator = next((value for _, value in bound if isinstance(value, torch.Generator)), None)
         self._device = next((value.device for _, value in bound if isinstance(value, Tensor)), torch.device("cpu"))
-        self._takes_generator = any(argument.name == "generator" for argument in operator._schema.arguments)
+        self._takes_generator = any(argument.name == "generator" for argument in schema_of(operator).arguments)
         described = tuple((argument.name, _description(value)) for argument, value in bound)
         self.description = (str(operator), *(part for part in described if part[0] != "generator"))
 

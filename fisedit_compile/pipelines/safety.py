@@ -10,6 +10,9 @@ from torch import Tensor
 from fisedit_compile.errors import PipelineError
 from fisedit_compile.pipelines.picture import Picture
 
+Flagged = Sequence[bool] | None
+"""For each picture of a batch, whether the safety checker blackened it; None: there was no checker."""
+
 
 def check_unflagged(picture: Picture) -> None:
     """Refuse to edit a picture that was blackened: the black would be pasted around what is edited.
@@ -29,7 +32,7 @@ def flagged_note(flagged: Sequence[bool]) -> str:
     return f"the safety checker flagged {_which(flagged)} and made it black, so the edit was not kept"
 
 
-def unflagged(parts: Sequence[Tensor], flagged: Sequence[bool] | None) -> list[Tensor]:
+def unflagged(parts: Sequence[Tensor], flagged: Flagged) -> list[Tensor]:
     """The samples of tensors ``[B or 1, ...]`` that were not flagged; those of one sample are for all."""
     if not any(flagged or ()):
         return list(parts)
@@ -37,7 +40,7 @@ def unflagged(parts: Sequence[Tensor], flagged: Sequence[bool] | None) -> list[T
     return [part if len(part) == 1 < len(chosen) else part[chosen.to(part.device)] for part in parts]
 
 
-def with_flagged(unflagged: Tensor, pixels: Tensor, flagged: Sequence[bool] | None) -> Tensor:
+def with_flagged(unflagged: Tensor, pixels: Tensor, flagged: Flagged) -> Tensor:
     """All samples again: those that were not flagged, and the others of ``pixels``."""
     if not any(flagged or ()):
         return unflagged

@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from fisedit_compile.errors import PipelineError
-from fisedit_compile.options import parse_options
+from fisedit_compile.errors import OptionError, PipelineError
 from fisedit_compile.pipelines.arguments import CallArguments, keep_value
+from fisedit_compile.pipelines.backend_options import BackendOptions
 from fisedit_compile.pipelines.binding import PipelineBinding
-from fisedit_compile.pipelines.decoding.autoencoder import AutoencoderCall, EncodeMemory
-from fisedit_compile.pipelines.decoding.decoding import DecodeJob, SparseDecoder
-from fisedit_compile.pipelines.families.latents import packed_resolutions
-from fisedit_compile.pipelines.families.prompts import PromptLengths, check_prompt_tokens
-from fisedit_compile.pipelines.families.schedulers import describe_scheduler, scheduler_difference, steps_for_calls
+from fisedit_compile.pipelines.decoding.decoding import SparseDecoder
+from fisedit_compile.pipelines.families import family_of
+from fisedit_compile.pipelines.families.prompts import check_prompt_tokens
+from fisedit_compile.pipelines.families.schedulers import describe_scheduler, scheduler_difference
 from fisedit_compile.pipelines.history import Entry, taking_turns
-from fisedit_compile.pipelines.masks.masking import AutomaticMask, grow_mask, paste_outside, to_pixels
-from fisedit_compile.pipelines.network_state import NetworkState
+from fisedit_compile.pipelines.masks.cells import check_aspect
+from fisedit_compile.pipelines.masks.finding import AutomaticMask
 from fisedit_compile.pipelines.noise import Generators, NoiseSource
-from fisedit_compile.pipelines.picture import Picture, as_pixels
-from fisedit_compile.pipelines.random_numbers import RandomNumbers
-from fisedit_compile.pipelines.report import Report, SeamError, finest_first, notes_on
-from fisedit_compile.pipelines.safety import check_unflagged, flagged_note, unflagged, with_flagged
-from fisedit_compile.pipelines.steps import EditFollower, StepFollower, Trajectory
+from fisedit_compile.pipelines.picture import Picture
+from fisedit_compile.pipelines.runs import Edit, Generation, Tools
+from fisedit_compile.pipelines.safety import check_unflagged
 from fisedit_compile.pipelines.timing import StageClock
 from fisedit_compile.pipelines.wording import session_words
 from fisedit_compile.runtime import Runtime
@@ -51,6 +47,9 @@ class EditSession:
         tier: where recordings are kept: ``"device"``, or ``"host"`` where a GPU has no room for them.
         norm: ``"exact"`` or ``"cached"`` group norm statistics, see the backend's options.
         lowering: ``"plain"`` or ``"inductor"``, see the backend's options.
+        packing, convolution, cuda_graphs, disable_passes: options of the backend, for the network and the decoder.
+        tokens: as the backend's option, for inputs of the network besides the latents, which the session knows.
+        content: as the backend's option, for inputs besides those that the session knows (Flux' guidance).
         automatic_mask: how masks are found when none is given.
         decoder: how edits are decoded. ``"sparse"``: from the recorded decode; ``"region"``: densely in boxes around
             the mask; ``"dense"``; ``"auto"``: whatever is cheapest. Decodes are recorded while the budget has room for
@@ -61,8 +60,7 @@ class EditSession:
 
     Raises:
         PipelineError: the pipeline has no network, autoencoder, scheduler or ``callback_on_step_end``.
-        OptionError: a storage, budget, tier, norm, lowering or decoder that does not exist, a negative halo, or prompt
-            tokens for a pipeline that pads its prompts.
+        OptionError: an option that does not exist, or one with an invalid value.
     """
 
     def __init__(
@@ -74,21 +72,40 @@ class EditSession:
         tier: str = "device",
         norm: str = "exact",
         lowering: str = "plain",
+        packing: bool | int | str = "auto",
+        convolution: str = "auto",
+        cuda_graphs: bool = True,
+        tokens: Mapping[str, Any] | None = None,
+        content: Sequence[str] = (),
+        disable_passes: Sequence[str] | str = (),
         automatic_mask: AutomaticMask | None = None,
         decoder: str = "auto",
         decoder_halo: int = 1,
         prompt_tokens: int | None = None,
+        **unknown: Any,
     ) -> None:
+        if unknown:
+            raise _unknown_options(unknown)
         self.pipe = pipe
         self.runtime = Runtime(storage=storage, budget=budget, tier=tier)
         self.automatic_mask = automatic_mask or AutomaticMask()
-        options = {"norm": norm, "lowering": lowering}
-        # Wrong options are told now, not in the middle of the first network call.
-        parse_options(None, options)
-        self._decoder = SparseDecoder(self.runtime.expendable(), options, decoder, decoder_halo)
-        self._binding = PipelineBinding(pipe, self.runtime, options)
-        self._arguments = CallArguments(pipe)
-        check_prompt_tokens(pipe, prompt_tokens)
+        options = BackendOptions.of(
+            norm=norm,
+            lowering=lowering,
+            packing=packing,
+            convolution=convolution,
+            cuda_graphs=cuda_graphs,
+            tokens={} if tokens is None else tokens,
+            content=content,
+            disable_passes=disable_passes,
+        )
+        self._decoder = SparseDecoder(self.runtime.expendable(), options.of_decoder(), decoder, decoder_halo)
+        family = family_of(pipe)
+        options.check(family)
+        binding = PipelineBinding(pipe, family, self.runtime, options)
+        self._arguments = CallArguments(pipe, family)
+        self._tools = Tools(pipe, family, self._arguments, binding, self._decoder, self.runtime)
+        check_prompt_tokens(pipe, prompt_tokens, family.prompt_limit_of(pipe))
         self._prompt_tokens = prompt_tokens
         self._entries: list[Entry] = []
         self._named = 0
@@ -128,59 +145,20 @@ class EditSession:
             BudgetError: the recorded run would exceed the budget.  The previous picture counts until this one is done;
                 call :meth:`reset` before to make room.
         """
-        given = {"prompt": prompt, **arguments}
-        if num_inference_steps is not None:
-            given["num_inference_steps"] = num_inference_steps
-        given = {name: keep_value(value) for name, value in given.items() if name != "prompt" or value is not None}
-        self._arguments.check(given)
-        noise, numbers = NoiseSource.of(generator), RandomNumbers()
-        clock = StageClock(self._binding.device)
-        prompts = PromptLengths(self._prompt_tokens)
-        size = self._arguments.value(given, "height"), self._arguments.value(given, "width")
-        resolutions = packed_resolutions(self.pipe, *size, self._arguments.control_sizes(given))
-        trajectory = Trajectory(resolutions, prompts=prompts)
-        made_size = self._arguments.made_size(given)
-        follower = StepFollower(*self._arguments.user_callback(given), clock, trajectory, made_size, numbers)
+        given = self._arguments.of_generation(prompt, num_inference_steps, arguments)
+        noise = NoiseSource.of(generator)
+        clock = StageClock(self._tools.binding.device)
+        tokens = self._arguments.tokens(given)
+        run = Generation(self._tools, self._new_name("generation"), given, clock, tokens, self._prompt_tokens)
         with ExitStack() as undo:
-            name = self._new_name("generation")
-            undo.callback(self._drop, name)
-            autoencoder = AutoencoderCall(self._decoder, DecodeJob(name), EncodeMemory(), generation=True)
-            with self.runtime.record(name):
-                pixels, flagged = self._call(clock, follower, given, generator, autoencoder, numbers)
-            clock.lap("decode")
-            if autoencoder.outcome is not None:
-                clock.set_up("decode", autoencoder.outcome.setup)
-            seconds = clock.seconds()
-            dense_seconds = seconds["total"] - seconds["setup"]
-            picture = Picture(
-                name=name,
-                prompt=given.get("prompt"),
-                pixels=pixels,
-                latents=follower.trajectory.latents[-1],
-                output=follower.trajectory.output,
-                mask=None,
-                pixel_mask=None,
-                report=self._report(clock, seconds, None, {}, None, trajectory.compiled.notes, autoencoder),
-                flagged=flagged,
-                output_type=self._arguments.output_type(given),
-            )
-            scheduler = describe_scheduler(self.pipe.scheduler)
-            entry = Entry(
-                picture,
-                follower.trajectory,
-                given,
-                noise,
-                numbers,
-                scheduler,
-                NetworkState(self._binding.module),
-                dense_seconds,
-                autoencoder.job.made,
-                autoencoder.encodes,
-            )
+            undo.callback(self._drop, run.name)
+            with self.runtime.record(run.name):
+                run.call(generator)
+            entry = run.entry(noise)
             undo.pop_all()
         self.reset()
         self._entries.append(entry)
-        return picture
+        return entry.picture
 
     @session_words()
     @taking_turns
@@ -221,45 +199,42 @@ class EditSession:
             WeightsChangedError: the network's weights are not those of the recorded run.
             BudgetError: keeping the edit would exceed the budget; drop older pictures or use ``keep=False``.
         """
-        if not self._entries:
-            raise PipelineError("there is no picture to edit yet; call generate first")
-        entry = self._entries[-1]
-        check_unflagged(entry.picture)
-        self._check_pipeline(entry)
-        if prompt is not None:
-            changes = {**changes, "prompt": prompt}
-        changes = {name: keep_value(value) for name, value in changes.items()}
-        given = self._arguments.merge(entry.arguments, changes)
-        clock = StageClock(self._binding.device)
-        latent_mask = entry.trajectory.cells.given_mask(
-            mask, entry.trajectory.latents[-1], white_threshold, automatic_mask
-        )
-        numbers = RandomNumbers(entry.numbers)
-        follower = EditFollower(
-            *self._arguments.user_callback(given),
-            clock,
-            recorded=entry.trajectory,
-            mask=latent_mask,
-            settings=automatic_mask or self.automatic_mask,
-            numbers=numbers,
-        )
+        base = self._editable()
+        changes = changes if prompt is None else {**changes, "prompt": prompt}
+        given = self._arguments.merge(base.arguments, {name: keep_value(value) for name, value in changes.items()})
+        clock = StageClock(self._tools.binding.device)
+        cells, latents = base.trajectory.cells, base.trajectory.latents[-1]
+        latent_mask = cells.given_mask(mask, latents, white_threshold, automatic_mask)
+        settings = automatic_mask or self.automatic_mask
+        run = Edit(self._tools, self._new_name("edit"), given, clock, base, latent_mask, settings, keep)
         with ExitStack() as undo:
-            name = self._new_name("edit")
-            job = DecodeJob(name, keep, entry.decode, lambda: follower.mask, entry.picture.pixels)
-            autoencoder = AutoencoderCall(self._decoder, job, entry.encodes, generation=False)
-            undo.callback(self._drop, name)
-            early_mask = latent_mask if follower.sparse_from_start else None
-            with self.runtime.edit(entry.picture.name, mask=early_mask, save_as=name if keep else None) as run:
-                follower.run = run
-                pixels, flagged = self._call(clock, follower, given, entry.noise.generators(), autoencoder, numbers)
-            picture = self._finish(name, entry, given, follower, clock, pixels, flagged, autoencoder)
-            keep = keep and not any(flagged or ())
+            undo.callback(self._drop, run.name)
+            saved = run.name if keep else None
+            with self.runtime.edit(base.picture.name, mask=run.early_mask, save_as=saved) as receiver:
+                run.follow(receiver)
+                run.call(base.noise.generators())
+            entry = run.entry()
+            keep = keep and not any(entry.picture.flagged or ())
             if keep:
                 undo.pop_all()
         if keep:
-            made = replace(entry, picture=picture, trajectory=follower.trajectory, arguments=given, decode=job.made)
-            self._entries.append(made)
-        return picture
+            self._entries.append(entry)
+        return entry.picture
+
+    def check_mask_size(self, rows: int, columns: int, /, **arguments: Any) -> None:
+        """Refuse a mask of another shape than the picture will have, before that is generated.
+
+        Args:
+            rows, columns: of the mask, in its pixels.
+            **arguments: those that the picture will be generated with. Where they and the pipeline do not tell its
+                size, nothing is checked until :meth:`edit`.
+
+        Raises:
+            MaskError: as :meth:`edit` raises for this mask.
+        """
+        cells = self._arguments.cells(arguments)
+        if cells is not None:
+            check_aspect((rows, columns), (cells.height, cells.width))
 
     @taking_turns
     def undo(self) -> Picture:
@@ -289,111 +264,29 @@ class EditSession:
         self._named += 1
         return f"{kind}-{self._named}"
 
-    def _check_pipeline(self, entry: Entry) -> None:
-        """Refuse a pipeline whose parts were exchanged since the recorded run."""
-        entry.network.check(self._binding.module)
+    def _editable(self) -> Entry:
+        """The last entry of the history.
+
+        Raises:
+            PipelineError: there is none, its picture was blackened, or parts of the pipeline were exchanged since.
+        """
+        if not self._entries:
+            raise PipelineError("there is no picture to edit yet; call generate first")
+        entry = self._entries[-1]
+        check_unflagged(entry.picture)
+        entry.network.check(self._tools.binding.module)
         difference = scheduler_difference(entry.scheduler, describe_scheduler(self.pipe.scheduler))
         if difference is not None:
             raise PipelineError(f"{difference}; put the scheduler back, or call generate with the new one first")
+        return entry
 
-    def _call(
-        self,
-        clock: StageClock,
-        follower: StepFollower,
-        given: Mapping[str, Any],
-        generator: Generators,
-        autoencoder: AutoencoderCall,
-        numbers: RandomNumbers,
-    ) -> tuple[Tensor | None, tuple[bool, ...] | None]:
-        """Call the pipeline; the pixels ``[B, 3, height, width]`` (None: latents wanted), and what was flagged."""
-        asked = self._arguments.asked_type(given)
-        ours = {
-            "output_type": asked,
-            "callback_on_step_end": follower,
-            "callback_on_step_end_tensor_inputs": follower.tensor_names,
-            "generator": generator,
-        }
-        arguments = {**given, **{name: value for name, value in ours.items() if self._arguments.accepts(name)}}
-        arguments = follower.with_own_callback(arguments)
-        with self._binding.calling(clock, autoencoder, follower, numbers) as pipe:
-            output = pipe(**arguments)
-        flagged, images = (getattr(output, name, None) for name in ("nsfw_content_detected", "images"))
-        if asked == "latent":
-            follower.take_output(self.pipe, images)
-        pixels = None if asked == "latent" else as_pixels(images)
-        return pixels, None if flagged is None else tuple(bool(one) for one in flagged)
 
-    def _finish(
-        self,
-        name: str,
-        entry: Entry,
-        given: Mapping[str, Any],
-        follower: EditFollower,
-        clock: StageClock,
-        pixels: Tensor | None,
-        flagged: tuple[bool, ...] | None,
-        autoencoder: AutoencoderCall,
-    ) -> Picture:
-        """Paste the pixels outside the mask and make the report of an edit."""
-        mask = follower.mask
-        if mask is None:
-            raise PipelineError("the edit ended before its mask was found; did a callback interrupt it?")
-        pixel_mask, seam = None, None
-        notes = (*notes_on(mask, clock.calls("sparse")), *follower.trajectory.compiled.notes)
-        base = entry.picture.pixels
-        if pixels is not None and base is not None:
-            pixel_mask = to_pixels(mask, *pixels.shape[-2:])
-            halo = self._decoder.halo
-            near = to_pixels(grow_mask(mask, max(1, halo)), *pixels.shape[-2:])
-            pasted, errors = paste_outside(*unflagged((pixels, base, pixel_mask, near), flagged))
-            pixels = with_flagged(pasted, pixels, flagged)
-            decoded = autoencoder.outcome
-            # Without a halo nothing was decoded outside the mask, so there is nothing to compare.
-            compared = len(pasted) and (halo or decoded is None or decoded.mask is None)
-            seam = SeamError(*errors) if compared else None
-        if any(flagged or ()):
-            notes = (*notes, flagged_note(flagged or ()))
-        clock.lap("decode")
-        density = finest_first(self.runtime.stats.density) if clock.calls("sparse") else {}
-        return Picture(
-            name=name,
-            prompt=given.get("prompt"),
-            pixels=pixels,
-            latents=follower.trajectory.latents[-1],
-            output=follower.trajectory.output,
-            mask=mask,
-            pixel_mask=pixel_mask,
-            report=self._report(clock, clock.seconds(), entry.dense_seconds, density, seam, notes, autoencoder),
-            flagged=flagged,
-            output_type=self._arguments.output_type(given),
-        )
-
-    def _report(
-        self,
-        clock: StageClock,
-        seconds: dict[str, float],
-        dense_seconds: float | None,
-        density: dict[str, float],
-        seam: SeamError | None,
-        notes: tuple[str, ...],
-        autoencoder: AutoencoderCall,
-    ) -> Report:
-        calls = clock.calls("dense"), clock.calls("sparse")
-        decoding = autoencoder.outcome
-        recorded = autoencoder.job.made.base if autoencoder.job.made is not None else None
-        return Report(
-            seconds=seconds,
-            scheduler_steps=steps_for_calls(self.pipe.scheduler, clock.turns()),
-            dense_calls=calls[0],
-            sparse_calls=calls[1],
-            dense_seconds=dense_seconds,
-            cache_bytes=self.runtime.stats.bytes_stored,
-            density=density,
-            decoder=None if decoding is None else decoding.how,
-            decoder_reason="" if decoding is None else decoding.reason,
-            decoder_density=None if decoding is None or decoding.mask is None else float(decoding.mask.float().mean()),
-            decoder_bytes=0 if recorded is None else self._decoder.runtime.bytes_of(recorded),
-            encodes_reused=autoencoder.encodes_reused,
-            seam=seam,
-            notes=notes,
-        )
+def _unknown_options(names: Iterable[str]) -> OptionError:
+    """The error for options that a session does not have."""
+    known = [
+        name
+        for name, parameter in inspect.signature(EditSession).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    ]
+    own = "; a session has a runtime of its own (session.runtime)" if "runtime" in names else ""
+    return OptionError(f"EditSession has no option {', '.join(names)}; it takes {', '.join(known)}{own}")

@@ -14,10 +14,11 @@ from fisedit_compile.errors import PipelineError
 from fisedit_compile.pipelines.arguments import same_value
 from fisedit_compile.pipelines.attributes import replaced_attribute
 from fisedit_compile.pipelines.compiling import CompiledRun
-from fisedit_compile.pipelines.families.latents import LatentCells
 from fisedit_compile.pipelines.families.prompts import PromptLengths
 from fisedit_compile.pipelines.families.schedulers import calls_for_steps, steps_for_calls
-from fisedit_compile.pipelines.masks.masking import AutomaticMask, MaskFinder
+from fisedit_compile.pipelines.masks.cells import LatentCells
+from fisedit_compile.pipelines.masks.finding import AutomaticMask, MaskFinder
+from fisedit_compile.pipelines.masks.pasting import paste_latents
 from fisedit_compile.pipelines.network_calls import NetworkCalls
 from fisedit_compile.pipelines.random_numbers import RandomNumbers
 from fisedit_compile.pipelines.timing import StageClock
@@ -38,6 +39,7 @@ class Trajectory:
 
     Attributes:
         tokens: resolutions that the tokens may have which the latents are packed to; empty: they are maps.
+        side: latent cells of a token in each direction.
         calls: of the network.
         prompts: how long they are.
         latents: of one shape each, on the pipeline's device.
@@ -47,6 +49,7 @@ class Trajectory:
     """
 
     tokens: tuple[Domain, ...] = ()
+    side: int = 1
     calls: NetworkCalls = field(default_factory=NetworkCalls)
     prompts: PromptLengths = field(default_factory=PromptLengths)
     latents: list[Tensor] = field(default_factory=list)
@@ -57,7 +60,7 @@ class Trajectory:
     @property
     def cells(self) -> LatentCells:
         """Where the cells of the latents lie; known after the first turn."""
-        return LatentCells.of(self.latents[0], self.tokens)
+        return LatentCells.of(self.latents[0], self.tokens, self.side)
 
 
 class StepFollower:
@@ -124,7 +127,7 @@ class StepFollower:
         if call == 0:
             self.trajectory.timesteps = pipe.scheduler.timesteps.cpu()
             # Latents of no known form are refused before anything is made of them.
-            cells = LatentCells.of(tensors["latents"], self.trajectory.tokens)
+            cells = LatentCells.of(tensors["latents"], self.trajectory.tokens, self.trajectory.side)
             if cells.tokens is not None:
                 self.trajectory.calls.check_tokens(pipe, {cells.tokens.size})
             else:
@@ -268,7 +271,8 @@ class EditFollower(StepFollower):
         settings: AutomaticMask,
         numbers: RandomNumbers | None = None,
     ) -> None:
-        own = Trajectory(recorded.tokens, NetworkCalls(recorded.calls), PromptLengths(recorded=recorded.prompts))
+        calls, prompts = NetworkCalls(recorded.calls), PromptLengths(recorded=recorded.prompts)
+        own = Trajectory(recorded.tokens, recorded.side, calls, prompts)
         own.compiled = CompiledRun(recorded.compiled)
         super().__init__(callback, names, clock, own, numbers=numbers)
         self.mask = mask
@@ -301,13 +305,13 @@ class EditFollower(StepFollower):
             self._find(self._finder, pipe, call, latents)
         if self.mask is None:
             return latents
-        return self._cells.keep(latents, self._recorded.latents[call], self.mask)
+        return paste_latents(self._cells, latents, self._recorded.latents[call], self.mask)
 
     def after_output(self, output: Tensor) -> Tensor:
         """The latents to return: those of the recorded run outside the mask."""
         if self.mask is None or self._recorded.output is None:
             return output
-        return self._cells.keep(output, self._recorded.output, self.mask)
+        return paste_latents(self._cells, output, self._recorded.output, self.mask)
 
     def _check_run(self, pipe: Any, latents: Tensor) -> None:
         recorded = self._recorded

@@ -17,15 +17,10 @@ from typing import Any, TypeVar
 import torch
 
 from fisedit_compile.errors import PipelineError
+from fisedit_compile.private.diffusers import forget_cancelling, is_cancelled, noted_arguments
+from fisedit_compile.private.modules import COMPILED_MARK, compiled_call
 
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial)
-_INTERRUPT = "_interrupt"
-_PROGRESS = frozenset({_INTERRUPT, "_num_timesteps", "_current_timestep"})
-"""What pipelines note of a run; all else that begins with an underscore are arguments of it."""
-
-_MARK = "_is_torch_compile"
-"""What PyTorch sets on a module that was given to ``torch.compile``."""
-
 Value = TypeVar("Value")
 
 
@@ -54,7 +49,7 @@ def module_view(module: torch.nn.Module) -> Any:
 def uncompiled(module: torch.nn.Module) -> torch.nn.Module:
     """The module; where it was compiled by its own ``compile()``, to which every call of it would come, one that was
     not and shares everything with it."""
-    compiled = getattr(module, "_compiled_call_impl", None) is not None
+    compiled = compiled_call(module) is not None
     # What a module was compiled to is left out of copies.
     return copy.copy(module) if compiled else module
 
@@ -62,10 +57,10 @@ def uncompiled(module: torch.nn.Module) -> torch.nn.Module:
 @contextmanager
 def unmarked(module: torch.nn.Module) -> Iterator[None]:
     """Compile a module inside without leaving the mark on it that PyTorch makes."""
-    marked = _MARK in vars(module)
+    marked = COMPILED_MARK in vars(module)
     yield
     if not marked:
-        vars(module).pop(_MARK, None)
+        vars(module).pop(COMPILED_MARK, None)
 
 
 def module_tree(module: torch.nn.Module) -> Any:
@@ -76,7 +71,7 @@ def module_tree(module: torch.nn.Module) -> Any:
         if original not in views:
             views[original] = module_view(original)
             for name, part in original.named_children():
-                vars(views[original])["_modules"][name] = view(part)
+                views[original].add_module(name, view(part))
         return views[original]
 
     return view(module)
@@ -110,18 +105,12 @@ class Cancellation:
     def __init__(self, pipe: Any, twin: Any) -> None:
         self._pipes = (pipe, twin)
         for one in self._pipes:
-            if vars(one).get(_INTERRUPT):
-                setattr(one, _INTERRUPT, False)
+            forget_cancelling(one)
 
     @property
     def asked(self) -> bool:
         """Whether it was asked for since."""
-        return any(vars(one).get(_INTERRUPT) or getattr(one, "interrupt", False) for one in self._pipes)
-
-
-def run_arguments(pipe: Any) -> dict[str, Any]:
-    """What a pipeline notes as arguments of its last run."""
-    return {name: value for name, value in vars(pipe).items() if name.startswith("_") and name not in _PROGRESS}
+        return any(map(is_cancelled, self._pipes))
 
 
 def check_untouched(pipe: Any, twin: Any, before: Mapping[str, Any]) -> None:
@@ -130,13 +119,13 @@ def check_untouched(pipe: Any, twin: Any, before: Mapping[str, Any]) -> None:
     Args:
         pipe: the user's pipeline.
         twin: what is called in its place.
-        before: the :func:`run_arguments` of ``pipe`` before the callback.
+        before: the ``noted_arguments`` of ``pipe`` before the callback.
 
     Raises:
         PipelineError: naming the attribute.
     """
     missing = object()
-    for name, value in run_arguments(pipe).items():
+    for name, value in noted_arguments(pipe).items():
         simple = isinstance(value, (bool, int, float, str, type(None)))
         if simple and name in vars(twin) and value not in (before.get(name, missing), vars(twin)[name]):
             raise PipelineError(

@@ -30,7 +30,8 @@ _ADVICE: tuple[tuple[type[FisEditError], str], ...] = (
     (
         ScalarMismatchError,
         "an edit gives the network the numbers of the generation, such as timesteps: put the scheduler and what else "
-        "decides them back, or call generate again",
+        "decides them back, or call generate again; an input that an edit may change is named by EditSession(pipe, "
+        "content=[...])",
     ),
     (
         CallMismatchError,

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from fisedit_compile import private
 from fisedit_compile.errors import OptionError
 from fisedit_compile.operators.choosing import Times
 from fisedit_compile.operators.triton.chips import Chip
 from fisedit_compile.options import Options, parse_options
 from fisedit_compile.passes import Miss, Program, SparseProgram, build_program
 from fisedit_compile.passes.common.report import MacCount
+from fisedit_compile.private.dynamo import OptimizedModule, compile_settings
+from fisedit_compile.private.operators import schema_of
 from fisedit_compile.reporting import measured
 from fisedit_compile.reporting.kernels import KernelChoice, kernel_choices
 from fisedit_compile.runtime.masks import prepare_mask, reduce_mask, tile_mask
@@ -353,7 +354,7 @@ def _rows_read(index: Any, site: Site, sources: Mapping[fx.Node, Any], plan: Ind
 
 def _is_view(node: fx.Node) -> bool:
     """Whether the node only looks at its first input in another way."""
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     return schema is not None and any(returned.alias_info is not None for returned in schema.returns)
 
 
@@ -370,7 +371,7 @@ def explain(model: Any, *args: Any, **kwargs: Any) -> ExplainReport:
     Raises:
         OptionError: one of the module's options is unknown or has an invalid value.
     """
-    settings = private.compile_settings(model, "fisedit") if isinstance(model, private.OptimizedModule) else {}
+    settings = compile_settings(model, "fisedit") if isinstance(model, OptimizedModule) else {}
     devices = {value.device.type for value in (*args, *kwargs.values()) if isinstance(value, Tensor)}
     _, options = parse_options(settings.get("mode"), settings.get("options"), devices)
     return explain_with(options, model, *args, **kwargs)

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fisedit_compile import private
 from fisedit_compile.errors import FisEditError
 from fisedit_compile.passes.common.ir import unknown
 from fisedit_compile.passes.common.meta import EXAMPLE_VALUE, VALUE
 from fisedit_compile.passes.common.program import InputInfo
+from fisedit_compile.private import dynamo, graphs
 from fisedit_compile.tracing.inputs import DynamicNumber, StaticTensor
 
 
@@ -73,7 +73,7 @@ def break_reason(gm: fx.GraphModule) -> str | None:
 def break_before() -> str | None:
     """The line in which the graph before the one that Dynamo compiles now was broken off, in words; None when it is
     the first one of its function."""
-    code = private.code_in_work()
+    code = dynamo.code_in_work()
     found = re.fullmatch(r"torch_dynamo_resume_in_.*_at_(\d+)", code.co_name) if code is not None else None
     return f"line {found[1]} of {code.co_filename}" if found else None
 
@@ -87,12 +87,12 @@ def describe_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[
     """
     infos = []
     for placeholder, value in zip(placeholders(gm.graph), example_inputs, strict=True):
-        source = private.input_source(placeholder)
+        source = dynamo.input_source(placeholder)
         name = readable_name(source) if source else placeholder.name
         if not isinstance(value, Tensor):
             infos.append(InputInfo("scalar", name))
-        elif private.is_module_state(placeholder):
-            number = private.is_numpy(placeholder) or private.is_wrapped_number(placeholder)
+        elif dynamo.is_module_state(placeholder):
+            number = dynamo.is_numpy(placeholder) or dynamo.is_wrapped_number(placeholder)
             infos.append(InputInfo("scalar" if number else "parameter", name))
         else:
             infos.append(InputInfo("scalar" if value.dim() <= 1 else "user", name))
@@ -107,20 +107,20 @@ def _static(value: Tensor) -> StaticTensor:
 
 def _given(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[list[Any], dict[int, Any]]:
     """What to trace each input as, and the Python numbers that Dynamo left dynamic, by position."""
-    symbols = private.size_symbols(placeholders(graph_module.graph))
+    symbols = graphs.size_symbols(placeholders(graph_module.graph))
     values: list[Any] = []
     numbers: dict[int, Any] = {}
     for position, value in enumerate(example_inputs):
         if isinstance(value, Tensor):
-            if type(value) not in (Tensor, nn.Parameter, nn.Buffer, private.FakeTensor):
+            if type(value) not in (Tensor, nn.Parameter, nn.Buffer, graphs.FakeTensor):
                 raise UntraceableGraph(f"input {position} is a tensor subclass, {type(value).__name__}")
             if value.layout is not torch.strided or value.is_quantized:
                 raise UntraceableGraph(f"input {position} is not a plain strided tensor")
             values.append(_static(value))
-        elif private.is_symbolic(value) and not private.is_size(value, symbols):
+        elif graphs.is_symbolic(value) and not graphs.is_size(value, symbols):
             numbers[position] = value
-            values.append(DynamicNumber(private.hint_of(value)))
-        elif private.is_symbolic(value):
+            values.append(DynamicNumber(graphs.hint_of(value)))
+        elif graphs.is_symbolic(value):
             # Another resolution is another graph.
             values.append(int(value))
         elif value is None or isinstance(value, (int, float, bool)):
@@ -134,16 +134,16 @@ def fixed_sizes(gm: fx.GraphModule) -> dict[fx.Node, Any]:
     """The nodes of a Dynamo graph that stand for sizes or strides, or are computed from some, and their values: a graph
     that was made after a size, or a stride, had changed has such nodes in place of numbers. To be asked when all sizes
     are guarded on."""
-    symbols = private.size_symbols(placeholders(gm.graph))
+    symbols = graphs.size_symbols(placeholders(gm.graph))
     found: dict[fx.Node, Any] = {}
     for node in gm.graph.nodes:
         value = node.meta.get(EXAMPLE_VALUE)
         sizes = value if isinstance(value, torch.Size) else (value,)
-        symbolic = [private.is_symbolic(size) for size in sizes]
+        symbolic = [graphs.is_symbolic(size) for size in sizes]
         if not all(isinstance(size, int) or of for size, of in zip(sizes, symbolic, strict=True)):
             continue
-        if all(private.free_symbols(size) <= symbols for size, of in zip(sizes, symbolic, strict=True) if of):
-            numbers = [private.hint_of(size) if of else size for size, of in zip(sizes, symbolic, strict=True)]
+        if all(graphs.free_symbols(size) <= symbols for size, of in zip(sizes, symbolic, strict=True) if of):
+            numbers = [graphs.hint_of(size) if of else size for size, of in zip(sizes, symbolic, strict=True)]
             found[node] = torch.Size(numbers) if isinstance(value, torch.Size) else numbers[0]
     return found
 
@@ -158,7 +158,7 @@ def _returned(gm: fx.GraphModule) -> tuple[StaticTensor, ...] | None:
             return None
         try:
             found.append(_static(value))
-        except private.UNTRACEABLE:  # its size depends on data
+        except graphs.UNTRACEABLE:  # its size depends on data
             return None
     return tuple(found)
 
@@ -175,8 +175,8 @@ def describe(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> GraphInputs:
     """
     values, numbers = _given(gm, example_inputs)
     nodes = placeholders(gm.graph)
-    wrapped = frozenset(at for at, node in enumerate(nodes) if private.is_wrapped_number(node))
-    changed = frozenset(at for at, node in enumerate(nodes) if private.is_changed(node))
+    wrapped = frozenset(at for at, node in enumerate(nodes) if dynamo.is_wrapped_number(node))
+    changed = frozenset(at for at, node in enumerate(nodes) if dynamo.is_changed(node))
     infos = describe_inputs(gm, example_inputs)
     return GraphInputs(infos, tuple(values), numbers, wrapped, changed, _returned(gm))
 
@@ -188,7 +188,7 @@ def outline(inputs: GraphInputs, outputs: Sequence[StaticTensor]) -> fx.GraphMod
         A module whose graph carries ``meta["val"]`` as a traced one does; its operators cannot be run.
     """
     graph = fx.Graph()
-    with private.FakeTensorMode():
+    with graphs.FakeTensorMode():
         for number, value in enumerate(inputs.values):
             node = graph.placeholder(f"given_{number}")
             node.meta[VALUE] = value.empty() if isinstance(value, StaticTensor) else value
@@ -200,6 +200,6 @@ def outline(inputs: GraphInputs, outputs: Sequence[StaticTensor]) -> fx.GraphMod
 def set_outputs(graph: fx.Graph, outputs: Sequence[StaticTensor]) -> None:
     """Let what a graph returns have the forms that Dynamo saw: where autocast is on, a trace has other types."""
     (results,) = next(node for node in graph.nodes if node.op == "output").args
-    with private.FakeTensorMode():
+    with graphs.FakeTensorMode():
         for node, value in zip(results, outputs, strict=True):
             node.meta[VALUE] = value.empty()

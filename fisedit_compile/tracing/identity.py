@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fisedit_compile import private
 from fisedit_compile.options import Options
 from fisedit_compile.passes.common.meta import VALUE
 from fisedit_compile.passes.common.program import InputInfo, InputKind
 from fisedit_compile.passes.domains.labels import declare_content
 from fisedit_compile.passes.normalise.canonicalize import idle_source
+from fisedit_compile.private.graphs import OpOverload
 from fisedit_compile.runtime.spec import Site
 from fisedit_compile.tracing.description import (
     GraphInputs,
@@ -181,7 +181,7 @@ def structural_hash(
 
 def target_name(target: Any) -> str:
     """What a node calls: a function's name without its address; whatever else as text."""
-    if isinstance(target, (str, private.OpOverload)) or not hasattr(target, "__qualname__"):
+    if isinstance(target, (str, OpOverload)) or not hasattr(target, "__qualname__"):
         return str(target)
     return f"{target.__module__}.{target.__qualname__}"
 

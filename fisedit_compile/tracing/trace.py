@@ -17,14 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fisedit_compile import private
 from fisedit_compile.options import NUMBERS_HINT
 from fisedit_compile.passes.common.deferred import DeferredModule
 from fisedit_compile.passes.common.meta import EXAMPLE_VALUE, MODULE_PATH, MODULE_STACK, VALUE
 from fisedit_compile.passes.common.opaque import Opaque
 from fisedit_compile.passes.common.program import InputInfo
 from fisedit_compile.passes.domains.labels import find_labels
-from fisedit_compile.private import FunctionalTrace
+from fisedit_compile.private import dynamo, graphs
+from fisedit_compile.private.modules import original_module
+from fisedit_compile.private.operators import schema_of
 from fisedit_compile.tracing.description import (
     GraphInputs,
     UntraceableGraph,
@@ -43,7 +44,7 @@ aten = torch.ops.aten
 #: What stays an input of the traced graph.
 DYNAMIC = (StaticTensor, DynamicNumber)
 #: Nodes without a result that check what tracing has made static.
-STATIC_CHECKS = (aten._assert_tensor_metadata.default, private.SET_GRAD_ENABLED)
+STATIC_CHECKS = (aten._assert_tensor_metadata.default, graphs.SET_GRAD_ENABLED)
 #: Operators whose result depends on how their input lies in memory, and what they become.
 LOOK_AT_STRIDES = {
     aten.as_strided.default: torch.ops.fisedit.as_strided.default,
@@ -105,13 +106,13 @@ def module_path(node: fx.Node) -> str:
 def _is_random(node: fx.Node) -> bool:
     """Whether the node draws random numbers."""
     target = node.target
-    if not isinstance(target, private.OpOverload):
+    if not isinstance(target, graphs.OpOverload):
         return False
     known = RANDOM_IN_TRAINING.get(target)
     if known is None:
         return torch.Tag.nondeterministic_seeded in target.tags
-    names = [argument.name for argument in target._schema.arguments]
-    defaults = [argument.default_value for argument in target._schema.arguments]
+    names = [argument.name for argument in schema_of(target).arguments]
+    defaults = [argument.default_value for argument in schema_of(target).arguments]
 
     def read(position: int) -> Any:
         if position < len(node.args):
@@ -126,7 +127,7 @@ def _is_random(node: fx.Node) -> bool:
 def _check_before(graph_module: fx.GraphModule) -> None:
     """Refuse what cannot be traced faithfully, named by what the user wrote."""
     for node in graph_module.graph.nodes:
-        if isinstance(node.target, private.HigherOrderOperator):
+        if isinstance(node.target, graphs.HigherOrderOperator):
             raise UntraceableGraph(f"higher-order operator {node.target} has graphs of its own")
         if "functorch" in (getattr(node.target, "__module__", None) or ""):
             raise UntraceableGraph("it uses a function transform of torch.func, such as vmap or grad")
@@ -144,22 +145,22 @@ def _check_after(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.op == "call_module":
             raise UntraceableGraph(f"module {node.target} was not traced")
-        if node.op == "get_attr" and isinstance(_attribute(graph, node), private.FakeTensor):
+        if node.op == "get_attr" and isinstance(_attribute(graph, node), graphs.FakeTensor):
             raise UntraceableGraph(
                 "it makes a tensor in a way of which only the size can be traced, such as torch.Tensor(height, width) "
                 "(torch.empty and torch.zeros can be traced)"
             )
         if node.op != "call_function":
             continue
-        if isinstance(node.target, private.HigherOrderOperator):
+        if isinstance(node.target, graphs.HigherOrderOperator):
             raise UntraceableGraph(f"higher-order operator {node.target} has an effect on its inputs")
-        if node.target is private.ENTER_AUTOCAST or node.target is private.EXIT_AUTOCAST:
+        if node.target is graphs.ENTER_AUTOCAST or node.target is graphs.EXIT_AUTOCAST:
             raise UntraceableGraph("it switches autocast inside the graph")
         if _is_random(node):
             raise UntraceableGraph(f"{node.target} is random (module {module_path(node) or 'unknown'})")
-        if isinstance(node.target, private.OpOverload) and node.target._schema.is_mutable:
+        if isinstance(node.target, graphs.OpOverload) and schema_of(node.target).is_mutable:
             raise UntraceableGraph(f"{node.target} changes a tensor in place")
-        if isinstance(node.target, private.OpOverload) and not node.target._schema.returns:
+        if isinstance(node.target, graphs.OpOverload) and not schema_of(node.target).returns:
             raise UntraceableGraph(f"{node.target} has an effect but no result")
         if node.target is aten.batch_norm.default and node.args[5] is True:
             raise UntraceableGraph("batch_norm uses the statistics of the batch (training mode)")
@@ -175,7 +176,7 @@ def _returns_tensors(graph: fx.Graph) -> bool:
 def _drop_idle_autocast(graph: fx.Graph) -> None:
     """Erase regions that switch autocast off while it is off."""
     for node in list(graph.nodes):
-        if node.target is not private.ENTER_AUTOCAST:
+        if node.target is not graphs.ENTER_AUTOCAST:
             continue
         device, _, enabled, _ = node.args
         if not enabled and not torch.is_autocast_enabled(device):
@@ -206,20 +207,22 @@ def _order_elements(graph: fx.Graph) -> None:
         node.target = ordered
 
 
-def _functional(gm: fx.GraphModule, inputs: GraphInputs, values: list[Any], numbers: dict[int, Any]) -> FunctionalTrace:
+def _functional(
+    gm: fx.GraphModule, inputs: GraphInputs, values: list[Any], numbers: dict[int, Any]
+) -> graphs.FunctionalTrace:
     """The functional graph of a Dynamo graph. What tracing has to fix moves from ``numbers`` to ``values``.
 
     Raises:
         UntraceableGraph: sizes or control flow depend on data, or an operator cannot run on fake tensors.
     """
     try:
-        traced = private.trace_functional(gm, values)
+        traced = graphs.trace_functional(gm, values)
         if traced.specialised:
             for position in traced.specialised:
                 values[position] = int(numbers.pop(position))
-            traced = private.trace_functional(gm, values)
+            traced = graphs.trace_functional(gm, values)
     except RuntimeError as error:
-        # Those of private.UNTRACEABLE are such errors, and so is that of a write into a view that cannot be functional.
+        # Those of graphs.UNTRACEABLE are such errors, and so is that of a write into a view that cannot be functional.
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         if inputs.wrapped:
             names = ", ".join(inputs.infos[position].name for position in sorted(inputs.wrapped))
@@ -236,10 +239,10 @@ def _name_inputs(graph: fx.Graph, values: Sequence[Any]) -> None:
     number = 0
     for node, value in zip(placeholders(graph), values, strict=True):
         if isinstance(value, DYNAMIC):
-            private.rename_node(node, f"input_{number}")
+            graphs.rename_node(node, f"input_{number}")
             number += 1
         else:
-            private.rename_node(node, "constant")
+            graphs.rename_node(node, "constant")
             node.meta[VALUE] = value
 
 
@@ -293,7 +296,7 @@ def trace(gm: fx.GraphModule, inputs: GraphInputs) -> TracedGraph:
             # A view was chosen by the strides of this trace; kernels of another device, or another call, may leave
             # others. Nor may the names of sites, which are made from those of nodes, depend on the choice.
             node.target = aten.reshape.default
-            private.rename_node(node, "reshaped")
+            graphs.rename_node(node, "reshaped")
         node.meta[MODULE_PATH] = module_path(node)
     logger.debug("traced a graph of %d nodes with %d inputs", len(graph.nodes), len(values))
     infos = list(inputs.infos)
@@ -308,7 +311,7 @@ def trace(gm: fx.GraphModule, inputs: GraphInputs) -> TracedGraph:
         DeferredModule(module, graph),
         tuple(infos),
         numbers=tuple(sorted({*numbers, *inputs.wrapped})),
-        steady=tuple(sorted(inputs.wrapped if private.INTEGERS_CHOOSE_GRAPHS else {*numbers, *inputs.wrapped})),
+        steady=tuple(sorted(inputs.wrapped if dynamo.INTEGERS_CHOOSE_GRAPHS else {*numbers, *inputs.wrapped})),
         constants=frozenset(at for at, value in enumerate(values) if not isinstance(value, DYNAMIC)),
         opaque=opaque,
     )
@@ -321,7 +324,7 @@ def _without_computing(gm: fx.GraphModule) -> Any:
 
     def zeros(value: Any) -> Any:
         if not isinstance(value, Tensor):
-            return private.hint_of(value) if private.is_symbolic(value) else value
+            return graphs.hint_of(value) if graphs.is_symbolic(value) else value
         shape, strides = (tuple(int(size) for size in sizes) for sizes in (value.shape, value.stride()))
         return torch.empty_strided(shape, strides, dtype=value.dtype, device=value.device).zero_()
 
@@ -339,13 +342,24 @@ def capture_all(model: Any, *args: Any, **kwargs: Any) -> list[TracedGraph | Den
             found.append(DenseGraph(str(error)))
         return _without_computing(gm)
 
-    function = model._orig_mod if isinstance(model, private.OptimizedModule) else model
+    function = original_module(model)
     if isinstance(function, nn.Module):
         function = function.forward
     args, kwargs = _by_name(function, args, kwargs)
-    with torch.no_grad(), private.dynamo_limits(64):
-        private.compile_forward(function, backend)(*args, **kwargs)
+    with torch.no_grad(), dynamo.dynamo_limits(64):
+        _compile_forward(function, backend)(*args, **kwargs)
     return found
+
+
+def _compile_forward(function: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a fresh function with ``backend``: its graphs never count against those of the user's model."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    # Dynamo keeps compiled graphs on the code object, which all closures of one function share.
+    call.__code__ = call.__code__.replace(co_name="fisedit_capture")
+    return torch.compile(call, backend=backend, dynamic=False)
 
 
 def _by_name(
@@ -377,11 +391,11 @@ def capture(model: Any, *args: Any, **kwargs: Any) -> list[TracedGraph]:
     Raises:
         UntraceableGraph: one of the graphs cannot be traced.
     """
-    graphs = []
+    traced = []
     for graph in capture_all(model, *args, **kwargs):
         if isinstance(graph, DenseGraph):
             raise UntraceableGraph(graph.reason)
         if graph.opaque is not None:
             raise UntraceableGraph(graph.opaque.reason)
-        graphs.append(graph)
-    return graphs
+        traced.append(graph)
+    return traced

@@ -6,10 +6,12 @@ from typing import Any
 
 from torch import fx
 
+from fisedit_compile.private.operators import schema_of
+
 
 def read_arguments(node: fx.Node) -> dict[str, Any]:
     """All arguments of a call to an operator by name, defaults filled in."""
-    schema = node.target._schema  # type: ignore[union-attr]
+    schema = schema_of(node.target)
     values = {argument.name: argument.default_value for argument in schema.arguments}
     values.update(zip((argument.name for argument in schema.arguments), node.args, strict=False))
     values.update(node.kwargs)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 import fisedit_compile.operators  # noqa: F401  (registers operators that are named here)
+from fisedit_compile.private.operators import schema_of
 
 aten = torch.ops.aten
 #: The class of every concrete operator.
@@ -180,6 +181,6 @@ def is_elementwise(target: Any) -> bool:
     if not isinstance(target, OVERLOAD):
         return False
     tags = target.tags
-    if torch.Tag.nondeterministic_seeded in tags or target._schema.is_mutable:
+    if torch.Tag.nondeterministic_seeded in tags or schema_of(target).is_mutable:
         return False
     return torch.Tag.pointwise in tags or target in ELEMENTWISE

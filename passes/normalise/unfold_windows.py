@@ -45,6 +45,7 @@ from fisedit_compile.passes.common.targets import (
     aten,
     is_elementwise,
 )
+from fisedit_compile.private.operators import schema_of
 
 NAME = "unfold_windows"
 PRODUCTS = {aten.matmul.default, aten.bmm.default}
@@ -312,7 +313,7 @@ class _Unfolder:
         )
         if target is aten.squeeze.dim:
             vanishing = shape_of(node.args[0])[dims[0]] == 1  # type: ignore[arg-type]
-        schema = node.target._schema.arguments  # type: ignore[union-attr]
+        schema = schema_of(node.target).arguments
         args = [given[argument.name] for argument in schema[1:] if not argument.kwarg_only]
         kwargs = {argument.name: given[argument.name] for argument in schema if argument.kwarg_only}
         new = insert_call(node, target, found.node, *args, **kwargs)

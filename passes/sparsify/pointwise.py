@@ -30,6 +30,7 @@ from fisedit_compile.passes.common.ir import RowsBuilder, shape_of, spatial_of
 from fisedit_compile.passes.common.layouts import CHANNEL, Spatial, check_dims
 from fisedit_compile.passes.common.meta import VALUE
 from fisedit_compile.passes.common.targets import REDUCTIONS, aten, is_elementwise
+from fisedit_compile.private.operators import schema_of
 
 NAME = "sparsify_pointwise"
 
@@ -128,8 +129,8 @@ def _rewrite_reduction(node: fx.Node, builder: RowsBuilder) -> str | None:
     given = read_arguments(node)
     dims = [spatial.row_dim(dim) for dim in _reduced_dims(node, len(spatial.dims))]
     given["dim"] = dims[0] if isinstance(given["dim"], int) else dims
-    names = [argument.name for argument in node.target._schema.arguments if not argument.kwarg_only]  # type: ignore[union-attr]
-    keywords = [argument.name for argument in node.target._schema.arguments if argument.kwarg_only]  # type: ignore[union-attr]
+    names = [argument.name for argument in schema_of(node.target).arguments if not argument.kwarg_only]
+    keywords = [argument.name for argument in schema_of(node.target).arguments if argument.kwarg_only]
     rest = [given[name] for name in names[1:]]
     builder.replace(builder.call(node.target, builder.rows(x), *rest, **{name: given[name] for name in keywords}))
     return None

@@ -14,6 +14,7 @@ from PIL import Image
 from fisedit_compile.cli.main import main
 from fisedit_compile.cli.options import SchedulerName, check_arguments, parse_arguments, parse_size
 from fisedit_compile.errors import PipelineError
+from fisedit_compile.pipelines import EditSession
 from fisedit_compile.pipelines.families.schedulers import SCHEDULER_NAMES
 from support.tiny_pipelines import HEIGHT, WIDTH, tiny_pipeline
 from support.transformer_pipelines import with_text_encoders
@@ -157,6 +158,19 @@ def test_edit(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     report = json.loads((output / "report.json").read_text())
     assert report["edit"]["sparse_calls"] == 3 and report["base"]["dense_calls"] == 3
     assert "sparse steps" in capsys.readouterr().out
+
+
+def test_a_mask_of_another_shape_is_refused_before_anything_is_generated(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("L", (HEIGHT, WIDTH), 255).save(tmp_path / "turned.png")
+    words = ["edit", "--base-prompt", "a red ball", "--prompt", "a blue box", "--mask", str(tmp_path / "turned.png")]
+    words += ["--model", folder, "--device", "cpu", "--steps", "2", "--output", str(tmp_path / "edit")]
+    monkeypatch.setattr(EditSession, "generate", lambda *_, **__: pytest.fail("a picture is generated"))
+    for size, cells in (["--size", SIZE], "8:12"), ([], "8:8"):
+        assert run(*words, *size) == 1
+        told = capsys.readouterr().err.splitlines()[-1]
+        assert f"expected a mask with the aspect ratio of the picture, {cells}" in told and "24x16" in told
 
 
 def test_a_folder_with_a_transformer(tmp_path: Path) -> None:

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from fisedit_compile import private
 from fisedit_compile.executing.lowering import BINDINGS, InductorGraph, lower, lower_plain, symbol_of, valid_rows
 from fisedit_compile.operators import IMPLEMENTATIONS
 from fisedit_compile.passes import GraphInput
+from fisedit_compile.private.inductor import compile_with_inductor
 from fisedit_compile.runtime import Domain, PlanInput, Stencil
 from support.tolerances import assert_identical, assert_near
 
@@ -225,7 +225,7 @@ def test_sizes_that_compiled_code_does_not_hold_for_are_recognised() -> None:
     x = graph.placeholder("x")
     graph.output((graph.call_function(aten.reshape.default, (x, [2, 3, -1])),))
     graph_module = fx.GraphModule(torch.nn.Module(), graph)
-    run, holds = private.compile_with_inductor(graph_module, [torch.zeros(1, 12)], {0: {1: "N"}})
+    run, holds = compile_with_inductor(graph_module, [torch.zeros(1, 12)], {0: {1: "N"}})
     assert run({"N": 18}, torch.zeros(1, 18))[0].shape == (2, 3, 3)
     assert holds({"N": 12}) and holds({"N": 18})
     assert not holds({"N": 13})

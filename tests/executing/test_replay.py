@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fisedit_compile import private
+from fisedit_compile.executing import replay
 from fisedit_compile.executing.replay import (
     KEPT,
     Captured,
@@ -307,7 +307,7 @@ def test_a_capture_that_failed_is_followed_by_one_that_succeeds(monkeypatch: pyt
     fakes |= {"graph_pool_handle": lambda: next(pools), "set_stream": lambda stream: log.append("stream")}
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(private, "end_failed_capture", lambda device, pool: log.append(f"tell {pool}"))
+    monkeypatch.setattr(replay, "end_failed_capture", lambda device, pool: log.append(f"tell {pool}"))
     capturer = CudaCapturer(torch.device("meta"))
     with pytest.raises(RuntimeError, match="this cannot be captured"):
         capturer.capture(fails)

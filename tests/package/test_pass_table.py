@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import pass_table
 import pytest
 
+import pass_table
 from fisedit_compile.options import Options
 from fisedit_compile.passes.manager import PASSES, families
 from support.tree import ROOT

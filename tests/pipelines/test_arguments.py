@@ -28,6 +28,7 @@ from PIL import Image
 
 from fisedit_compile.errors import PipelineError
 from fisedit_compile.pipelines.arguments import CallArguments, keep_value, same_value
+from fisedit_compile.pipelines.families.stable_diffusion import STABLE_DIFFUSION as FAMILY
 from fisedit_compile.pipelines.noise import NoiseSource
 
 
@@ -35,12 +36,12 @@ from fisedit_compile.pipelines.noise import NoiseSource
 def arguments() -> CallArguments:
     pipe = object.__new__(StableDiffusionPipeline)
     vars(pipe)["unet"] = SimpleNamespace(config=SimpleNamespace(time_cond_proj_dim=None))
-    return CallArguments(pipe)
+    return CallArguments(pipe, FAMILY)
 
 
 def test_defaults_are_the_pipelines(arguments: CallArguments) -> None:
     assert arguments.value({}, "guidance_scale") == 7.5
-    assert CallArguments(object.__new__(StableDiffusionXLPipeline)).value({}, "guidance_scale") == 5.0
+    assert CallArguments(object.__new__(StableDiffusionXLPipeline), FAMILY).value({}, "guidance_scale") == 5.0
     assert arguments.value({"guidance_scale": 3.0}, "guidance_scale") == 3.0
     assert arguments.accepts("generator") and not arguments.accepts("prompt_2")
 
@@ -50,7 +51,7 @@ def test_a_pipeline_without_step_callback_is_refused() -> None:
         def __call__(self, prompt: str) -> None: ...
 
     with pytest.raises(PipelineError, match="Other has no callback_on_step_end"):
-        CallArguments(Other())
+        CallArguments(Other(), FAMILY)
 
 
 @pytest.mark.parametrize(
@@ -99,15 +100,15 @@ def test_new_embeddings_replace_recorded_prompts() -> None:
     pipe = object.__new__(HunyuanDiTPipeline)
     recorded = {"prompt": "a", "negative_prompt": "b", "prompt_attention_mask": None}
     new = {"prompt_embeds": torch.zeros(1, 2), "prompt_embeds_2": torch.zeros(1, 2), "prompt_attention_mask_2": None}
-    merged = CallArguments(pipe).merge(recorded, new)
+    merged = CallArguments(pipe, FAMILY).merge(recorded, new)
     assert merged == {"prompt": None, "negative_prompt": "b", "prompt_attention_mask": None, **new}
-    again = CallArguments(pipe).merge(merged, {"negative_prompt_embeds": torch.ones(1, 2)})
+    again = CallArguments(pipe, FAMILY).merge(merged, {"negative_prompt_embeds": torch.ones(1, 2)})
     assert again["negative_prompt"] is None and again["prompt_embeds"] is new["prompt_embeds"]
-    assert CallArguments(pipe).merge(merged, {"prompt": "c"}) == {"prompt": "c", "negative_prompt": "b"}
+    assert CallArguments(pipe, FAMILY).merge(merged, {"prompt": "c"}) == {"prompt": "c", "negative_prompt": "b"}
 
 
 def test_prompts_given_as_lists_of_embeddings_are_counted() -> None:
-    arguments = CallArguments(object.__new__(ZImagePipeline))
+    arguments = CallArguments(object.__new__(ZImagePipeline), FAMILY)
     recorded = {"prompt_embeds": [torch.zeros(3, 2)]}
     with pytest.raises(PipelineError, match="from 1 prompts and the edit has 2"):
         arguments.merge(recorded, {"prompt_embeds": [torch.zeros(3, 2)] * 2})
@@ -121,14 +122,14 @@ def test_videos_are_refused_as_videos(kind: Any) -> None:
     with pytest.raises(
         PipelineError, match=rf"{kind.__name__} makes videos \(it takes .*\), and an edit session is for"
     ):
-        CallArguments(object.__new__(kind))
+        CallArguments(object.__new__(kind), FAMILY)
 
 
 def test_depth_maps_are_refused() -> None:
     pipe = object.__new__(StableDiffusionLDM3DPipeline)
     vars(pipe)["image_processor"] = VaeImageProcessorLDM3D()
     with pytest.raises(PipelineError, match="StableDiffusionLDM3DPipeline makes depth maps beside its pictures"):
-        CallArguments(pipe)
+        CallArguments(pipe, FAMILY)
 
 
 def test_only_output_types_that_a_pipeline_gives_are_asked_of_it() -> None:
@@ -142,7 +143,7 @@ def test_only_output_types_that_a_pipeline_gives_are_asked_of_it() -> None:
         def __call__(self, prompt: str, output_type: str = "tensor", callback: Any = None) -> None: ...
 
     pipe = Pipe()
-    arguments = CallArguments(pipe)
+    arguments = CallArguments(pipe, FAMILY)
     arguments.check({"prompt": "a"})
     assert arguments.output_type({}) == "pil" and arguments.output_type({"output_type": "np"}) == "np"
     with pytest.raises(PipelineError, match="output_type must be one of pil, np, pt, latent, got 'tensor'"):
@@ -160,7 +161,7 @@ def test_control_pictures_tell_their_size_where_they_are_tensors(arguments: Call
 
 
 def test_pictures_may_be_resized_in_the_end() -> None:
-    sana = CallArguments(object.__new__(SanaPipeline))
+    sana = CallArguments(object.__new__(SanaPipeline), FAMILY)
     assert sana.made_size({"width": 96}) == (1024, 96)
     assert sana.made_size({"use_resolution_binning": False}) is None
 

@@ -17,8 +17,7 @@ from fisedit_compile import backend
 from fisedit_compile.errors import CallMismatchError
 from fisedit_compile.pipelines import EditSession, Picture, compiling
 from fisedit_compile.pipelines.compiling import CompiledNetwork
-from fisedit_compile.runtime import Relay
-from fisedit_compile.tracing import dynamo
+from fisedit_compile.runtime import Relay, recompiles
 from support.small_pipeline import (
     HEIGHT,
     WIDTH,
@@ -150,11 +149,11 @@ def call(network: nn.Module, relay: Relay) -> weakref.ref[nn.Module]:
 @pytest.mark.parametrize("processor", [Plain, Breaking])
 def test_networks_that_come_and_go_leave_nothing(processor: type, monkeypatch: pytest.MonkeyPatch) -> None:
     """The limits hold for all that ever was of a code, so that any growth would be an error after some networks."""
-    monkeypatch.setattr(dynamo, "GRAPHS", 2)
+    monkeypatch.setattr(recompiles, "GRAPHS", 2)
     relay = Relay()
     gc.collect()
     before = len(compiling._known)
-    with torch._dynamo.config.patch(recompile_limit=2, accumulated_recompile_limit=3), dynamo.strict_recompiles():
+    with torch._dynamo.config.patch(recompile_limit=2, accumulated_recompile_limit=3), recompiles.strict_recompiles():
         for _ in range(5):
             network = Network().eval().requires_grad_(False)
             network.second.processor = processor()

@@ -11,7 +11,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_mod
 
 from fisedit_compile.errors import OptionError
 from fisedit_compile.pipelines import AutomaticMask, EditSession, Picture
-from fisedit_compile.pipelines.masks.masking import grow_mask, to_pixels
+from fisedit_compile.pipelines.masks.cells import grow_mask, to_pixels
 from fisedit_compile.runtime import Runtime
 from support.tiny_pipelines import HEIGHT, WIDTH, picture_arguments, tiny_autoencoder, tiny_pipeline
 

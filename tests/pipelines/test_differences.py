@@ -15,6 +15,7 @@ from fisedit_compile.errors import PipelineError
 from fisedit_compile.pipelines.arguments import CallArguments, same_value
 from fisedit_compile.pipelines.differences import told_apart
 from fisedit_compile.pipelines.families.schedulers import scheduler_difference
+from fisedit_compile.pipelines.families.stable_diffusion import STABLE_DIFFUSION
 
 
 class Text:
@@ -83,7 +84,7 @@ def test_messages_of_a_session_use_it() -> None:
             self, prompt: str, sigmas: Any = None, guidance_scale: float = 1.0, callback: Any = None
         ) -> None: ...
 
-    arguments = CallArguments(Pipe())
+    arguments = CallArguments(Pipe(), STABLE_DIFFUSION)
     sigmas = torch.ones(40)
     with pytest.raises(
         PipelineError, match=r"sigmas was .* with 1.0 at \[30\] .* cannot be .* with 0.5 at \[30\] in an"

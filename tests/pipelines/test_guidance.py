@@ -21,6 +21,7 @@ from diffusers import (
 
 from fisedit_compile.errors import PipelineError
 from fisedit_compile.pipelines.arguments import CallArguments
+from fisedit_compile.pipelines.families import family_of
 
 ROW = torch.zeros(1, 2)
 
@@ -30,7 +31,7 @@ def arguments(kind: Any, **config: Any) -> CallArguments:
     pipe = object.__new__(kind)
     network = SimpleNamespace(config=SimpleNamespace(**config))
     vars(pipe).update(unet=network if "time_cond_proj_dim" in config else None, transformer=network)
-    return CallArguments(pipe)
+    return CallArguments(pipe, family_of(pipe))
 
 
 @pytest.mark.parametrize(

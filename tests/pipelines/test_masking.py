@@ -10,18 +10,15 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from fisedit_compile.errors import MaskError, OptionError
-from fisedit_compile.pipelines.masks.masking import (
+from fisedit_compile.pipelines.masks.cells import grow_mask, same_aspect, to_latents, to_pixels
+from fisedit_compile.pipelines.masks.finding import (
     AutomaticMask,
     MaskFinder,
     find_region,
-    grow_mask,
     open_region,
     otsu_threshold,
-    paste_outside,
-    same_aspect,
-    to_latents,
-    to_pixels,
 )
+from fisedit_compile.pipelines.masks.pasting import paste_pixels
 
 LEVELS = 257
 levels = st.integers(0, 64).map(lambda level: level / 64)
@@ -96,9 +93,9 @@ def test_differences_are_measured_where_it_is_said() -> None:
     mask, near = torch.zeros(2, 1, 4, 4, dtype=torch.bool)
     mask[:, 0, 0] = True
     near[:, 0] = True
-    pasted, (greatest, mean) = paste_outside(edited, base, mask, near)
+    pasted, (greatest, mean) = paste_pixels(edited, base, mask, near)
     assert (greatest, mean) == (0.5, pytest.approx(0.5 / 3)) and float(pasted.sum()) == 3.0
-    assert paste_outside(edited, base, mask)[1] == (0.5, pytest.approx(0.75 / 15))
+    assert paste_pixels(edited, base, mask)[1] == (0.5, pytest.approx(0.75 / 15))
 
 
 def test_a_given_threshold_is_used() -> None:
@@ -254,8 +251,8 @@ def test_pasting_keeps_the_inside_and_measures_the_outside() -> None:
     base = torch.zeros(1, 3, 2, 2)
     edited = torch.tensor([[0.5, 0.25], [0.0, 1.0]]).expand(1, 3, 2, 2)
     mask = torch.tensor([[[False, False], [True, True]]])
-    pasted, (greatest, mean) = paste_outside(edited, base, mask)
+    pasted, (greatest, mean) = paste_pixels(edited, base, mask)
     assert pasted[0, 0].tolist() == [[0.0, 0.0], [0.0, 1.0]]
     assert (greatest, mean) == (0.5, 0.375)
-    everything, error = paste_outside(edited, base, torch.ones_like(mask))
+    everything, error = paste_pixels(edited, base, torch.ones_like(mask))
     assert torch.equal(everything, edited) and error == (0.0, 0.0)

@@ -11,7 +11,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Tensor
 
 from fisedit_compile.errors import PipelineError
-from fisedit_compile.pipelines.families.latents import LatentCells
+from fisedit_compile.pipelines.masks.cells import LatentCells
 from fisedit_compile.pipelines.network_calls import NetworkCalls
 from fisedit_compile.pipelines.steps import StepFollower, Trajectory, followed_scheduler
 from fisedit_compile.pipelines.timing import StageClock
@@ -75,7 +75,7 @@ def test_a_turn_of_another_number_of_calls_is_told() -> None:
 
 
 def test_tokens_of_other_pictures_are_refused() -> None:
-    calls = NetworkCalls()
+    calls = NetworkCalls(latents=["hidden_states"], tokens="hidden_states")
     calls.check_tokens(None, {140})
     calls.add(Network(), (torch.empty(1, 560, 4), torch.empty(1, 9, 3)), {})
     calls.check_tokens(None, {140, 560})
@@ -101,7 +101,7 @@ def test_latents_that_are_not_taken_are_noticed(pipe: Any) -> None:
         follower(pipe, 1, None, {"latents": latents})
     returned.pop("latents")
     follower.check_obeyed(pipe)
-    assert follower.trajectory.cells == LatentCells.of(latents, [])
+    assert follower.trajectory.cells == LatentCells.of(latents)
 
 
 def test_pictures_that_are_resized_in_the_end_are_refused(pipe: Any) -> None:

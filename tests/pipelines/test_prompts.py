@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fisedit_compile.errors import OptionError, PipelineError
 from fisedit_compile.pipelines import EditSession
-from fisedit_compile.pipelines.families.prompts import PromptLengths
+from fisedit_compile.pipelines.families.prompts import PromptLengths, masked_prompt_limit
 from support.tiny_pipelines import tiny_pipeline
 from support.transformer_pipelines import transformer_pipeline
 
@@ -28,7 +28,7 @@ def encode(
 
 @pytest.mark.parametrize(("tokens", "most", "length"), [(1, 96, 64), (32, 96, 64), (33, 96, 96), (33, 512, 128)])
 def test_room_is_left_for_longer_prompts(tokens: int, most: int, length: int) -> None:
-    embeddings, mask = PromptLengths().padding(encode)(tokens, max_sequence_length=most)
+    embeddings, mask = PromptLengths().padding(encode, masked_prompt_limit(encode))(tokens, max_sequence_length=most)
     assert embeddings.shape == (2, length, 5) and mask.shape == (2, length)
     counted = torch.arange(length) < tokens
     assert torch.equal(mask.bool(), counted.expand(2, -1))
@@ -37,25 +37,25 @@ def test_room_is_left_for_longer_prompts(tokens: int, most: int, length: int) ->
 
 def test_edits_have_the_lengths_of_their_generation() -> None:
     generation = PromptLengths()
-    encoded = generation.padding(encode)
+    encoded = generation.padding(encode, masked_prompt_limit(encode))
     assert encoded(9)[0].shape[1] == 64 and encoded(40)[0].shape[1] == 96
     edit = PromptLengths(recorded=generation)
-    encoded = edit.padding(encode)
+    encoded = edit.padding(encode, masked_prompt_limit(encode))
     assert encoded(64)[1].all(), "a mask is given where the recorded run had one"
     assert encoded(2)[0].shape[1] == 96
-    again = PromptLengths(recorded=edit).padding(encode)
+    again = PromptLengths(recorded=edit).padding(encode, masked_prompt_limit(encode))
     with pytest.raises(PipelineError, match=r"has 65 tokens, .* was generated .* 64; .* prompt_tokens=128"):
         again(65)
 
 
 def test_masks_that_a_pipeline_makes_itself_are_padded_when_asked_for() -> None:
-    embeddings, mask = PromptLengths().padding(encode)(9, masked=True)
+    embeddings, mask = PromptLengths().padding(encode, masked_prompt_limit(encode))(9, masked=True)
     assert embeddings.shape[1] == mask.shape[1] == 9
-    embeddings, mask = PromptLengths(20).padding(encode)(9, masked=True)
+    embeddings, mask = PromptLengths(20).padding(encode, masked_prompt_limit(encode))(9, masked=True)
     assert embeddings.shape[1] == 20
     assert mask.sum(1).tolist() == [9, 8]
     with pytest.raises(PipelineError, match="has 21 tokens, and by prompt_tokens there was room for 20"):
-        PromptLengths(20).padding(encode)(21)
+        PromptLengths(20).padding(encode, masked_prompt_limit(encode))(21)
 
 
 @pytest.mark.parametrize(("own", "length"), [(None, 128), (80, 80)])
@@ -68,21 +68,21 @@ def test_a_limit_that_the_pipeline_keeps_elsewhere_or_has_not(own: int | None, l
         ) -> Encoded:
             return encode(tokens)
 
-    padded = PromptLengths().padding(Pipe().encode_prompt)
+    padded = PromptLengths().padding(Pipe().encode_prompt, masked_prompt_limit(Pipe().encode_prompt))
     assert padded(40)[0].shape[1] == min(128, length) if own else 96
     assert padded(70, max_sequence_length=None)[0].shape[1] == length
     assert padded(70, max_sequence_length=75)[0].shape[1] == 75
 
 
 def test_a_limit_shorter_than_what_came_is_no_option_of_the_user() -> None:
-    assert PromptLengths().padding(encode)(40, max_sequence_length=34)[0].shape[1] == 40
+    assert PromptLengths().padding(encode, masked_prompt_limit(encode))(40, max_sequence_length=34)[0].shape[1] == 40
 
 
 def test_other_pipelines_are_left_alone() -> None:
     def fixed(prompt: str) -> Encoded:
         return encode(7)
 
-    assert PromptLengths().padding(fixed) is fixed
+    assert PromptLengths().padding(fixed, masked_prompt_limit(fixed)) is fixed
 
 
 @pytest.mark.parametrize("tokens", [0, -3, 2.5, True])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,15 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from PIL import Image
 
-from fisedit_compile import EditSession
+from fisedit_compile import EditSession, backend
 from fisedit_compile.errors import BudgetError, MaskError, OptionError, PipelineError
+from fisedit_compile.options import VALID_OPTIONS
 from fisedit_compile.runtime import tiers
 from support.lanes import LateLane
+from support.small_pipeline import SmallPipeline
 from support.tiny_pipelines import HEIGHT, WIDTH, picture_arguments, tiny_pipeline
+from support.transformer_pipelines import transformer_pipeline
+from support.tree import ROOT
 
 BASE, FIRST = "a red ball on grass", "a blue ball on grass"
 STEPS = 3
@@ -145,11 +151,59 @@ def test_a_budget_for_one_picture_only(pipe: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"norm": "exakt"}, {"storage": torch.int8}, {"budget": "much"}, {"lowering": "none"}]
+    ("wrong", "told"),
+    [
+        ({"norm": "exakt"}, "option norm must be one of exact, cached, got 'exakt'"),
+        ({"storage": torch.int8}, "int8"),
+        ({"budget": "much"}, "budget must be a positive number of bytes"),
+        ({"lowering": "none"}, "option lowering must be one of"),
+        ({"packing": "much"}, "option packing must be a positive number of bytes"),
+        ({"convolution": "fast"}, "option convolution must be one of"),
+        ({"cuda_graphs": 1}, "option cuda_graphs must be True or False"),
+        ({"disable_passes": ["verify"]}, "cannot disable verify; passes that can be disabled are"),
+        ({"content": "guidance"}, "option content must be a list of names"),
+        ({"tokens": {"encoder_hidden_states": 9}}, "option tokens must map names of inputs"),
+        ({"nrom": "exact"}, "EditSession has no option nrom; it takes storage, budget, tier, norm, .* prompt_tokens$"),
+        ({"runtime": None}, r"no option runtime; it takes .*; a session has a runtime of its own \(session.runtime\)"),
+    ],
 )
-def test_options_that_do_not_exist(wrong: dict[str, Any]) -> None:
-    with pytest.raises(OptionError):
-        EditSession(tiny_pipeline(), **wrong)
+def test_options_that_do_not_exist(pipe: Any, wrong: dict[str, Any], told: str) -> None:
+    with pytest.raises(OptionError, match=told):
+        EditSession(pipe, **wrong)
+
+
+def test_a_session_takes_every_option_of_the_backend_and_the_page_lists_all() -> None:
+    taken = {
+        name
+        for name, parameter in inspect.signature(EditSession).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+    assert taken >= {*VALID_OPTIONS} - {"runtime"}
+    text = (ROOT / "docs" / "pipelines.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.*?) \|", text.partition("## Options\n")[2].partition("\n## ")[0], re.MULTILINE)
+    assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == taken
+
+
+def test_options_of_the_backend_reach_network_and_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, Any]] = []
+    parse = backend.parse_options
+
+    def noting(mode: Any, options: Any, devices: Any = ()) -> Any:
+        seen.append(dict(options))
+        return parse(mode, options, devices)
+
+    monkeypatch.setattr(backend, "parse_options", noting)
+    given = {"packing": False, "convolution": "rows", "cuda_graphs": False, "disable_passes": ["convolve_maps"]}
+    session = EditSession(SmallPipeline(), content=["more"], tokens={"other": (3, 4)}, **given)
+    session.generate("red", num_inference_steps=2)
+    assert all(options.items() >= given.items() for options in seen)
+    of_inputs = [(options.get("content"), options.get("tokens")) for options in seen]
+    assert of_inputs == [(["guidance", "more"], {"other": (3, 4)}), (None, None)]
+
+
+def test_the_latents_of_the_picture_are_no_option() -> None:
+    with pytest.raises(OptionError, match="tokens names hidden_states, .* the session tells the compiler by itself"):
+        EditSession(transformer_pipeline("flux"), tokens={"hidden_states": (14, 10)})
 
 
 @pytest.mark.parametrize("how", ["wrapped", "in place"])
@@ -169,11 +223,15 @@ def test_a_unet_the_user_compiled(how: str) -> None:
 
 
 def test_pipelines_without_a_unet() -> None:
-    class Transformer:
-        unet = None
+    class Other:
+        unet: Any = None
 
-    with pytest.raises(PipelineError, match="with a scheduler, and Transformer has none"):
-        EditSession(Transformer())
+    with pytest.raises(PipelineError, match="with a unet or a transformer, and Other has none"):
+        EditSession(Other())
+    other = Other()
+    other.unet = torch.nn.Identity()
+    with pytest.raises(PipelineError, match="with a scheduler, and Other has none"):
+        EditSession(other)
 
 
 def test_an_offloaded_unet_is_refused() -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from fisedit_compile.errors import PipelineError
 from fisedit_compile.pipelines import EditSession, Picture
-from fisedit_compile.pipelines.masks.masking import AutomaticMask, MaskFinder
+from fisedit_compile.pipelines.masks.finding import AutomaticMask, MaskFinder
 from fisedit_compile.pipelines.picture import as_pixels
 from support.tiny_pipelines import CLASSES, HEIGHT, SCALE, WIDTH, picture_arguments, tiny_pipeline
 

@@ -12,7 +12,10 @@ from torch import Tensor
 import fisedit_compile as fisedit
 from fisedit_compile.errors import PipelineError
 from fisedit_compile.pipelines import EditSession
-from fisedit_compile.pipelines.families.latents import LatentCells, packed_resolutions
+from fisedit_compile.pipelines.families import family_of
+from fisedit_compile.pipelines.families.packing import packed_resolutions
+from fisedit_compile.pipelines.masks.cells import LatentCells
+from fisedit_compile.pipelines.masks.pasting import paste_latents
 from fisedit_compile.runtime import Domain
 from support.tolerances import assert_identical, assert_near
 from support.transformer_pipelines import (
@@ -161,19 +164,19 @@ def test_pictures_in_the_context_of_others_are_refused(columns: int) -> None:
 
 def test_latents_that_are_neither_maps_nor_tokens_are_refused() -> None:
     with pytest.raises(PipelineError, match=r"have shape \(1, 60, 16\), .* needs \[B, 140, C\] for 14x10"):
-        LatentCells.of(torch.zeros(1, 60, 16), [TOKENS])
+        LatentCells.of(torch.zeros(1, 60, 16), [TOKENS], 2)
     with pytest.raises(PipelineError, match=r"have shape \(1, 4, 3, 8, 8\), .* needs \[B, C, height, width\]"):
-        LatentCells.of(torch.zeros(1, 4, 3, 8, 8), [])
+        LatentCells.of(torch.zeros(1, 4, 3, 8, 8))
 
 
 def test_tokens_are_laid_out_in_rows() -> None:
-    cells = LatentCells.of(torch.zeros(2, 140, 3), [Domain(7, 5), TOKENS])
+    cells = LatentCells.of(torch.zeros(2, 140, 3), [Domain(7, 5), TOKENS], 2)
     assert cells == LatentCells(Domain(2 * ROWS, 2 * COLUMNS), TOKENS)
     numbers = torch.arange(140.0).expand(2, 3, -1).transpose(1, 2)
     assert torch.equal(cells.maps(numbers)[1, 2], torch.arange(140.0).reshape(ROWS, COLUMNS))
     mask = cells.mask(box(), numbers)
     assert torch.equal(mask[0], covered(2))
-    kept = cells.keep(numbers + 1000, numbers, mask)
+    kept = paste_latents(cells, numbers + 1000, numbers, mask)
     assert torch.equal((kept != numbers)[0, :, 0].reshape(ROWS, COLUMNS), covered(1))
 
 
@@ -181,19 +184,19 @@ def test_tokens_are_laid_out_in_rows() -> None:
 @pytest.mark.parametrize("leading", [(2, 3), (2, 3, 1)])
 def test_maps_of_tokens_and_of_cells_are_kept_alike(scale: int, leading: tuple[int, ...]) -> None:
     packed = torch.zeros(2, 140, 3)
-    cells = LatentCells.of(packed, [TOKENS])
+    cells = LatentCells.of(packed, [TOKENS], 2)
     unpacked = torch.zeros(*leading, ROWS * scale, COLUMNS * scale)
     assert cells.holds(packed) and cells.holds(unpacked)
-    kept = cells.keep(unpacked + 1, unpacked, cells.mask(box(), packed))
+    kept = paste_latents(cells, unpacked + 1, unpacked, cells.mask(box(), packed))
     assert torch.equal(kept.bool(), covered(scale).expand_as(kept))
     masks = torch.stack([covered(2), ~covered(2)])
-    kept = cells.keep(unpacked + 1, unpacked, masks)
+    kept = paste_latents(cells, unpacked + 1, unpacked, masks)
     assert torch.equal(kept[0].bool(), covered(scale).expand_as(kept[0]))
     assert torch.equal(kept[1].bool(), ~covered(scale).expand_as(kept[1]))
 
 
 def test_what_a_mask_cannot_be_laid_over() -> None:
-    packed, maps = LatentCells.of(torch.zeros(2, 140, 3), [TOKENS]), LatentCells(Domain(6, 4))
+    packed, maps = LatentCells.of(torch.zeros(2, 140, 3), [TOKENS], 2), LatentCells(Domain(6, 4))
     for cells, shape in ((packed, (2, 120, 3)), (packed, (2, 3, 7, 5)), (maps, (2, 24, 3)), (maps, (6, 4))):
         assert not cells.holds(torch.zeros(shape))
 
@@ -205,7 +208,8 @@ def test_pipelines_that_do_not_tell_their_tokens() -> None:
 
     with pytest.raises(PipelineError, match="Silent packs its latents to tokens and has no vae_scale_factor"):
         packed_resolutions(Silent(), 64, 64)
-    assert packed_resolutions(transformer_pipeline("sd3"), None, None) == ()
+    maps = transformer_pipeline("sd3")
+    assert family_of(maps).tokens(maps, None, None) == ()
     pipe = transformer_pipeline("flux")
     columns = pipe.default_sample_size
     # Tokens of 2x2 cells, or of one where the scale is that of tokens already.

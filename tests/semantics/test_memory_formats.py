@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fisedit_compile as fisedit
-from fisedit_compile.private import dynamo_limits
+from fisedit_compile.private.dynamo import dynamo_limits
 from support.harness import compiled
 from support.tolerances import assert_identical, assert_near
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import fx, nn
 
-from fisedit_compile import backend, private
+from fisedit_compile import backend
 from fisedit_compile.pipelines import EditSession
+from fisedit_compile.private.dynamo import keep_sizes
 from support.tiny_pipelines import tiny_pipeline
 
 
@@ -42,7 +43,7 @@ def test_sizes_become_symbols_unless_they_are_kept(kept: bool) -> None:
         whole = torch.randn(2 * size, 3)
         arguments = {"main": [whole[:size]]}, steps[size]
         if kept:
-            private.keep_sizes(*arguments)
+            keep_sizes(*arguments)
         assert torch.equal(compiled(*arguments), torch.relu(whole[:size]) * steps[size])
     assert (seen.graphs, seen.symbolic) == ((3, 0) if kept else (2, 1))
 

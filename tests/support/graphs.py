@@ -17,7 +17,7 @@ from fisedit_compile.passes.common.ir import MARKERS
 from fisedit_compile.passes.common.layouts import BATCH, CHANNEL, HEIGHT, SPACE, WIDTH, Spatial
 from fisedit_compile.passes.common.program import InputInfo, InputKind
 from fisedit_compile.passes.common.report import Report
-from fisedit_compile.private import FakeTensorMode
+from fisedit_compile.private.graphs import FakeTensorMode
 from fisedit_compile.runtime.spec import Domain
 
 aten = torch.ops.aten

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
-from fisedit_compile.private import FakeTensorMode
+from fisedit_compile.private.graphs import FakeTensorMode
 
 aten = torch.ops.aten
 

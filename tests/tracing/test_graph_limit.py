@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import fisedit_compile as fisedit
 from fisedit_compile.errors import CallMismatchError
-from fisedit_compile.tracing import dynamo
+from fisedit_compile.runtime import recompiles
 
 
 class Small(nn.Module):
@@ -38,7 +38,7 @@ def test_more_sizes_than_dynamo_keeps_by_default() -> None:
 
 def test_a_call_beyond_the_limit_of_graphs_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dynamo would run the network eagerly: that call would be missing from the recording."""
-    monkeypatch.setattr(dynamo, "GRAPHS", 2)
+    monkeypatch.setattr(recompiles, "GRAPHS", 2)
     runtime = fisedit.Runtime()
     compiled = torch.compile(Small(), backend="fisedit", options={"runtime": runtime})
     with torch._dynamo.config.patch(recompile_limit=1):

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import fisedit_compile as fisedit
 from fisedit_compile.errors import CallMismatchError
-from fisedit_compile.runtime import Runtime
-from fisedit_compile.tracing import dynamo
+from fisedit_compile.private import dynamo
+from fisedit_compile.runtime import Runtime, recompiles
 from support.fake_network import FakeNetwork, inputs, run
 
 FRESH = """
@@ -101,7 +101,7 @@ def test_contexts_that_end_out_of_order_leave_no_setting_behind() -> None:
         for context in entered.values():
             context.__enter__()
         strict = settings()
-        assert strict["fail_on_recompile_limit_hit"] and strict["recompile_limit"] >= dynamo.GRAPHS
+        assert strict["fail_on_recompile_limit_hit"] and strict["recompile_limit"] >= recompiles.GRAPHS
         for runtime in (first, second):
             run(FakeNetwork(runtime), inputs(1))
         other = second if last is first else first

@@ -13,7 +13,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from fisedit_compile import private
+from fisedit_compile.private import dynamo
 from fisedit_compile.tracing import description
 from fisedit_compile.tracing.description import UntraceableGraph, describe
 from fisedit_compile.tracing.trace import TracedGraph, capture, capture_all, trace
@@ -307,7 +307,7 @@ def test_python_ints_that_are_no_sizes_stay_inputs() -> None:
     (position,) = traced.numbers
     assert traced.input_infos[position].kind == "scalar"
     assert position not in traced.constants
-    assert traced.steady == (() if private.INTEGERS_CHOOSE_GRAPHS else (position,))
+    assert traced.steady == (() if dynamo.INTEGERS_CHOOSE_GRAPHS else (position,))
     assert [node for node in traced.gm.graph.nodes if node.op == "placeholder"][position].users
 
 

@@ -25,6 +25,7 @@ from fisedit_compile.operators.triton.launches import Launch
 from fisedit_compile.operators.triton.pointwise import Chain, add_bias, operand_arguments
 from fisedit_compile.operators.triton.sources import load_source
 from fisedit_compile.operators.triton.tuning import best_choice
+from fisedit_compile.private.tensors import version_of
 
 NOTHING = Chain()
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -48,11 +49,6 @@ def resolve_reads(halo: Tensor, table: Tensor, source_count: int) -> Tensor:
     slot = (table - source_count).clamp(0, halo.shape[1] - 1)
     position = halo.expand(slot.shape[0], -1).gather(1, slot.flatten(1)).view_as(slot) + source_count
     return torch.where(table < source_count, table, position.masked_fill(table >= last, -1)).to(torch.int32)
-
-
-def _version(tensor: Tensor) -> int:
-    """How often a tensor was changed in place; inference tensors do not count."""
-    return -1 if tensor.is_inference() else tensor._version
 
 
 #: By ``id`` of the table: table, halo, their state, and what they were resolved to.
@@ -85,7 +81,7 @@ class ReadsCache:
 
     def get(self, halo: Tensor, table: Tensor, source_count: int) -> Tensor:
         """The result of :func:`resolve_reads`, computed once for tensors that do not change."""
-        key, state = id(table), (source_count, _version(halo), _version(table))
+        key, state = id(table), (source_count, version_of(halo), version_of(table))
         entries = self._entries
         with self._lock:
             entry = entries.get(key)

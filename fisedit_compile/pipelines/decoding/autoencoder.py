@@ -16,6 +16,7 @@ from fisedit_compile.pipelines.decoding.decoding import DecodeJob, Decoding, Spa
 from fisedit_compile.pipelines.random_numbers import RandomNumbers
 from fisedit_compile.pipelines.steps import StepFollower
 from fisedit_compile.pipelines.twin import module_view
+from fisedit_compile.private.modules import original_module
 from fisedit_compile.runtime.fingerprint import Weights
 
 
@@ -84,7 +85,7 @@ class AutoencoderCall:
             follower: tells when the loop is done.
             numbers: networks run without.
         """
-        original = getattr(vae, "_orig_mod", vae)
+        original = original_module(vae)
         thread = threading.get_ident()
         view = module_view(original)
 

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fisedit_compile import private
 from fisedit_compile.errors import BudgetError, CallMismatchError, OptionError, WeightsChangedError
 from fisedit_compile.pipelines.compiling import CompiledNetwork
 from fisedit_compile.pipelines.decoding.region import (
@@ -27,8 +26,11 @@ from fisedit_compile.pipelines.decoding.region import (
     noting_decoder,
     unsupported,
 )
-from fisedit_compile.pipelines.masks.masking import grow_mask
+from fisedit_compile.pipelines.masks.cells import grow_mask
 from fisedit_compile.pipelines.twin import uncompiled, unmarked
+from fisedit_compile.private.accelerate import is_offloaded
+from fisedit_compile.private.dynamo import keep_sizes
+from fisedit_compile.private.modules import compiled_call, original_module
 from fisedit_compile.runtime import Relay, Runtime
 from fisedit_compile.runtime.fingerprint import Weights
 
@@ -155,7 +157,7 @@ class SparseDecoder:
             return self._decode(vae, job, call)
 
     def _decode(self, vae: Any, job: DecodeJob, call: Callable[[], Any]) -> Any:
-        decoder = getattr(vae.decoder, "_orig_mod", vae.decoder)
+        decoder = original_module(vae.decoder)
         obstacle = _obstacle(vae, decoder)
         if obstacle is not None or self._choice == "dense":
             reason = obstacle or "asked for"
@@ -212,12 +214,12 @@ class SparseDecoder:
         return best, grown
 
     def _compiled_decoder(self, decoder: nn.Module) -> Any:
-        made_from = (decoder, decoder._compiled_call_impl)
+        made_from = (decoder, compiled_call(decoder))
         if self._compiled is None or self._compiled_from != made_from:
             with unmarked(decoder):
                 self._compiled = CompiledNetwork(uncompiled(decoder), DECODER_RELAY, self._options)
             self._compiled_from = made_from
-            self._compiled.stand_in.register_forward_pre_hook(lambda _, latents: private.keep_sizes(latents))
+            self._compiled.stand_in.register_forward_pre_hook(lambda _, latents: keep_sizes(latents))
         return self._compiled.stand_in
 
     def _decode_sparsely(
@@ -270,7 +272,7 @@ def _obstacle(vae: Any, decoder: Any) -> str | None:
         return f"{type(vae).__name__} has no decoder network of its own"
     if getattr(vae, "use_tiling", False) or getattr(vae, "use_slicing", False):
         return "tiling or slicing of the autoencoder is on, and its parts are decoded one by one"
-    if any(getattr(module, "_hf_hook", None) is not None for module in (vae, decoder)):
+    if any(map(is_offloaded, (vae, decoder))):
         return "the autoencoder is offloaded between calls"
     return None
 

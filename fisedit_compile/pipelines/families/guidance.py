@@ -10,8 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-NETWORKS = ("unet", "transformer")
-"""What pipelines call the network that is called at every step."""
+from fisedit_compile.private.diffusers import argument_noted_in
 
 _DECIDES = "do_classifier_free_guidance"
 _NEGATIVE = ("negative_prompt_embeds", "negative_pooled_prompt_embeds")
@@ -45,17 +44,19 @@ class _DuringCall:
         part = getattr(type(self._outside), name, None)
         if isinstance(part, property) and part.fget is not None:
             return part.fget(self)
-        if name.startswith("_") and self._accepts(name[1:]):
-            self.read[name[1:]] = self._argument(name[1:])
-            return self.read[name[1:]]
+        noted = argument_noted_in(name)
+        if noted is not None and self._accepts(noted):
+            self.read[noted] = self._argument(noted)
+            return self.read[noted]
         return getattr(self._outside, name)
 
 
-def guidance_of(pipe: Any, value: Callable[[str], Any], accepts: Callable[[str], bool]) -> Guidance:
-    """What guidance a call of a pipeline has.
+def guidance_of(pipe: Any, network: Any, value: Callable[[str], Any], accepts: Callable[[str], bool]) -> Guidance:
+    """What guidance a call of a pipeline of diffusers has.
 
     Args:
-        pipe: a diffusers pipeline.
+        pipe: the pipeline.
+        network: of it, called at every step.
         value: gives the value of an argument, its default included.
         accepts: whether the pipeline has an argument.
     """
@@ -74,7 +75,6 @@ def guidance_of(pipe: Any, value: Callable[[str], Any], accepts: Callable[[str],
         if seen.read:
             return Guidance(on, " and ".join(f"{name} {given}" for name, given in seen.read.items()))
     else:
-        network = next((getattr(pipe, name) for name in NETWORKS if getattr(pipe, name, None) is not None), None)
         embedded = hasattr(getattr(network, "config", None), "guidance_embeds")
         on = scale is not None and scale > 1 and not embedded
     return Guidance(on, f"guidance_scale {scale}")

@@ -22,7 +22,7 @@ ROUNDED, SPARE = 64, 32
 """Padded prompts have a multiple of so many tokens, and at least so many more than the recorded one."""
 
 
-def _limit(encode: Callable[..., Any] | None) -> int | None:
+def masked_prompt_limit(encode: Callable[..., Any] | None) -> int | None:
     """The most tokens that a pipeline's ``encode_prompt`` makes; None: its prompts have one length, or no masks."""
     parameters = {} if encode is None else inspect.signature(encode).parameters
     if "prompt_embeds_mask" not in parameters or "max_sequence_length" not in parameters:
@@ -34,8 +34,13 @@ def _limit(encode: Callable[..., Any] | None) -> int | None:
     return sys.maxsize if limit is None else int(limit)
 
 
-def check_prompt_tokens(pipe: Any, tokens: int | None) -> None:
+def check_prompt_tokens(pipe: Any, tokens: int | None, limit: int | None) -> None:
     """Check the option ``prompt_tokens`` of a session.
+
+    Args:
+        pipe: the pipeline, for the message.
+        tokens: what the user gave.
+        limit: the most tokens of a prompt; None: the pipeline pads its prompts.
 
     Raises:
         OptionError: it is no positive number, or the pipeline's prompts cannot be padded.
@@ -44,7 +49,7 @@ def check_prompt_tokens(pipe: Any, tokens: int | None) -> None:
         return
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
         raise OptionError(f"prompt_tokens must be a positive number of tokens or None, got {tokens!r}")
-    if _limit(getattr(pipe, "encode_prompt", None)) is None:
+    if limit is None:
         raise OptionError(
             f"prompt_tokens is for pipelines whose prompts have different lengths and masks, such as "
             f"QwenImagePipeline; {type(pipe).__name__} needs none, leave it out"
@@ -64,9 +69,13 @@ class PromptLengths:
         self._room, self._recorded = room, recorded
         self._lengths: list[int | None] = []
 
-    def padding(self, encode: Callable[..., Any]) -> Callable[..., Any]:
-        """A pipeline's ``encode_prompt``, of which the results are padded where that is possible."""
-        limit = _limit(encode)
+    def padding(self, encode: Callable[..., Any], limit: int | None) -> Callable[..., Any]:
+        """A pipeline's ``encode_prompt``, of which the results are padded.
+
+        Args:
+            encode: returns embeddings ``[B, tokens, C]`` and their mask ``[B, tokens]``, or None in its place.
+            limit: the most tokens that it makes; None: the pipeline pads its prompts.
+        """
         if limit is None:
             return encode
 

@@ -17,6 +17,7 @@ from fisedit_compile.passes.common.ir import shape_of, spatial_of
 from fisedit_compile.passes.common.layouts import Spatial
 from fisedit_compile.passes.common.meta import VALUE
 from fisedit_compile.passes.common.targets import OVERLOAD
+from fisedit_compile.private.operators import short_name
 from fisedit_compile.runtime.spec import Domain
 
 #: What operators raise for values they cannot work with.
@@ -101,7 +102,7 @@ class MarkedRun:
         if not _has_nan(value):
             return "its result holds no floating numbers"
         for node in self._region:
-            name = getattr(node.target, "_opname", "").rstrip("_")
+            name = short_name(node.target).rstrip("_")
             if node.target is not operator.getitem and not isinstance(node.target, OVERLOAD):
                 return f"{node.target} is no operator of PyTorch"
             if name in ORDERING:
@@ -131,7 +132,7 @@ class MarkedRun:
         for node in self._region:
             values = node.meta.get(VALUE)
             several = values if isinstance(values, (list, tuple)) else (values,)
-            if getattr(node.target, "_opname", "").rstrip("_") in FORGETTING or not all(map(_has_nan, several)):
+            if short_name(node.target).rstrip("_") in FORGETTING or not all(map(_has_nan, several)):
                 return False
         return True
 

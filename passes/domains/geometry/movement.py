@@ -44,6 +44,7 @@ from fisedit_compile.passes.domains.geometry.canvas import Canvas
 from fisedit_compile.passes.domains.geometry.geometry import Geometry, Places, joined
 from fisedit_compile.passes.domains.geometry.marked_runs import size_of
 from fisedit_compile.passes.domains.geometry.probe_movement import MovementProbe
+from fisedit_compile.private.operators import short_name
 from fisedit_compile.runtime.cover import Term
 from fisedit_compile.runtime.spec import Domain, Stencil
 from fisedit_compile.runtime.taps import OUTSIDE, axis_taps
@@ -349,7 +350,7 @@ def _maps(node: fx.Node) -> list[fx.Node]:
 def _along_channels(node: fx.Node) -> fx.Node | None:
     """The map of which an operator, or the one of which this is a result, orders or selects channels."""
     maker = node.args[0] if node.target is operator.getitem else node
-    if not isinstance(maker, fx.Node) or getattr(maker.target, "_opname", "") not in ALONG_A_DIMENSION:
+    if not isinstance(maker, fx.Node) or short_name(maker.target) not in ALONG_A_DIMENSION:
         return None
     x, spatial = maker.args[0], spatial_of(maker.args[0])
     dim = read_arguments(maker).get("dim")

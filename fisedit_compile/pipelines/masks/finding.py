@@ -1,4 +1,4 @@
-"""Finding where a new prompt changes the picture, and carrying masks between latents and pixels.
+"""Finding where a new prompt changes the picture.
 
 The automatic mask follows FISEdit (arXiv 2305.17423, section 4.1): over the first steps of the edit, the absolute
 difference of its latents to those of the recorded run is brought to the range 0..1 at each step and summed; Otsu's
@@ -9,23 +9,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import product
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
-from torch.nn import functional
 
 from fisedit_compile.errors import MaskError, OptionError
-from fisedit_compile.runtime import Domain
-from fisedit_compile.runtime.masks import WHITE_THRESHOLD, MaskLike, prepare_mask, reduce_mask
 
 OTSU_BINS = 256
-
-_ROUNDINGS = ((0, 2), (-2, 0), (-1, 1))
-"""Between which halves below and above a whole number lies what was rounded to it: down, up, to the nearest."""
 
 
 @dataclass(frozen=True)
@@ -149,104 +142,3 @@ def _to_unit_range(maps: Tensor) -> Tensor:
     lowest = maps.amin(dim=(1, 2), keepdim=True)
     extent = maps.amax(dim=(1, 2), keepdim=True) - lowest
     return torch.where(extent == 0, torch.zeros_like(maps), (maps - lowest) / extent)
-
-
-def to_latents(mask: MaskLike, latents: Tensor, white_threshold: float = WHITE_THRESHOLD) -> Tensor:
-    """A user's mask at the latents' resolution: a cell is active when any white mask pixel lies in it.
-
-    Args:
-        mask: white where the picture may change: a picture (PIL, or the path of one), numpy or torch, ``[H, W]`` or
-            ``[B, H, W]``.
-        latents: ``[B, C, height, width]``.
-        white_threshold: the share of the mask's scale that white reaches.
-
-    Returns:
-        bool ``[B or 1, height, width]`` on the latents' device.
-
-    Raises:
-        MaskError: it is no mask, holds another number of masks than 1 or B, or has another aspect ratio.
-        OptionError: the threshold is not above 0 and up to 1.
-    """
-    prepared = prepare_mask(mask, white_threshold, latents.shape[0]).to(latents.device)
-    if prepared.shape[0] not in (1, latents.shape[0]):
-        raise MaskError(
-            f"the run has {latents.shape[0]} pictures and the mask has {prepared.shape[0]}; give one mask for all "
-            "pictures or one for each; a picture in colours is [height, width, channels]"
-        )
-    rows, columns = prepared.shape[-2:]
-    height, width = latents.shape[-2:]
-    if not same_aspect((rows, columns), (height, width)):
-        shapes = f"{rows}x{columns} (height x width)"
-        turned = same_aspect((columns, rows), (height, width))
-        raise MaskError(
-            f"expected a mask with the aspect ratio of the picture, {height}:{width} = {height / width:.3g} (height to "
-            f"width); got one of {shapes}, {rows / columns:.3g}. "
-            + ("Turn it: it is as high as it should be wide" if turned else "Crop or pad it to what the picture shows")
-        )
-    return reduce_mask(prepared, Domain(height, width))
-
-
-def same_aspect(mask: tuple[int, int], cells: tuple[int, int]) -> bool:
-    """Whether a mask may be one of the whole picture, as far as rounding tells.
-
-    Both come from one original: the mask is it at some scale with its sides rounded to pixels, the picture is it with
-    its sides rounded to cells. Rounding goes down, up or to the nearest, alike for both sides.
-
-    Args:
-        mask: its height and width in pixels.
-        cells: those of the picture in latent cells.
-    """
-    for (pixel_below, pixel_above), (cell_below, cell_above) in product(_ROUNDINGS, _ROUNDINGS):
-        least, most = ([2 * side + off for side in mask] for off in (pixel_below, pixel_above))
-        shortest, longest = ([2 * side + off for side in cells] for off in (cell_below, cell_above))
-        # The scales that each side allows, least / longest to most / shortest, have some in common.
-        if least[0] * shortest[1] < most[1] * longest[0] and least[1] * shortest[0] < most[0] * longest[1]:
-            return True
-    return False
-
-
-def to_pixels(mask: Tensor, height: int, width: int) -> Tensor:
-    """The pixels that belong to the cells of a latent mask.
-
-    Args:
-        mask: bool ``[B, latent height, latent width]``.
-        height, width: of the picture, multiples of the mask's.
-
-    Returns:
-        bool ``[B, height, width]``.
-
-    Raises:
-        MaskError: the picture's size is not a multiple of the mask's.
-    """
-    rows, columns = mask.shape[-2:]
-    if height % rows or width % columns:
-        raise MaskError(f"a picture of {height}x{width} pixels is no multiple of its {rows}x{columns} latents")
-    return mask.repeat_interleave(height // rows, dim=-2).repeat_interleave(width // columns, dim=-1)
-
-
-def grow_mask(mask: Tensor, cells: int) -> Tensor:
-    """Grow a mask by a number of cells in every direction, diagonals included; bool ``[B, height, width]``."""
-    if cells == 0:
-        return mask
-    return functional.max_pool2d(mask.float(), 2 * cells + 1, stride=1, padding=cells) > 0
-
-
-def paste_outside(
-    edited: Tensor, base: Tensor, mask: Tensor, measured: Tensor | None = None
-) -> tuple[Tensor, tuple[float, float]]:
-    """Take the pixels outside the mask from the base picture.
-
-    Args:
-        edited, base: pictures ``[B, 3, height, width]``, values from 0 to 1.
-        mask: bool ``[B or 1, height, width]``, true where the edited picture counts.
-        measured: bool, of the mask's form: where differences outside the mask are looked at; None: everywhere.
-
-    Returns:
-        The picture, and the greatest and the mean absolute difference outside the mask before pasting (0 when there is
-        nothing outside).
-    """
-    inside = mask.unsqueeze(1).expand_as(edited)
-    looked_at = ~mask if measured is None else measured & ~mask
-    apart = (edited.float() - base.float()).abs()[looked_at.unsqueeze(1).expand_as(edited)]
-    error = (float(apart.max()), float(apart.mean())) if apart.numel() else (0.0, 0.0)
-    return torch.where(inside, edited, base), error

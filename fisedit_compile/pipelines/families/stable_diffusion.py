@@ -1,0 +1,15 @@
+"""Pipelines with a U-Net: Stable Diffusion 1.x, 2.x and XL, Kolors, latent consistency models and their relatives.
+
+Latents are maps. Guidance doubles the batch of the network, and distilled networks take the scale as an input
+(``timestep_cond``, an embedding that does not depend on the prompt). All prompts have one length.
+"""
+
+from __future__ import annotations
+
+from fisedit_compile.pipelines.families.family import Family, has_part
+
+STABLE_DIFFUSION = Family(
+    name="Stable Diffusion",
+    belongs=lambda pipe: has_part(pipe, "unet"),
+    network="unet",
+)

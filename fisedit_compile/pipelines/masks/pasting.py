@@ -1,0 +1,87 @@
+"""Pasting what lies outside of a mask from the picture that is edited: latents after every step, pixels in the end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fisedit_compile.pipelines.masks.cells import LatentCells, grow_mask, to_pixels
+from fisedit_compile.pipelines.report import SeamError
+from fisedit_compile.pipelines.safety import Flagged, unflagged, with_flagged
+
+
+def paste_latents(cells: LatentCells, latents: Tensor, recorded: Tensor, mask: Tensor) -> Tensor:
+    """The latents inside the mask, and the recorded ones outside it.
+
+    Args:
+        cells: of the latents.
+        latents, recorded: of one shape, which the cells hold.
+        mask: bool ``[B or 1, height, width]`` at the autoencoder's resolution, as the cells make it.
+    """
+    if cells.tokens is not None and latents.shape[-2:] != (cells.domain.height, cells.domain.width):
+        mask = mask[:, :: cells.side, :: cells.side]
+    if latents.dim() == 3:
+        inside = mask.flatten(1).unsqueeze(2)
+    else:
+        inside = mask.unflatten(0, (-1, *[1] * (latents.dim() - 3)))
+    mixed = torch.where(inside, latents, recorded.to(latents.dtype))
+    # The next call of the network must see the strides it was compiled for: those of the latents, as a clone has.
+    return latents.clone().copy_(mixed)
+
+
+def paste_pixels(
+    edited: Tensor, base: Tensor, mask: Tensor, measured: Tensor | None = None
+) -> tuple[Tensor, tuple[float, float]]:
+    """Take the pixels outside the mask from the base picture.
+
+    Args:
+        edited, base: pictures ``[B, 3, height, width]``, values from 0 to 1.
+        mask: bool ``[B or 1, height, width]``, true where the edited picture counts.
+        measured: bool, of the mask's form: where differences outside the mask are looked at; None: everywhere.
+
+    Returns:
+        The picture, and the greatest and the mean absolute difference outside the mask before pasting (0 when there is
+        nothing outside).
+    """
+    inside = mask.unsqueeze(1).expand_as(edited)
+    looked_at = ~mask if measured is None else measured & ~mask
+    apart = (edited.float() - base.float()).abs()[looked_at.unsqueeze(1).expand_as(edited)]
+    error = (float(apart.max()), float(apart.mean())) if apart.numel() else (0.0, 0.0)
+    return torch.where(inside, edited, base), error
+
+
+@dataclass(frozen=True)
+class Pasted:
+    """An edited picture with what lies outside the mask from the one before.
+
+    Attributes:
+        pixels: ``[B, 3, height, width]``, values from 0 to 1.
+        mask: bool ``[B or 1, height, width]``, the pixels that may differ.
+        seam: how far the pixels next to the mask were apart; None: nothing was decoded there.
+    """
+
+    pixels: Tensor
+    mask: Tensor
+    seam: SeamError | None
+
+
+def paste_picture(
+    pixels: Tensor, base: Tensor, mask: Tensor, halo: int, decoded_outside: bool, flagged: Flagged
+) -> Pasted:
+    """Paste the pixels outside the mask into an edited picture, but for samples that a safety checker blackened.
+
+    Args:
+        pixels, base: ``[B, 3, height, width]``, values from 0 to 1: as decoded, and of the picture that was edited.
+        mask: bool ``[B or 1, latent height, latent width]``.
+        halo: latent cells around the mask that were decoded as well.
+        decoded_outside: whether more was decoded than the mask and its halo.
+        flagged: for each sample, whether it was blackened; None: no checker.
+    """
+    pixel_mask = to_pixels(mask, *pixels.shape[-2:])
+    near = to_pixels(grow_mask(mask, max(1, halo)), *pixels.shape[-2:])
+    pasted, errors = paste_pixels(*unflagged((pixels, base, pixel_mask, near), flagged))
+    # Without a halo nothing was decoded outside the mask, so there is nothing to compare.
+    compared = len(pasted) and (halo or decoded_outside)
+    return Pasted(with_flagged(pasted, pixels, flagged), pixel_mask, SeamError(*errors) if compared else None)
