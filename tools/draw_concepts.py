@@ -67,7 +67,7 @@ class Drawing:
         width, height = self._size
         head = (
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-            f'font-family="sans-serif">'
+            f'font-family="sans-serif" shape-rendering="crispEdges">'
         )
         return "\n".join([head, *self._lines, "</svg>", ""])
 

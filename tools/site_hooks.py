@@ -22,6 +22,8 @@ ELSEWHERE = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
 }
+#: The project indents lists in lists by the width of the number in front; the site's parser wants four spaces.
+INNER_LIST = re.compile(r"^ {2,3}(?=[*-] )", re.MULTILINE)
 LINK = re.compile(r"\]\((?P<path>[^)#:\s]+)(?P<anchor>#[^)\s]*)?\)")
 
 
@@ -33,9 +35,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Have links lead to where pages are in the site."""
+    """Have links lead to where pages are in the site, and lists in lists be such."""
     sources = {name: source for source, name in ELSEWHERE.items()}
-    return relink(markdown, sources.get(page.file.src_uri, f"docs/{page.file.src_uri}"))
+    spaced = INNER_LIST.sub("    ", markdown)
+    return relink(spaced, sources.get(page.file.src_uri, f"docs/{page.file.src_uri}"))
 
 
 def relink(markdown: str, source: str) -> str:
