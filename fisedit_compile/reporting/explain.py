@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import networkx
 import torch
 from torch import Tensor, fx
 from torch.nn import functional
@@ -19,6 +21,7 @@ from fisedit_compile.options import Options, parse_options
 from fisedit_compile.passes import Miss, Program, build_program
 from fisedit_compile.passes.common.report import MacCount
 from fisedit_compile.reporting import measured
+from fisedit_compile.reporting.flow import flow_graph, write_graph
 from fisedit_compile.reporting.kernels import KernelChoice, kernel_choices
 from fisedit_compile.reporting.tables import Table, render
 from fisedit_compile.runtime.masks import prepare_mask, reduce_mask, tile_mask
@@ -129,6 +132,19 @@ class ExplainReport:
     def macs_at(self, densities: Mapping[Domain, float]) -> float:
         """Multiply-accumulates of one edit call, given the share of active positions of each resolution."""
         return sum(program.report.macs_at(densities) for program in self.programs)
+
+    @property
+    def graph(self) -> networkx.DiGraph:
+        """Resolutions of the network, what stays dense, and the operators in between; see ``reporting.flow``."""
+        return flow_graph([program.report for program in self.programs])
+
+    def write_graph(self, path: str | Path) -> None:
+        """Write ``graph`` to a file: a drawing (``.svg``), for Graphviz (``.dot``), or node-link data (``.json``).
+
+        Raises:
+            OptionError: the file has another ending.
+        """
+        write_graph(self.graph, Path(path))
 
     @property
     def matches(self) -> Counter[str]:

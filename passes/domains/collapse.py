@@ -102,7 +102,7 @@ def collapse(graph_module: fx.GraphModule, opaque: Opaque, report: Report) -> fx
         graph.erase_node(node)
     report.matches.clear()
     report.misses.clear()
-    report.connections.clear()
+    report.flow.clear()
     report.lost.clear()
     report.match(NAME)
     if report.dense_reason is None:
