@@ -47,7 +47,7 @@ def fisedit(
     Args:
         gm: the graph; outside record and edit it runs as it is.
         example_inputs: its flat inputs.
-        mode: one of ``config.MODES``.
+        mode: one of ``options.MODES``.
         options: ``runtime`` (a ``Runtime``; None: ``default_runtime()``), ``norm``, ``lowering``, ``packing``,
             ``convolution``, ``cuda_graphs``, ``tokens``, ``content``, ``disable_passes``.
 

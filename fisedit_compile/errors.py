@@ -1,8 +1,14 @@
 """Every error the package raises on purpose. Each message says what was expected, what came, and what to do."""
 
+from __future__ import annotations
+
+from typing import ClassVar
+
 
 class FisEditError(Exception):
     """Base class of all errors raised by fisedit-compile.
+
+    A traceback ends in a line that says where the documentation explains the class.
 
     Args:
         fact: what was expected, and what came.
@@ -10,15 +16,30 @@ class FisEditError(Exception):
             an edit session, who never sees the runtime.
     """
 
+    #: Whether it is in the user's hands, so that the documentation has something to advise.
+    explained: ClassVar[bool] = True
+
     def __init__(self, fact: str = "", *, advice: str = "") -> None:
         super().__init__(f"{fact}; {advice}" if advice else fact)
         self.fact = fact
         self.advice = advice
+        if self.explained:
+            # A note and no part of the message: the command line and sessions show the message alone.
+            self.add_note(f"What causes a {type(self).__name__} and what to do: {catalogue_entry(type(self))}")
 
     def reword(self, fact: str, advice: str) -> None:
         """Say the same in other words."""
         self.fact, self.advice = fact, advice
         self.args = (f"{fact}; {advice}" if advice else fact,)
+
+
+def catalogue_entry(kind: type[FisEditError]) -> str:
+    """Where the documentation explains an error: a file of the project, and the anchor in it.
+
+    Classes that other modules derive are explained with the class of this module that they are derived from.
+    """
+    own = next(parent for parent in kind.__mro__ if parent.__module__ == __name__)
+    return f"docs/errors.md#{own.__name__.lower()}"
 
 
 class OptionError(FisEditError, ValueError):
@@ -61,5 +82,24 @@ class PipelineError(FisEditError, ValueError):
     """The pipeline, or an argument given to an EditSession, cannot be used."""
 
 
+class MissingPackageError(FisEditError, ImportError):
+    """A package that only a part of fisedit-compile needs is not installed.
+
+    Args:
+        package: its name, as it is installed.
+        purpose: what needs it: "edit sessions".
+        extra: of fisedit-compile that brings it; "" for what fisedit-compile itself brings.
+    """
+
+    def __init__(self, package: str, purpose: str, extra: str = "") -> None:
+        wanted = f"'fisedit-compile[{extra}]'" if extra else package
+        super().__init__(
+            f"the package {package} is not installed, which this needs: {purpose}", advice=f"run: pip install {wanted}"
+        )
+        self.name = package
+
+
 class GraphError(FisEditError, RuntimeError):
     """A graph breaks an invariant of the compiler: a defect of the package, never of the user's model."""
+
+    explained = False

@@ -93,8 +93,10 @@ class Settings:
     seed: int = 0
 
     def check(self) -> None:
-        """Raises:
-        OptionError: the dtype is unknown, or there is nothing to measure.
+        """Refuse what cannot be measured.
+
+        Raises:
+            OptionError: the dtype is unknown, or there is nothing to measure.
         """
         if self.dtype not in DTYPES:
             raise OptionError(f"unknown dtype {self.dtype!r}; expected one of {', '.join(DTYPES)}")

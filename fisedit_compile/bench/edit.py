@@ -66,8 +66,10 @@ class Settings:
     seed: int = 0
 
     def check(self) -> None:
-        """Raises:
-        OptionError: a dtype or decoder is unknown, or the steps or repeats are impossible.
+        """Refuse what cannot be measured.
+
+        Raises:
+            OptionError: a dtype or decoder is unknown, or the steps or repeats are impossible.
         """
         for name in (self.dtype, self.storage or self.dtype):
             if name not in DTYPES:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fisedit_compile.errors import OptionError
+from fisedit_compile.errors import MissingPackageError, OptionError
 
 #: Colours that people with colour vision deficiency can tell apart.
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#666666"
@@ -16,14 +16,12 @@ def require_matplotlib() -> Any:
     """``matplotlib.figure.Figure``; it needs no display.
 
     Raises:
-        OptionError: matplotlib is not installed.
+        MissingPackageError: matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise OptionError(
-            "plots need matplotlib, which is not installed; install it with pip install 'fisedit-compile[plot]'"
-        ) from error
+        raise MissingPackageError("matplotlib", "plots", extra="plot") from error
     return Figure
 
 
@@ -31,7 +29,8 @@ def check_target(path: Path) -> None:
     """Find out before a long measurement whether a plot can be written.
 
     Raises:
-        OptionError: matplotlib is not installed, or it does not know the file's ending.
+        MissingPackageError: matplotlib is not installed.
+        OptionError: it does not know the file's ending.
     """
     known = require_matplotlib()().canvas.get_supported_filetypes()
     if path.suffix[1:].lower() not in known:

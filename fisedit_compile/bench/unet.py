@@ -71,8 +71,10 @@ class Settings:
     seed: int = 0
 
     def check(self) -> None:
-        """Raises:
-        OptionError: a dtype is unknown, or there is nothing to measure.
+        """Refuse what cannot be measured.
+
+        Raises:
+            OptionError: a dtype is unknown, or there is nothing to measure.
         """
         for name in (self.dtype, self.storage or self.dtype):
             if name not in DTYPES:

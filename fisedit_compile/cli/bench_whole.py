@@ -148,8 +148,10 @@ def ablation(
 
 
 def check_density(density: float) -> None:
-    """Raises:
-    typer.BadParameter: it is not above 0 and at most 1.
+    """Refuse a share that is none.
+
+    Raises:
+        typer.BadParameter: it is not above 0 and at most 1.
     """
     if not 0.0 < density <= 1.0:
         raise typer.BadParameter(f"expected a number above 0 and at most 1, got {density}", param_hint="--density")

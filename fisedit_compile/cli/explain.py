@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -28,16 +29,27 @@ def explain(
             metavar="NAME",
         ),
     ] = None,
+    graph: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also write the graph of resolutions, and of what flows where, to this file: a drawing (.svg), for "
+            "Graphviz (.dot), or node-link data (.json)."
+        ),
+    ] = None,
 ) -> None:
     """Explain what becomes sparse in a U-Net.
 
     Nothing is computed and no weights are needed: the network is built without them.
     """
+    if graph is not None:
+        from fisedit_compile.reporting.flow import check_ending
+
+        check_ending(graph)
     options.quiet()
     import torch
     from rich.console import Console
 
-    import fisedit_compile
+    from fisedit_compile import explain as explain_network
     from fisedit_compile.bench import networks as models
     from fisedit_compile.reporting.kernels import named_chip
 
@@ -46,7 +58,10 @@ def explain(
     unet = models.build_unet(model, dtype, device="meta")
     positional, named = models.example_inputs(model, options.parse_size(size), batch, dtype, device="meta")
     with Console(stderr=True).status("tracing"):
-        report = fisedit_compile.reporting.explain(unet, *positional, **named)
+        report = explain_network(unet, *positional, **named)
     typer.echo(str(report))
     if gpu is not None:
         typer.echo(report.describe_kernels(gpu))
+    if graph is not None:
+        report.write_graph(graph)
+        typer.echo(f"graph in {graph}")

@@ -21,10 +21,12 @@ class CompiledGraph:
     """
 
     def __init__(self, dense: Dense, runtime: PhaseSource, build: Callable[[], Executable]) -> None:
-        """Args:
-        dense: the graph as Dynamo made it.
-        runtime: says whether a call is recorded or edited.
-        build: makes the executable; called once.
+        """Keep what is needed to build the executable later.
+
+        Args:
+            dense: the graph as Dynamo made it.
+            runtime: says whether a call is recorded or edited.
+            build: makes the executable; called once.
         """
         self.dense = dense
         self._runtime = runtime

@@ -61,14 +61,16 @@ class Executable:
         lowering: str = "plain",
         capturer: Capturer | None = None,
     ) -> None:
-        """Args:
-        dense: the graph as Dynamo made it.
-        program: None when the graph could not be traced, so that it always runs densely and stores nothing;
-            ``identity.dense_reason`` then says why.
-        runtime: whose recordings these are.
-        identity: names the graph in recordings and messages.
-        lowering: of the record and edit graphs.
-        capturer: captures and replays the launches of edit graphs; None: they are launched one by one.
+        """Prepare to run a program; nothing is lowered yet.
+
+        Args:
+            dense: the graph as Dynamo made it.
+            program: None when the graph could not be traced, so that it always runs densely and stores nothing;
+                ``identity.dense_reason`` then says why.
+            runtime: whose recordings these are.
+            identity: names the graph in recordings and messages.
+            lowering: of the record and edit graphs.
+            capturer: captures and replays the launches of edit graphs; None: they are launched one by one.
         """
         self.dense = dense
         self.program = program

@@ -191,11 +191,13 @@ class ReplayedGraph:
     """A lowered graph that is captured at the second call with inputs of one form, and replayed from then on."""
 
     def __init__(self, run: Lowered, roles: Roles, capturer: Capturer, label: str) -> None:
-        """Args:
-        run: the graph.
-        roles: of its inputs.
-        capturer: for the device of its tensors.
-        label: the graph in words, for messages.
+        """Prepare to capture a graph.
+
+        Args:
+            run: the graph.
+            roles: of its inputs.
+            capturer: for the device of its tensors.
+            label: the graph in words, for messages.
         """
         self._run = run
         self._roles = roles

@@ -1,8 +1,13 @@
 """Edit sessions on diffusers pipelines."""
 
-from fisedit_compile.pipelines.masks.finding import AutomaticMask
-from fisedit_compile.pipelines.picture import Picture
-from fisedit_compile.pipelines.report import Report, SeamError
-from fisedit_compile.pipelines.session import EditSession
+from fisedit_compile.errors import MissingPackageError
+
+try:
+    from fisedit_compile.pipelines.masks.finding import AutomaticMask
+    from fisedit_compile.pipelines.picture import Picture
+    from fisedit_compile.pipelines.report import Report, SeamError
+    from fisedit_compile.pipelines.session import EditSession
+except ModuleNotFoundError as error:
+    raise MissingPackageError(error.name or str(error), "edit sessions") from error
 
 __all__ = ["AutomaticMask", "EditSession", "Picture", "Report", "SeamError"]

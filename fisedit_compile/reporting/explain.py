@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import networkx
 import torch
 from torch import Tensor, fx
 from torch.nn import functional
@@ -21,7 +22,9 @@ from fisedit_compile.passes.common.report import MacCount
 from fisedit_compile.private.dynamo import OptimizedModule, compile_settings
 from fisedit_compile.private.operators import schema_of
 from fisedit_compile.reporting import measured
+from fisedit_compile.reporting.flow import flow_graph, write_graph
 from fisedit_compile.reporting.kernels import KernelChoice, kernel_choices
+from fisedit_compile.reporting.tables import Table, render
 from fisedit_compile.runtime.masks import prepare_mask, reduce_mask, tile_mask
 from fisedit_compile.runtime.plans import IndexPlan, build_plan
 from fisedit_compile.runtime.spec import Domain, PlanInput, Site
@@ -93,17 +96,6 @@ def fine_mask(program: SparseProgram, mask: Any) -> Tensor:
     return reduce_mask(tile_mask(prepare_mask(given), program.batch), program.mask_domain)
 
 
-def render(tables: Sequence[Any]) -> str:
-    """Tables of rich as text."""
-    from rich.console import Console
-
-    console = Console(file=io.StringIO(), width=110, color_system=None)
-    for table in tables:
-        console.print(table)
-    text: str = console.file.getvalue()  # type: ignore[attr-defined]
-    return "\n".join(line.rstrip() for line in text.splitlines())
-
-
 class ExplainReport:
     """Sums over the graphs of a network; ``print`` shows them as tables."""
 
@@ -139,6 +131,19 @@ class ExplainReport:
     def macs_at(self, densities: Mapping[Domain, float]) -> float:
         """Multiply-accumulates of one edit call, given the share of active positions of each resolution."""
         return sum(program.report.macs_at(densities) for program in self.programs)
+
+    @property
+    def graph(self) -> networkx.DiGraph:
+        """Resolutions of the network, what stays dense, and the operators in between; see ``reporting.flow``."""
+        return flow_graph([program.report for program in self.programs])
+
+    def write_graph(self, path: str | Path) -> None:
+        """Write ``graph`` to a file: a drawing (``.svg``), for Graphviz (``.dot``), or node-link data (``.json``).
+
+        Raises:
+            OptionError: the file has another ending.
+        """
+        write_graph(self.graph, Path(path))
 
     @property
     def matches(self) -> Counter[str]:
@@ -212,15 +217,13 @@ class ExplainReport:
 
     def describe_kernels(self, chip: Chip) -> str:
         """The choices for a few densities as tables."""
-        from rich.table import Table
-
         tables = []
         for density in KERNEL_DENSITIES:
             choices = self.kernel_choices(density, chip)
             headings = ("rows", "channels", "taps", "count", "kernel", "microseconds", "dense")
             total = 1e3 * sum(choice.seconds for choice in choices)
             title = f"Convolutions on {chip}, ragged mask of {100 * density:g} %: {total:.2f} ms expected"
-            table = Table(*headings, title=title)
+            table = Table(title, headings)
             for found in choices:
                 problem, choice = found.problem, found.choice
                 table.add_row(
@@ -242,11 +245,8 @@ class ExplainReport:
     def __str__(self) -> str:
         return render(self._tables())
 
-    def _tables(self) -> list[Any]:
-        from rich.markup import escape
-        from rich.table import Table
-
-        summary = Table(title="Summary", show_header=False)
+    def _tables(self) -> list[Table]:
+        summary = Table("Summary")
         traced = sum(graph.traced for graph in self.graphs)
         summary.add_row("graphs", f"{len(self.graphs)}, of which {traced} traced")
         summary.add_row("sparse share of the multiply-accumulates", f"{100 * self.sparse_mac_fraction:.2f} %")
@@ -257,14 +257,14 @@ class ExplainReport:
             summary.add_row("packed copies of weights", format_bytes(packed))
         tables = [summary]
         if any(isinstance(program, SparseProgram) for program in self.programs):
-            costs = Table("density", "multiply-accumulates", "of dense", "loaded", title="An edit call, ragged mask")
+            costs = Table("An edit call, ragged mask", ("density", "multiply-accumulates", "of dense", "loaded"))
             for density in DENSITIES:
                 cost = self.cost(density)
                 share = cost.macs / self.total_macs if self.total_macs else 1.0
                 row = f"{cost.macs / 1e9:.3f} G", f"{100 * share:.1f} %", format_bytes(cost.bytes_loaded)
                 costs.add_row(f"{100 * density:g} %", *row)
             tables.append(costs)
-        passes = Table("pass", "rewrites", "rules that did not apply", "seconds", title="Passes")
+        passes = Table("Passes", ("pass", "rewrites", "rules that did not apply", "seconds"))
         missed = Counter(miss.pass_name for miss in self.misses)
         matches, seconds = self.matches, self.seconds
         for name in dict.fromkeys((*seconds, *matches, *missed)):
@@ -278,13 +278,13 @@ class ExplainReport:
             reasons = Counter((miss.target, miss.reason) for miss in found)
             first = {(miss.target, miss.reason): miss.node for miss in reversed(found)}
             if reasons:
-                table = Table("operator", "count", "first", "reason", title=title)
+                table = Table(title, ("operator", "count", "first", "reason"))
                 for (target, reason), count in reasons.most_common():
-                    table.add_row(*map(escape, (target, str(count), first[target, reason], reason)))
+                    table.add_row(target, str(count), first[target, reason], reason)
                 tables.append(table)
         rows = sum((program.report.row_convolutions for program in self.programs), Counter())
         if rows:
-            table = Table("reason", "count", title="Convolutions with no other way than row by row")
+            table = Table("Convolutions with no other way than row by row", ("reason", "count"))
             for reason, count in rows.most_common():
                 table.add_row(reason, str(count))
             tables.append(table)
@@ -294,10 +294,10 @@ class ExplainReport:
             ("Attention", self.measured_attention()),
         ):
             if times:
-                table = Table("case", "fastest", "milliseconds", title=f"{title}, as measured on this machine")
+                table = Table(f"{title}, as measured on this machine", ("case", "fastest", "milliseconds"))
                 for case, spent in times.items():
                     shown = ", ".join(f"{way} {1000 * second:.2f}" for way, second in spent.items())
-                    table.add_row(escape(case), min(spent, key=spent.__getitem__), shown)
+                    table.add_row(case, min(spent, key=spent.__getitem__), shown)
                 tables.append(table)
         return tables
 
@@ -366,7 +366,8 @@ def explain(model: Any, *args: Any, **kwargs: Any) -> ExplainReport:
     Args:
         model: a module or function; the options of a module that ``torch.compile(..., backend="fisedit")`` returned
             count, others are taken with the default ones.
-        args, kwargs: of the call.
+        *args: of the call.
+        **kwargs: of the call.
 
     Raises:
         OptionError: one of the module's options is unknown or has an invalid value.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fisedit_compile.errors import MissingPackageError
+
 if TYPE_CHECKING:
     import torch
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
@@ -25,9 +27,15 @@ def load_pipeline(dtype: torch.dtype | None = None, weights: Path | None = None)
 
     Raises:
         FileNotFoundError: the folder holds no pipeline.
+        MissingPackageError: diffusers or transformers is not installed.
     """
     import torch
-    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+
+    try:
+        import transformers  # noqa: F401  (diffusers hides that it is missing, and then lacks the pipeline)
+        from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+    except ModuleNotFoundError as error:
+        raise MissingPackageError(error.name or str(error), "the scenes model") from error
 
     folder = WEIGHTS if weights is None else weights
     if not (folder / "model_index.json").is_file():

@@ -26,11 +26,13 @@ class Opaque:
         strides: Sequence[tuple[int, ...] | None],
         changed: Collection[int] = (),
     ) -> None:
-        """Args:
-        run: the graph; takes the flat inputs and returns the outputs.
-        reason: see above.
-        strides: of each input as the graph knows it; None for what is no tensor.
-        changed: see above.
+        """Wrap a graph.
+
+        Args:
+            run: the graph; takes the flat inputs and returns the outputs.
+            reason: see above.
+            strides: of each input as the graph knows it; None for what is no tensor.
+            changed: see above.
         """
         self._run = run
         # A copy of what the graph changes would keep the change from the caller.

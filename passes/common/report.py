@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+import networkx
 from torch import fx
 
 from fisedit_compile.runtime.spec import Domain, Site
@@ -53,7 +54,7 @@ class Report:
         row_convolutions: how many convolutions are computed row by row only, by the reason.
         packed_bytes: what packed copies of weights take.
         dense_reason: why the graph has no edit graph; None when it has one.
-        connections: how many values flow between two resolutions, by kind of connection.
+        flow: which operators lead from one resolution to another, as ``domain_graph`` has it.
     """
 
     matches: Counter[str] = field(default_factory=Counter)
@@ -66,7 +67,7 @@ class Report:
     row_convolutions: Counter[str] = field(default_factory=Counter)
     packed_bytes: int = 0
     dense_reason: str | None = None
-    connections: Counter[tuple[str, str, Connection]] = field(default_factory=Counter)
+    flow: networkx.MultiDiGraph = field(default_factory=networkx.MultiDiGraph)
 
     def match(self, pass_name: str) -> None:
         """Count one rewrite."""
@@ -83,6 +84,11 @@ class Report:
     def lose(self, pass_name: str, node: fx.Node, reason: str) -> None:
         """Note that it is not known how ``node`` moves positions."""
         self.lost.append(Miss(pass_name, node.name, str(node.target), reason))
+
+    @property
+    def connections(self) -> Counter[tuple[str, str, str]]:
+        """How many values flow between two resolutions, by kind of connection."""
+        return Counter((str(source), str(target), data["kind"]) for source, target, data in self.flow.edges(data=True))
 
     @property
     def total_macs(self) -> int:

@@ -57,7 +57,7 @@ def collapse(compilation: Compilation) -> None:
         graph.erase_node(node)
     report.matches.clear()
     report.misses.clear()
-    report.connections.clear()
+    report.flow.clear()
     report.lost.clear()
     report.match(NAME)
     if report.dense_reason is None:

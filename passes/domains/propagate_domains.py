@@ -342,5 +342,4 @@ def propagate_domains(compilation: Compilation) -> None:
             for node, reason in movement.lost.items():
                 report.lose(NAME, node, reason)
     report.matches[NAME] += len(inputs)
-    for source, target, data in domain_graph(graph).edges(data=True):
-        report.connections[str(source), str(target), data["kind"]] += 1
+    report.flow = domain_graph(graph)

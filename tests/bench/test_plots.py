@@ -12,7 +12,7 @@ from PIL import Image
 
 from fisedit_compile.bench import plots
 from fisedit_compile.cli.bench import parse_sizes
-from fisedit_compile.errors import OptionError
+from fisedit_compile.errors import MissingPackageError, OptionError
 
 pytest.importorskip("matplotlib")
 
@@ -79,7 +79,7 @@ def test_without_matplotlib_it_says_what_to_install(monkeypatch: pytest.MonkeyPa
         return usual(name, *arguments, **keywords)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(OptionError, match=r"fisedit-compile\[plot\]"):
+    with pytest.raises(MissingPackageError, match=r"matplotlib.*fisedit-compile\[plot\]"):
         plots.check_target(Path("plot.png"))
 
 

@@ -87,6 +87,7 @@ def test_help_does_not_import_torch() -> None:
         ),
         (["explain", "--model", "sd99"], 1, "sd15, sd21, sdxl, scenes"),
         (["explain", "--chip", "Z80"], 1, "unknown chip 'Z80'; expected one of T4"),
+        (["explain", "--graph", "flow.png"], 1, "ending in one of .svg, .dot, .json"),
         (["explain", "--model", "scenes", "--size", "30x30"], 1, "multiple of 4"),
     ],
 )
@@ -201,6 +202,14 @@ def test_explain_reads_a_folders_configuration(folder: str, capsys: pytest.Captu
     assert run("explain", "--model", folder, "--size", "64x96") == 0
     text = capsys.readouterr().out
     assert "conv" in text and "Convolutions on" not in text
+
+
+def test_explain_writes_the_graph(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "flow.json"
+    assert run("explain", "--model", folder, "--size", "64x96", "--graph", str(path)) == 0
+    assert f"graph in {path}" in capsys.readouterr().out
+    names = {node["id"] for node in json.loads(path.read_text())["nodes"]}
+    assert len(names) > 2 and all("x" in name or name in ("dense", "not spatial") for name in names)
 
 
 def test_explain_shows_the_kernels_of_a_chip(folder: str, capsys: pytest.CaptureFixture[str]) -> None:

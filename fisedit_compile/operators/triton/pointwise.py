@@ -122,8 +122,10 @@ class Chain:
         return f"{step.operator}({', '.join(others)})" if others else step.operator
 
     def check(self) -> None:
-        """Raises:
-        ValueError: an unknown operator, kind or operand, or a number that has no literal.
+        """Refuse a chain that cannot be written as code.
+
+        Raises:
+            ValueError: an unknown operator, kind or operand, or a number that has no literal.
         """
         for kind in self.kinds:
             if kind not in KINDS:

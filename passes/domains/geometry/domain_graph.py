@@ -141,19 +141,22 @@ def connection_kind(node: fx.Node) -> Connection:
 
 
 def domain_graph(graph: fx.Graph) -> networkx.MultiDiGraph:
-    """Vertices are resolutions, and ``NOT_SPATIAL`` for all other values; edges carry ``node`` and ``kind``.
+    """Vertices are resolutions, and ``NOT_SPATIAL`` for all other values; an edge is an operator that reads one.
 
-    The graph must carry the annotations of propagate_domains.
+    An edge carries ``node`` and ``operator``, the names of the operator's node and of what it computes, ``kind``, and
+    ``first``: of the edges of one node, one is the first. The graph must carry the annotations of propagate_domains.
     """
     domains = networkx.MultiDiGraph()
     for node in graph.nodes:
         if node.op != "call_function":
             continue
-        target: Domain | str = spatial.domain if (spatial := spatial_of(node)) else NOT_SPATIAL
-        sources = {spatial.domain for value in node.all_input_nodes if (spatial := spatial_of(value))}
-        for source in sources:
+        outputs = [spatial_of(node), *node.meta.get(SPATIAL_OUTPUTS, ())]
+        target: Domain | str = next((spatial.domain for spatial in outputs if spatial), NOT_SPATIAL)
+        sources = dict.fromkeys(spatial.domain for value in node.all_input_nodes if (spatial := spatial_of(value)))
+        for number, source in enumerate(sources):
             kind = connection_kind(node)
             # Only reshapes to patches and back lead from rows to rows of another resolution.
             moved = kind == "rows" and isinstance(target, Domain) and source != target
-            domains.add_edge(source, target, node=node.name, kind="stencil" if moved else kind)
+            kind = "stencil" if moved else kind
+            domains.add_edge(source, target, node=node.name, operator=str(node.target), kind=kind, first=number == 0)
     return domains

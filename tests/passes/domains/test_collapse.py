@@ -111,7 +111,7 @@ def test_condition_3_what_is_gone_leaves_the_report() -> None:
     made = traced(builder)
     report.match("canonicalize")
     report.miss("propagate_domains", made[0], "no rule")
-    report.connections["a", "b", "rows"] += 1
+    report.flow.add_edge("a", "b", kind="rows")
     run(builder, opaque(), *made, report=report)
     assert dict(report.matches) == {"collapse": 1} and not report.misses and not report.connections
 
