@@ -158,18 +158,26 @@ def _build(
     gm: fx.GraphModule,
     inputs: GraphInputs,
     runtime: PhaseSource,
-    label: str,
+    identity: GraphIdentity,
     surroundings: str,
     options: Options,
-    resumed: str | None,
 ) -> Executable:
-    """Trace a graph and make its program."""
+    """Trace a graph and make its program.
+
+    Args:
+        gm: as Dynamo made it.
+        inputs: what was noted of it then.
+        runtime: whose recordings will be made.
+        identity: what is known of the graph before it is traced.
+        surroundings: what its program depends on besides.
+        options: of the backend.
+    """
+    label = identity.label
     try:
         with private.compiling():
             traced = trace(gm, inputs)
     except UntraceableGraph as error:
-        infos = declare_content(inputs.infos, options.content)
-        return _stays_dense(gm, infos, runtime, label, f"{surroundings} {_given(inputs.values)}", error, resumed)
+        return _stays_dense(gm, runtime, identity, f"{surroundings} {_given(inputs.values)}", error)
     opaque, infos = traced.opaque, declare_content(traced.input_infos, options.content)
     # Hashed before the passes, which work on this very graph.
     if opaque is None:
@@ -181,7 +189,15 @@ def _build(
     _warn_of_lost_positions(label, program)
     digest = hashlib.sha256(f"{digest} {program.sites}".encode()).hexdigest()
     reason = program.report.dense_reason or (opaque.reason if opaque is not None else None)
-    identity = GraphIdentity(digest, label, infos, traced.numbers, traced.constants, reason, traced.steady, resumed)
+    identity = replace(
+        identity,
+        graph_hash=digest,
+        input_infos=infos,
+        numbers=traced.numbers,
+        constants=traced.constants,
+        dense_reason=reason,
+        steady=traced.steady,
+    )
     if opaque is not None:
         # What surrounds it is little, and it may do what cannot be captured.
         return Executable(gm, program, runtime, identity)
@@ -213,18 +229,11 @@ def _given(values: Sequence[Any]) -> list[str]:
 
 
 def _stays_dense(
-    gm: fx.GraphModule,
-    infos: tuple[InputInfo, ...],
-    runtime: PhaseSource,
-    label: str,
-    surroundings: str,
-    error: UntraceableGraph,
-    resumed: str | None,
+    gm: fx.GraphModule, runtime: PhaseSource, identity: GraphIdentity, surroundings: str, error: UntraceableGraph
 ) -> Executable:
-    logger.info("%s stays dense: %s", label, error)
-    digest = structural_hash(gm, infos, surroundings, fixed_sizes(gm))
-    identity = GraphIdentity(digest, label, infos, dense_reason=str(error), resumed=resumed)
-    return Executable(gm, None, runtime, identity)
+    logger.info("%s stays dense: %s", identity.label, error)
+    digest = structural_hash(gm, identity.input_infos, surroundings, fixed_sizes(gm))
+    return Executable(gm, None, runtime, replace(identity, graph_hash=digest, dense_reason=str(error)))
 
 
 def fisedit(
@@ -258,9 +267,9 @@ def fisedit(
     parsed = replace(parsed, disabled_passes=disabled_passes(parsed))
     spell_literals(gm)
     surroundings = _surroundings(example_inputs, parsed)
-    resumed = break_before()
     infos = declare_content(describe_inputs(gm, example_inputs), parsed.content)
     label = _label(infos, example_inputs)
+    identity = GraphIdentity("", label, infos, resumed=break_before(), fills=private.changes_what_is_kept())
     if reason := break_reason(gm):
         logger.warning(
             "%s is not the whole network, PyTorch's compiler broke it off: %s. What runs between graphs is computed "
@@ -272,9 +281,9 @@ def fisedit(
     try:
         inputs = describe(gm, example_inputs)
     except UntraceableGraph as error:
-        dense = _stays_dense(gm, infos, runtime, label, surroundings + _shapes(example_inputs), error, resumed)
+        dense = _stays_dense(gm, runtime, identity, surroundings + _shapes(example_inputs), error)
         return CompiledGraph(gm, runtime, lambda: dense)
-    compiled = CompiledGraph(gm, runtime, lambda: _build(gm, inputs, runtime, label, surroundings, parsed, resumed))
+    compiled = CompiledGraph(gm, runtime, lambda: _build(gm, inputs, runtime, identity, surroundings, parsed))
     if inputs.numbers:
         # Fixing a number adds a guard, which Dynamo takes only while it compiles.
         _ = compiled.executable

@@ -56,7 +56,8 @@ push_mode, pop_mode = _push_mode, _pop_mode
 __all__ = [
     "ENTER_AUTOCAST", "EXIT_AUTOCAST", "INTEGERS_CHOOSE_GRAPHS", "SET_GRAD_ENABLED", "UNTRACEABLE", "FakeTensor",
     "FakeTensorMode", "FunctionalTrace", "HigherOrderOperator", "OpOverload", "OptimizedModule", "TorchDispatchMode",
-    "code_in_work", "compile_forward", "compile_frozen", "compile_settings", "compile_with_inductor", "compiling",
+    "changes_what_is_kept", "code_in_work", "compile_forward", "compile_frozen", "compile_settings",
+    "compile_with_inductor", "compiling",
     "dynamo_limits", "end_failed_capture", "free_symbols", "hint_of", "input_source", "is_changed", "is_module_state",
     "is_numpy", "is_size", "is_symbolic", "is_wrapped_number", "keep_sizes", "leaves", "pop_mode", "push_mode",
     "rename_node", "size_symbols", "trace_functional",
@@ -165,6 +166,17 @@ def code_in_work() -> Any:
         return InstructionTranslator.current_tx().f_code
     except AttributeError:
         return None
+
+
+def changes_what_is_kept() -> bool:
+    """Whether the code that Dynamo compiles now in this thread leaves something changed that was there before, such as
+    an attribute of a module, a dictionary or a global variable; False outside of Dynamo."""
+    try:
+        effects = InstructionTranslator.current_tx().output.side_effects
+    except AttributeError:
+        return False
+    # What was made by the code itself belongs to a scope of it.
+    return any(changed.mutation_type.scope == 0 for changed in effects._get_modified_vars())
 
 
 def is_numpy(placeholder: fx.Node) -> bool:
