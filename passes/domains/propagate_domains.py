@@ -49,6 +49,7 @@ from fisedit_compile.passes.domains.geometry.domain_graph import (
 from fisedit_compile.passes.domains.geometry.geometry import Geometry, Places
 from fisedit_compile.passes.domains.geometry.movement import Movement
 from fisedit_compile.passes.domains.geometry.recognise import Recogniser
+from fisedit_compile.passes.domains.geometry.returned import layout_of_returned, maker
 from fisedit_compile.passes.sparsify.attention import FAMILY as ATTENTION
 from fisedit_compile.passes.sparsify.attention import is_within
 from fisedit_compile.passes.sparsify.layout import ALIAS, JOINS
@@ -272,17 +273,54 @@ def _forget(node: fx.Node) -> None:
         node.meta.pop(key, None)
 
 
-def _check_outputs(graph: fx.Graph, doubtful: Sequence[fx.Node], report: Report) -> None:
+def _recognise_returned(
+    graph: fx.Graph,
+    families: Sequence[Family],
+    recogniser: Recogniser,
+    movement: Movement,
+    derived: dict[fx.Node, None],
+) -> None:
+    """Return what may be a map or not as one, where the maps that it was made from tell its positions."""
+    output = next(iter(reversed(graph.nodes)))
+    for node in [node for node in recogniser.doubtful if output in node.users]:
+        layout = layout_of_returned(node, families, recogniser.probe, derived)
+        if layout is None or shape_of(node)[layout.batch_dim] != recogniser.batch:
+            continue
+        returned = movement.aliases.get((node, output)) or insert_call(output, ALIAS, node)
+        output.replace_input_with(node, returned)
+        if returned in recogniser.doubtful:  # as it was read by nobody
+            recogniser.doubtful.remove(returned)
+        returned.meta["origin"], returned.meta["dense_reason"] = returned.name, BEHIND
+        derived[returned] = None
+        movement.place(returned, layout, inferred=False)
+        geometry = movement.geometry(returned)
+        cover = movement.places.output(geometry, layout.domain.whole)
+        returned.meta["spatial"] = layout.at(cover)
+        movement.put(returned, replace(geometry, cover=cover))
+
+
+def _made_by(node: fx.Node, derived: dict[fx.Node, None]) -> str:
+    """The operator that made a value, and the one to blame for what is not known of it, in words."""
+    if node.target is unknown:
+        return "an unknown operator"
+    blamed = maker(node, derived)
+    if blamed is node:
+        return str(node.target)
+    path = blamed.meta.get("module_path")
+    where = f" in module {path}" if path else ""
+    return f"{node.target} of what {blamed.target}{where} made, of which it is not known where its positions are"
+
+
+def _check_outputs(graph: fx.Graph, doubtful: Sequence[fx.Node], derived: dict[fx.Node, None], report: Report) -> None:
     """Keep the whole graph dense when it returns a value that may be a map or not: it could not be masked."""
     returned = next(iter(reversed(graph.nodes))).all_input_nodes
     for node in doubtful:
         if node not in returned:
             report.miss(NAME, node, f"its shape {list(shape_of(node))} does not tell which dimensions are positions")
             continue
-        maker = "an unknown operator" if node.target is unknown else node.target
         report.dense_reason = (
-            f"its output {node.name} of shape {list(shape_of(node))} was made by {maker}, and its sizes do not "
-            "tell which of its dimensions are positions; another resolution or number of channels may"
+            f"its output {node.name} of shape {list(shape_of(node))} was made by {_made_by(node, derived)}, and its "
+            "sizes do not tell which of its dimensions are positions; another resolution or number of channels may"
         )
         for other in graph.nodes:
             _forget(other)
@@ -327,7 +365,8 @@ def propagate_domains(
             else:
                 node.meta["dense_reason"] = BEHIND
                 _recognise(node, recogniser, movement)
-        _check_outputs(graph, recogniser.doubtful, report)
+        _recognise_returned(graph, families, recogniser, movement, derived)
+        _check_outputs(graph, recogniser.doubtful, derived, report)
         if report.dense_reason is None:
             _mask_outputs(graph, movement, derived)
             for node in earlier.values():
