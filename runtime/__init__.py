@@ -4,6 +4,7 @@ if __name__ != "fisedit_compile.runtime":
     raise ImportError(f"import this package as fisedit_compile.runtime, not as {__name__}")
 
 from fisedit_compile.runtime.base import ProgramKey, RecordedCall
+from fisedit_compile.runtime.filling import FillingCall
 from fisedit_compile.runtime.fingerprint import Fingerprint
 from fisedit_compile.runtime.phases import EditPhase, RecordPhase
 from fisedit_compile.runtime.plancache import PlanSpec
@@ -17,6 +18,7 @@ __all__ = [
     "Domain",
     "EditPhase",
     "EditRun",
+    "FillingCall",
     "Fingerprint",
     "PhaseSource",
     "PlanInput",

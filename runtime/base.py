@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from fisedit_compile.runtime.fingerprint import Weights
 from fisedit_compile.runtime.spec import Site
 from fisedit_compile.runtime.stats import format_bytes
 from fisedit_compile.runtime.tiers import Lane, Loading
+
+if TYPE_CHECKING:
+    from fisedit_compile.runtime.filling import FillingCall
 
 STORAGE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """What spatial sites may be stored as."""
@@ -109,11 +113,13 @@ class Recording:
 
 
 class Base:
-    """A recorded run: for every graph its calls. Bases that share tensors share the lock as well."""
+    """A recorded run: for every graph its calls, and which of them filled what the network keeps. Bases that share
+    tensors share the lock as well."""
 
     def __init__(self, name: str, parent: Base | None = None) -> None:
         self.name = name
         self.recordings: dict[ProgramKey, Recording] = {}
+        self.filling: list[FillingCall] = []
         self.lock: threading.RLock = parent.lock if parent is not None else threading.RLock()
 
     def tensors(self) -> Iterator[Tensor]:
@@ -121,6 +127,14 @@ class Base:
         for recording in self.recordings.values():
             for call in recording.calls:
                 yield from call.stored()
+        for filling in self.filling:
+            yield from filling.tensors()
+
+    @property
+    def bytes(self) -> int:
+        """Bytes it refers to."""
+        calls = sum(call.bytes for recording in self.recordings.values() for call in recording.calls)
+        return calls + sum(filling.bytes for filling in self.filling)
 
     @property
     def call_count(self) -> int:

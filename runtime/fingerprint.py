@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -154,6 +154,29 @@ class Fingerprint:
             sums = {device: iter(torch.stack(found).tolist()) for device, found in totals.items()}
         return cls(tuple(forms), tuple(owners), samples, tuple(next(sums[form[2]]) for form in forms), tuple(spans))
 
+    def part(self, numbers: Sequence[int]) -> Fingerprint:
+        """That of some of the parameters, given by number, in the order of ``numbers``."""
+        chosen = [(at, place) for place, number in enumerate(numbers) for at in self._tensors_of(number)]
+        spans = []
+        groups: dict[tuple[str, int], list[Tensor]] = {}
+        lengths: dict[tuple[str, int], int] = {}
+        for at, _ in chosen:
+            group, begin, end = self.spans[at]
+            start = lengths.get(group, 0)
+            lengths[group] = start + end - begin
+            groups.setdefault(group, []).append(self.samples[group][begin:end])
+            spans.append((group, start, lengths[group]))
+        return Fingerprint(
+            tuple(self.forms[at] for at, _ in chosen),
+            tuple(place for _, place in chosen),
+            {group: torch.cat(taken) for group, taken in groups.items()},
+            tuple(self.totals[at] for at, _ in chosen),
+            tuple(spans),
+        )
+
+    def _tensors_of(self, number: int) -> Iterator[int]:
+        return (at for at, owner in enumerate(self.owners) if owner == number)
+
     def difference(self, other: Fingerprint) -> str | None:
         """How ``other`` differs from this one, in words; None when nothing differs."""
         if len(self.forms) != len(other.forms):
@@ -218,27 +241,41 @@ class Weights:
         """Whether every parameter that has an identity still exists."""
         return all(reference is None or reference() is not None for reference in self._references)
 
-    def verify(self, parameters: Sequence[Tensor], base: str) -> None:
+    def are(self, parameters: Sequence[Tensor], numbers: Sequence[int]) -> bool:
+        """Whether ``parameters`` are the recorded ones of these numbers, whatever their content is now."""
+        references = (self._references[number] for number in numbers)
+        pairs = zip(references, parameters, strict=True)
+        return all(reference is None or reference() is parameter for reference, parameter in pairs)
+
+    def verify(self, parameters: Sequence[Tensor], base: str, numbers: Sequence[int] | None = None) -> None:
         """Check that ``parameters`` are the recorded ones, unchanged.
+
+        Args:
+            parameters: the very objects.
+            base: for messages.
+            numbers: which of the recorded ones these are; None: all, in their order.
 
         Raises:
             WeightsChangedError: a parameter is another tensor (the number of an object may be used again after the
                 object is gone), or its shape, dtype, device or content changed.
         """
         advice = "record the base again with these weights, or restore the weights it was recorded with"
-        if len(parameters) != len(self._references):
+        places = range(len(self._references)) if numbers is None else numbers
+        references = [self._references[number] for number in places]
+        if len(parameters) != len(references):
             raise WeightsChangedError(
-                f"base {base!r} was recorded with {len(self._references)} parameters, got {len(parameters)}",
+                f"base {base!r} was recorded with {len(references)} parameters, got {len(parameters)}",
                 advice=advice,
             )
-        for number, (reference, parameter) in enumerate(zip(self._references, parameters, strict=True)):
+        for number, reference, parameter in zip(places, references, parameters, strict=True):
             if reference is not None and reference() is not parameter:
                 raise WeightsChangedError(
                     f"base {base!r} was recorded with another network: parameter {number} of shape "
                     f"{list(parameter.shape)} is not the recorded tensor",
                     advice=advice,
                 )
-        difference = self.fingerprint.difference(Fingerprint.take(parameters))
+        recorded = self.fingerprint if numbers is None else self.fingerprint.part(numbers)
+        difference = recorded.difference(Fingerprint.take(parameters))
         if difference is not None:
             if difference.startswith(_LAYOUT):
                 raise WeightsChangedError(f"since base {base!r} was recorded, {difference}", advice=advice)

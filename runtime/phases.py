@@ -21,20 +21,24 @@ and inside ``edit``::
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from fisedit_compile.errors import CallMismatchError, FisEditError, GraphError
+from fisedit_compile.errors import CallMismatchError, FisEditError, GraphError, ScalarMismatchError
 from fisedit_compile.runtime.base import Base, ProgramKey, RecordedCall, Scalar, write_rows
+from fisedit_compile.runtime.filling import FillingCall
 from fisedit_compile.runtime.fingerprint import Fingerprint, Weights
 from fisedit_compile.runtime.masks import WHITE_THRESHOLD, MaskLike, prepare_mask
 from fisedit_compile.runtime.plancache import PlanSpec
 from fisedit_compile.runtime.plans import IndexPlan
 from fisedit_compile.runtime.scalars import ScalarCheck, copy_scalar
 from fisedit_compile.runtime.spec import PlanInput, Site
+from fisedit_compile.runtime.stand_ins import StandIns
 from fisedit_compile.runtime.store import BaseWriter, Store
 
 
@@ -79,10 +83,18 @@ class RecordPhase(_Phase):
         super().__init__(store, Base(name))
         self.writer = BaseWriter(store, self.base)
         self._weights: dict[ProgramKey, Weights] = {}
+        self._filling: FillingCall | None = None
         self._open: tuple[ProgramKey, int, tuple[Scalar, ...], float] | None = None
         self.first_call: float | None = None
 
-    def begin(self, key: ProgramKey, parameters: Sequence[Tensor], scalars: Sequence[Scalar], bytes_needed: int) -> int:
+    def begin(
+        self,
+        key: ProgramKey,
+        parameters: Sequence[Tensor],
+        scalars: Sequence[Scalar],
+        bytes_needed: int,
+        fills: Callable[[int], FillingCall] | None = None,
+    ) -> int:
         """Announce a call, before anything is computed.
 
         Args:
@@ -90,6 +102,8 @@ class RecordPhase(_Phase):
             parameters: its parameters and buffers, the very objects (they are held by weak references).
             scalars: its scalar inputs; copied.
             bytes_needed: what the call will store, see ``Runtime.bytes_needed``.
+            fills: of a graph that changes what the network keeps: describes the call, given how many graph calls came
+                before it. Asked at the graph's first call. What it keeps counts towards the budget as well.
 
         Returns:
             The call's ordinal, counted from 0 for every graph.
@@ -104,6 +118,9 @@ class RecordPhase(_Phase):
             self._failure = f"call {self._open[1]} of {self._open[0]} began but stored nothing, so it must have failed"
         self._require_sound()
         ordinal = self._ordinals.get(key, 0)
+        self._filling = fills(self.calls) if fills is not None and key not in self._weights else None
+        if self._filling is not None:
+            bytes_needed += self._filling.bytes
         try:
             self.writer.reserve(bytes_needed, f"recording call {ordinal} of {key} for base {self.base.name!r}")
         except FisEditError as error:
@@ -133,7 +150,9 @@ class RecordPhase(_Phase):
             raise GraphError(f"commit of {key} without begin")
         _, ordinal, scalars, started = self._open
         self.writer.append(key, self._weights[key], scalars, tensors, sites, protected)
-        self._open = None
+        if self._filling is not None:
+            self.writer.keep(self._filling)
+        self._open = self._filling = None
         self._ordinals[key] = ordinal + 1
         self._store.counter.add_call("record", time.perf_counter() - started)
 
@@ -169,7 +188,7 @@ class RecordPhase(_Phase):
         """See ``_Phase.close``."""
         super().close()
         self.writer = BaseWriter(self._store, self.base)
-        self._open = None
+        self._open = self._filling = None
 
 
 class EditPhase(_Phase):
@@ -181,6 +200,9 @@ class EditPhase(_Phase):
         self._mask: Tensor | None = None
         self._plans: dict[PlanSpec, IndexPlan | None] = {}
         self._scalars = ScalarCheck(base.name)
+        self._stand_ins = StandIns(store, base)
+        self._weights: dict[ProgramKey, Weights] = {}
+        self._begun: Counter[ProgramKey] = Counter()
         self._current: dict[ProgramKey, RecordedCall] = {}
         self._ahead: dict[ProgramKey, RecordedCall] = {}
         self._active = False
@@ -237,20 +259,25 @@ class EditPhase(_Phase):
             BudgetError: the call is dense and will be saved, and the budget does not leave what it stores.
         """
         self._require_sound()
-        recording = self.base.recordings.get(key)
+        counted, recording = self._stand_ins.find(key, self.calls, self._ordinals)
         if recording is None:
-            raise self.base.unknown(key)
-        if key not in self._ordinals:
+            raise self._stand_ins.explained(self.base.unknown(key))
+        if key not in self._weights:
             recording.weights.verify(parameters, self.base.name)
-            self._ordinals[key] = 0
-        ordinal = self._ordinals[key]
+            self._weights[key] = recording.weights
+        ordinal = self._ordinals.get(key, 0) if counted == key else 0
         if ordinal >= len(recording.calls):
-            raise CallMismatchError(
+            error = CallMismatchError(
                 f"base {self.base.name!r} holds {len(recording.calls)} calls of {key}, and the edit makes one more",
                 advice="edit with the number of steps the base was recorded with",
             )
+            raise self._stand_ins.explained(error)
         call = recording.calls[ordinal]
-        self._scalars.compare(f"call {ordinal} of {key}", call.scalars, scalars)
+        try:
+            self._scalars.compare(f"call {ordinal} of {key}", call.scalars, scalars)
+        except ScalarMismatchError as mismatch:
+            self._stand_ins.explained(mismatch)
+            raise
         if self.writer is not None and (dense or self.dense_call):
             self._reserve(call.bytes, f"call {ordinal} of {key}")
         reader = self._ahead.pop(key, None) or call.reader()
@@ -261,9 +288,41 @@ class EditPhase(_Phase):
                 following = recording.calls[ordinal + 1].reader()
                 following.load()
                 self._ahead[key] = following
-        self._ordinals[key] = ordinal + 1
+        self._ordinals[counted] = self._ordinals.get(counted, 0) + 1
+        self._begun[key] += 1
         self._current[key] = call
         return reader
+
+    def filled_by(self, key: ProgramKey, parameters: Sequence[Tensor], names: Sequence[str]) -> FillingCall | None:
+        """The recorded call in place of which a graph is about to be called, if that was of another graph, which filled
+        what the network keeps, and nothing stands in for it yet.
+
+        Args:
+            key: the graph.
+            parameters: its parameters and buffers, the very objects.
+            names: of these.
+        """
+        filling = self._stand_ins.due(key, self.calls, self._ordinals, parameters, names)
+        return None if filling is None or key in filling.stand_ins else filling
+
+    @contextmanager
+    def standing_in(
+        self, filling: FillingCall, key: ProgramKey, parameters: Sequence[Tensor], names: Sequence[str]
+    ) -> Iterator[Callable[..., None]]:
+        """Make what stands in for a recorded call, under the base's lock: compute what the graph ``key`` stores for the
+        inputs of that call, and hand it to what this gives (``StandIns.keep`` without its first three arguments).
+
+        Raises:
+            WeightsChangedError: the parameters are not those of the recording.
+        """
+        self._require_sound()
+        with self.base.lock:
+            weights = self._weights[key] = self._stand_ins.weights(filling, key, parameters, names)
+            yield partial(self._stand_ins.keep, filling, key, weights)
+
+    def refuse_stand_in(self, reason: str) -> None:
+        """Say why nothing can stand in for a recorded call; the error that follows tells."""
+        self._stand_ins.refused = reason
 
     @contextmanager
     def running(self, call: RecordedCall, dense: bool = False) -> Iterator[RecordedCall]:
@@ -349,12 +408,11 @@ class EditPhase(_Phase):
             raise GraphError("commit in an edit without save_as")
         parent = self._current[key]
         shared = frozenset(id(tensor) for tensor in parent.stored())
-        weights = self.base.recordings[key].weights
-        self.writer.append(key, weights, parent.scalars, tensors, sites, protected, shared, parent.lane)
+        self.writer.append(key, self._weights[key], parent.scalars, tensors, sites, protected, shared, parent.lane)
 
     def fingerprint(self, key: ProgramKey) -> Fingerprint:
         """The fingerprint of a graph's parameters in this context; known after ``begin``."""
-        return self.base.recordings[key].weights.fingerprint
+        return self._weights[key].fingerprint
 
     def finish(self) -> None:
         """Check, at the end of the context, that the edit made the calls the base holds, with its scalars.
@@ -368,20 +426,25 @@ class EditPhase(_Phase):
         for key, recording in self.base.recordings.items():
             made = self._ordinals.get(key, 0)
             if made < len(recording.calls):
-                raise CallMismatchError(
+                error = CallMismatchError(
                     f"base {self.base.name!r} holds {len(recording.calls)} calls of {key}, the edit made {made}",
                     advice="a run that was cancelled cannot be kept; edit with the number of steps the base was "
                     "recorded with, through the network compiled for it",
                 )
-            saved = self.writer and self.writer.base.recordings.get(key)
-            if self.writer is not None and len(saved.calls if saved else ()) != made:
-                raise GraphError(f"{made} calls of {key} were made but not all of them were committed")
+                raise self._stand_ins.explained(error)
+        if self.writer is None:
+            return
+        for key, begun in self._begun.items():
+            saved = self.writer.base.recordings.get(key)
+            if len(saved.calls if saved else ()) != begun:
+                raise GraphError(f"{begun} calls of {key} were made but not all of them were committed")
 
     def close(self) -> None:
         """See ``_Phase.close``."""
         super().close()
         self.writer = None
         self._closed = True
+        self._stand_ins = StandIns(self._store, self.base)
         self._current = {}
         self._ahead = {}
         self._plans = {}

@@ -161,8 +161,7 @@ class Runtime(PhaseSource):
             UnknownBaseError: there is no base of that name.
         """
         with self._lock:
-            recordings = self._find(name).recordings.values()
-            return sum(call.bytes for recording in recordings for call in recording.calls)
+            return self._find(name).bytes
 
     @property
     def stats(self) -> Stats:

@@ -20,6 +20,7 @@ from fisedit_compile.runtime.base import (
     own_tensor,
     storage_of,
 )
+from fisedit_compile.runtime.filling import FillingCall
 from fisedit_compile.runtime.fingerprint import Weights
 from fisedit_compile.runtime.plancache import PlanCache
 from fisedit_compile.runtime.spec import Site
@@ -138,11 +139,22 @@ class BaseWriter:
         self._store.ledger.retain(call.stored())
         self.reserve(0, f"base {self.base.name!r}")
 
+    def keep(self, filling: FillingCall) -> None:
+        """Keep what the call that was appended last was given.
+
+        Raises:
+            BudgetError: it takes more than the budget leaves.
+        """
+        self.base.filling.append(filling)
+        self._store.ledger.retain(filling.tensors())
+        self.reserve(0, f"base {self.base.name!r}")
+
     def discard(self) -> None:
         """Drop the unfinished base."""
         self._unreserve()
         self._store.ledger.release(self.base.tensors())
         self.base.recordings.clear()
+        self.base.filling.clear()
 
     def _unreserve(self) -> None:
         self._store.ledger.unreserve(self._reserved)

@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, fx
 
 from fisedit_compile.errors import CallMismatchError, GradientError, GraphError, ScalarMismatchError
 from fisedit_compile.executing.edit_inputs import EditInputs, borrowed_outputs
+from fisedit_compile.executing.filled import filling_call, given_inputs, parameter_names
 from fisedit_compile.executing.lowering import Lowered, lower
 from fisedit_compile.executing.picking import picker
 from fisedit_compile.executing.prologues import InvariantMemo, prologues
@@ -23,7 +25,18 @@ from fisedit_compile.operators.choosing import taken
 from fisedit_compile.options import without_hints
 from fisedit_compile.passes.common.meta import VALUE
 from fisedit_compile.passes.common.program import GraphInput, Program, SparseProgram
-from fisedit_compile.runtime import EditPhase, PhaseSource, PlanSpec, ProgramKey, RecordedCall, RecordPhase, Relay, Site
+from fisedit_compile.runtime import (
+    EditPhase,
+    FillingCall,
+    PhaseSource,
+    PlanSpec,
+    ProgramKey,
+    RecordedCall,
+    RecordPhase,
+    Relay,
+    Site,
+)
+from fisedit_compile.runtime.filling import recorded_outputs
 from fisedit_compile.runtime.fingerprint import content_identity, has_identity
 from fisedit_compile.tracing.identity import GraphIdentity
 
@@ -84,6 +97,7 @@ class Executable:
         self._names = tuple(site.name for site in self._sites)
         self._sparse = program if isinstance(program, SparseProgram) else None
         self._parameters = picker(identity.positions("parameter"))
+        self._parameter_names = parameter_names(identity.input_infos)
         self._held = picker(identity.positions("parameter", "state"))
         self._scalars = picker([at for at in identity.positions("scalar") if at not in identity.constants])
         self._users = identity.positions("user", "scalar")
@@ -247,7 +261,8 @@ class Executable:
     def _record(
         self, phase: RecordPhase, key: ProgramKey, parameters: Sequence[Tensor], arguments: Sequence[Any]
     ) -> Sequence[Tensor]:
-        phase.begin(key, parameters, self._scalars(arguments), self._runtime.bytes_needed(self._sites))
+        fills = partial(filling_call, self.identity.input_infos, key, arguments) if self.identity.fills else None
+        phase.begin(key, parameters, self._scalars(arguments), self._runtime.bytes_needed(self._sites), fills)
         outputs, tensors = self._dense_and_sites(phase, key, arguments)
         phase.commit(key, tensors, self._sites, self._protected(arguments, outputs))
         return outputs
@@ -277,6 +292,9 @@ class Executable:
         sparse = self._sparse
         full = phase.full and sparse is not None and sparse.dense_when_full
         dense = phase.dense_call or sparse is None or full
+        filling = phase.filled_by(key, parameters, self._parameter_names)
+        if filling is not None:
+            self._stand_in(phase, filling, key, parameters, arguments)
         call = self._begin(phase, key, parameters, arguments, dense)
         with phase.running(call, dense):
             if sparse is not None and not dense:
@@ -288,6 +306,37 @@ class Executable:
             outputs, tensors = self._dense_and_sites(phase, key, arguments)
             phase.commit(key, tensors, self._sites, self._protected(arguments, outputs))
             return outputs
+
+    def _stand_in(
+        self,
+        phase: EditPhase,
+        filling: FillingCall,
+        key: ProgramKey,
+        parameters: Sequence[Tensor],
+        arguments: Sequence[Any],
+    ) -> None:
+        """Compute what this graph would have stored in place of a recorded call that was of another graph, or say why
+        that cannot be."""
+        given = given_inputs(self.identity.input_infos, self.identity.constants, arguments, filling)
+        if self._sparse is not None and self.identity.dense_reason is not None:
+            given = f"a graph that runs as a whole is not run twice: {self.identity.dense_reason}"
+        if isinstance(given, str):
+            phase.refuse_stand_in(given)
+            return
+        with phase.standing_in(filling, key, parameters, self._parameter_names) as keep:
+            if self._sparse is None:
+                # Nothing of a recorded call is read.
+                keep(self._scalars(given), {}, ())
+                return
+            outputs, tensors = self._dense_and_sites(phase, key, given)
+            recorded = phase.base.recordings[filling.key].calls[0]
+            sites = recorded_outputs(recorded.reader(), outputs)
+            if sites is None:
+                phase.refuse_stand_in("for the recorded inputs, the network as it is now returns something else")
+                return
+            stored = dict(zip(recorded, recorded.stored(), strict=True))
+            tensors.update((name, stored[site]) for name, site in zip(self._output_names, sites, strict=True))
+            keep(self._scalars(given), tensors, self._sites, self._protected(given, outputs))
 
     def _plan_spec(self, program: SparseProgram, arguments: Sequence[Any]) -> PlanSpec:
         device = arguments[self._picture].device

@@ -106,6 +106,17 @@ def code_in_work() -> Any:
         return None
 
 
+def changes_what_is_kept() -> bool:
+    """Whether the code that Dynamo compiles now in this thread leaves something changed that was there before, such as
+    an attribute of a module, a dictionary or a global variable; False outside of Dynamo."""
+    try:
+        effects = InstructionTranslator.current_tx().output.side_effects
+    except AttributeError:
+        return False
+    # What was made by the code itself belongs to a scope of it.
+    return any(changed.mutation_type.scope == 0 for changed in effects._get_modified_vars())
+
+
 def _source(placeholder: fx.Node) -> Any:
     """Where Dynamo got a graph input from; None when it does not say."""
     argument = placeholder.meta.get("grapharg")

@@ -16,6 +16,7 @@ from fisedit_compile.passes.common.meta import VALUE
 from fisedit_compile.passes.common.program import InputInfo, InputKind
 from fisedit_compile.passes.domains.labels import declare_content
 from fisedit_compile.passes.normalise.canonicalize import idle_source
+from fisedit_compile.private.dynamo import changes_what_is_kept
 from fisedit_compile.private.graphs import OpOverload
 from fisedit_compile.runtime.spec import Site
 from fisedit_compile.tracing.description import (
@@ -43,6 +44,7 @@ class GraphIdentity:
         dense_reason: why it runs densely as a whole; None when it does not.
         steady: positions of those Python numbers that must not change from call to call.
         resumed: the line in which PyTorch's compiler broke off the graph before this one; None when it is the first.
+        fills: whether a call changes what the network keeps, so that the next one may be another graph.
     """
 
     graph_hash: str
@@ -53,6 +55,7 @@ class GraphIdentity:
     dense_reason: str | None = None
     steady: tuple[int, ...] = ()
     resumed: str | None = None
+    fills: bool = False
 
     def positions(self, *kinds: InputKind) -> tuple[int, ...]:
         """Positions of the inputs of these kinds."""
@@ -67,19 +70,26 @@ class Circumstances:
         infos: one for each flat input of Dynamo's graph.
         label: the graph in words, for messages.
         text: what a program depends on besides its graph; a part of its hash.
-        resumed: as in ``GraphIdentity``.
+        resumed, fills: as in ``GraphIdentity``.
     """
 
     infos: tuple[InputInfo, ...]
     label: str
     text: str
     resumed: str | None
+    fills: bool
 
 
 def note_circumstances(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Circumstances:
     """To be called while Dynamo compiles ``gm``."""
     infos = declare_content(describe_inputs(gm, example_inputs), options.content)
-    return Circumstances(infos, _label(infos, example_inputs), _surroundings(example_inputs, options), break_before())
+    return Circumstances(
+        infos,
+        _label(infos, example_inputs),
+        _surroundings(example_inputs, options),
+        break_before(),
+        changes_what_is_kept(),
+    )
 
 
 def dense_identity(
@@ -95,8 +105,14 @@ def dense_identity(
     """
     forms = f" {_forms(inputs.values)}" if isinstance(inputs, GraphInputs) else _sizes(inputs)
     digest = structural_hash(gm, circumstances.infos, circumstances.text + forms, fixed_sizes(gm))
-    label, resumed = circumstances.label, circumstances.resumed
-    return GraphIdentity(digest, label, circumstances.infos, dense_reason=str(error), resumed=resumed)
+    return GraphIdentity(
+        digest,
+        circumstances.label,
+        circumstances.infos,
+        dense_reason=str(error),
+        resumed=circumstances.resumed,
+        fills=circumstances.fills,
+    )
 
 
 def traced_hash(gm: fx.GraphModule, inputs: GraphInputs, traced: TracedGraph, circumstances: Circumstances) -> str:
@@ -134,6 +150,7 @@ def program_identity(
         dense_reason,
         traced.steady,
         circumstances.resumed,
+        circumstances.fills,
     )
 
 

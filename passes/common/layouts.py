@@ -111,7 +111,9 @@ def reshape_layout(spatial: Spatial, before: tuple[int, ...], after: tuple[int, 
         if name == CHANNEL and before[i] == 1 and (j >= len(after) or after[j] != 1):
             i += 1  # a channel dimension of size one vanishes
             continue
-        if j < len(after) and after[j] == 1 and (name is None or (before[i] != 1 and name != SPACE)):
+        # A single row may be one that positions are split into.
+        single = name == SPACE and spatial.domain.height == 1
+        if j < len(after) and after[j] == 1 and (name is None or (before[i] != 1 and not single)):
             names.append(CHANNEL)
             j += 1
             continue

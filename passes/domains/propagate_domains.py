@@ -37,7 +37,7 @@ from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.family import Family
 from fisedit_compile.passes.common.ir import insert_call, reads_spatial, shape_of, spatial_of, unknown
 from fisedit_compile.passes.common.layouts import HEIGHT, NCHW, NHWC, TOKENS, WIDTH, Spatial
-from fisedit_compile.passes.common.meta import DENSE_REASON, ORIGIN, SPATIAL, SPATIAL_OUTPUTS, VALUE
+from fisedit_compile.passes.common.meta import DENSE_REASON, MODULE_PATH, ORIGIN, SPATIAL, SPATIAL_OUTPUTS, VALUE
 from fisedit_compile.passes.common.program import InputInfo
 from fisedit_compile.passes.common.reading.attentions import is_within
 from fisedit_compile.passes.common.reading.moves import joined_axis, read_crops
@@ -62,6 +62,7 @@ from fisedit_compile.passes.domains.geometry.domain_graph import (
 from fisedit_compile.passes.domains.geometry.geometry import Geometry, Places
 from fisedit_compile.passes.domains.geometry.movement import Movement
 from fisedit_compile.passes.domains.geometry.recognise import Recogniser
+from fisedit_compile.passes.domains.geometry.returned import layout_of_returned, maker
 from fisedit_compile.runtime.spec import Domain
 
 NAME = "propagate_domains"
@@ -280,17 +281,54 @@ def _forget(node: fx.Node) -> None:
         node.meta.pop(key, None)
 
 
-def _check_outputs(graph: fx.Graph, doubtful: Sequence[fx.Node], report: Report) -> None:
+def _recognise_returned(
+    graph: fx.Graph,
+    families: Sequence[Family],
+    recogniser: Recogniser,
+    movement: Movement,
+    derived: dict[fx.Node, None],
+) -> None:
+    """Return what may be a map or not as one, where the maps that it was made from tell its positions."""
+    output = next(iter(reversed(graph.nodes)))
+    for node in [node for node in recogniser.doubtful if output in node.users]:
+        layout = layout_of_returned(node, families, recogniser.probe, derived)
+        if layout is None or shape_of(node)[layout.batch_dim] != recogniser.batch:
+            continue
+        returned = movement.aliases.get((node, output)) or insert_call(output, ALIAS, node)
+        output.replace_input_with(node, returned)
+        if returned in recogniser.doubtful:  # as it was read by nobody
+            recogniser.doubtful.remove(returned)
+        returned.meta[ORIGIN], returned.meta[DENSE_REASON] = returned.name, BEHIND
+        derived[returned] = None
+        movement.place(returned, layout, inferred=False)
+        geometry = movement.geometry(returned)
+        cover = movement.places.output(geometry, layout.domain.whole)
+        returned.meta[SPATIAL] = layout.at(cover)
+        movement.put(returned, replace(geometry, cover=cover))
+
+
+def _made_by(node: fx.Node, derived: dict[fx.Node, None]) -> str:
+    """The operator that made a value, and the one to blame for what is not known of it, in words."""
+    if node.target is unknown:
+        return "an unknown operator"
+    blamed = maker(node, derived)
+    if blamed is node:
+        return str(node.target)
+    path = blamed.meta.get(MODULE_PATH)
+    where = f" in module {path}" if path else ""
+    return f"{node.target} of what {blamed.target}{where} made, of which it is not known where its positions are"
+
+
+def _check_outputs(graph: fx.Graph, doubtful: Sequence[fx.Node], derived: dict[fx.Node, None], report: Report) -> None:
     """Keep the whole graph dense when it returns a value that may be a map or not: it could not be masked."""
     returned = next(iter(reversed(graph.nodes))).all_input_nodes
     for node in doubtful:
         if node not in returned:
             report.miss(NAME, node, f"its shape {list(shape_of(node))} does not tell which dimensions are positions")
             continue
-        maker = "an unknown operator" if node.target is unknown else node.target
         report.dense_reason = (
-            f"its output {node.name} of shape {list(shape_of(node))} was made by {maker}, and its sizes do not "
-            "tell which of its dimensions are positions; another resolution or number of channels may"
+            f"its output {node.name} of shape {list(shape_of(node))} was made by {_made_by(node, derived)}, and its "
+            "sizes do not tell which of its dimensions are positions; another resolution or number of channels may"
         )
         for other in graph.nodes:
             _forget(other)
@@ -333,7 +371,8 @@ def propagate_domains(compilation: Compilation) -> None:
             else:
                 node.meta[DENSE_REASON] = BEHIND
                 _recognise(node, recogniser, movement)
-        _check_outputs(graph, recogniser.doubtful, report)
+        _recognise_returned(graph, compilation.families, recogniser, movement, derived)
+        _check_outputs(graph, recogniser.doubtful, derived, report)
         if report.dense_reason is None:
             _mask_outputs(graph, movement, derived)
             for node in earlier.values():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fisedit_compile as fisedit
-from fisedit_compile.errors import CallMismatchError, FisEditError
+from fisedit_compile.errors import FisEditError
 from support.harness import compiled
 from support.tolerances import assert_identical
 
@@ -74,34 +74,3 @@ def test_a_number_read_from_a_tensor(function: Any, calls: int, caplog: pytest.L
 def test_what_is_advised_works() -> None:
     edits(lambda x: x / x.abs().amax())
     edits(lambda x: x / (x > 0.1).sum())
-
-
-class Lazy(nn.Module):
-    """A network that makes a tensor at its first call and keeps it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(4, 4, 3, padding=1).requires_grad_(False)
-        self.scale: Tensor | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.scale is None:
-            self.scale = torch.arange(4.0).reshape(1, 4, 1, 1)
-        result: Tensor = self.conv(x) * self.scale
-        return result
-
-
-@torch.no_grad()
-def test_a_cache_that_is_filled_at_the_first_call() -> None:
-    runtime = fisedit.Runtime()
-    network = compiled(Lazy(), runtime)
-    with runtime.record("first"):
-        network(picture(0))
-    with pytest.raises(CallMismatchError, match="a cache that it fills at its first call was empty.*record again"):
-        with runtime.edit("first", mask=MASK):
-            network(picture(1))
-    with runtime.record("again"):
-        recorded = network(picture(0))
-    with runtime.edit("again", mask=MASK):
-        edited = network(picture(1))
-    assert_identical(edited[..., ~MASK], recorded[..., ~MASK], "outside the mask")

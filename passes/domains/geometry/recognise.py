@@ -131,17 +131,22 @@ class Recogniser:
         derived: all nodes that depend on a spatial input, these included.
         batch: of the spatial values.
         domains: known resolutions; a recognised one is added.
+
+    Attributes:
+        batch: of the spatial values.
+        probe: has been asked about every node that was to be recognised.
+        doubtful: values that may be maps or not.
     """
 
     def __init__(self, derived: Collection[fx.Node], batch: int, domains: set[Domain]) -> None:
-        self._derived, self._batch, self._domains = derived, batch, domains
-        self._probe = SizeProbe(derived, batch, domains)
+        self._derived, self._domains = derived, domains
+        self.batch, self.probe = batch, SizeProbe(derived, batch, domains)
         self._folded: set[fx.Node] = set()
         self.doubtful: list[fx.Node] = []
 
     def recognise(self, node: fx.Node) -> None:
         """Annotate a node that no rule inferred, when it is a map again. In the order of the graph."""
-        proof = self._probe.layout(node)
+        proof = self.probe.layout(node)
         if self._is_folded(node):
             self._folded.add(node)
             return
@@ -161,7 +166,7 @@ class Recogniser:
             source = node.args[0]
             before, after = shape_of(source), shape_of(node)  # type: ignore[arg-type]
             if before[:1] != after[:1]:
-                return before[:1] == (self._batch,) and after[:1] > before[:1]
+                return before[:1] == (self.batch,) and after[:1] > before[:1]
             return source in self._folded
         if node.target in PERMUTES:
             return node.args[0] in self._folded and permutation(node, len(shape_of(node)))[0] == 0
@@ -170,14 +175,14 @@ class Recogniser:
     def _resized(self, node: fx.Node) -> Spatial | None:
         source = spatial_of(node.args[0]) if node.args else None
         shape = shape_of(node)
-        if node.target not in RESOLUTION_CHANGES or len(shape) != 4 or shape[0] != self._batch:
+        if node.target not in RESOLUTION_CHANGES or len(shape) != 4 or shape[0] != self.batch:
             return None
         domain = Domain(*shape[2:])
         is_map = domain in self._domains if source is None else source.dims == NCHW
         return Spatial(domain, NCHW) if is_map and domain.size > 1 else None
 
     def _guess(self, node: fx.Node) -> Spatial | None:
-        candidates = candidate_layouts(shape_of(node), self._batch, self._domains)
+        candidates = candidate_layouts(shape_of(node), self.batch, self._domains)
         if not candidates:
             return None
         sources = _sources(node, self._derived)

@@ -81,7 +81,21 @@ class SizeProbe:
         Nodes must be asked in the order of the graph.
         """
         self._results[node] = self._run(node)
-        value, results = node.meta.get(VALUE), self._results[node]
+        return self._layout(node, self._results[node])
+
+    def layout_by_maps(self, node: fx.Node) -> Spatial | None:
+        """Layout of a node by those of its operands that are maps, whatever the sizes of the others may stand for.
+
+        That is no proof: an operand of which nothing is known may follow the map as well, in dimensions of its own.
+        None where no operand is a map, or the sizes of the result do not follow it.
+        """
+        if not any(spatial_of(value) is not None for value in node.all_input_nodes):
+            return None
+        found = self._layout(node, self._run(node, assume=True))
+        return None if isinstance(found, Unknown) else found
+
+    def _layout(self, node: fx.Node, results: tuple[Any, Any] | None) -> Spatial | Unknown | None:
+        value = node.meta.get(VALUE)
         if results is None or not isinstance(value, Tensor):
             return UNKNOWN
         shape = tuple(map(int, value.shape))
@@ -112,8 +126,9 @@ class SizeProbe:
             return UNKNOWN
         return named_layout(fitting[0], len(shape), {both[0]: SPACE}) if fitting else None
 
-    def _run(self, node: fx.Node) -> tuple[Any, Any] | None:
-        """Results of the node at both stretched sizes; None when they show nothing."""
+    def _run(self, node: fx.Node, assume: bool = False) -> tuple[Any, Any] | None:
+        """Results of the node at both stretched sizes; None when they show nothing. With ``assume`` operands of which
+        nothing is known keep their sizes."""
         target: Any = node.target
         runs = isinstance(target, OVERLOAD) or target is operator.getitem
         if not runs or target in RESHAPES or self._fixes_sizes(node):
@@ -124,6 +139,9 @@ class SizeProbe:
 
             def operand(value: fx.Node, which: int = which, unknown: list[fx.Node] = unknown) -> Any:
                 found = self._operand(value, which)
+                given = value.meta.get(VALUE)
+                if isinstance(found, Unknown) and assume and isinstance(given, Tensor):
+                    return torch.empty(tuple(map(int, given.shape)), dtype=given.dtype, device="meta")
                 if isinstance(found, Unknown):
                     unknown.append(value)
                 return found

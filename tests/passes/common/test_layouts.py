@@ -251,3 +251,16 @@ def test_candidates_fit_their_shape(shape) -> None:
         assert check_dims(found) is found and len(found.dims) == len(shape) and found.batch_dim == 0
         assert math.prod(shape[dim] for dim in found.space_dims) == found.domain.size
         assert shape[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("dims", "before", "after", "expected"),
+    [
+        ("bsc", (2, 20, 6), (2, 1, 5, 4, 6), "bchwc"),
+        ("bcs", (2, 6, 20), (2, 6, 1, 5, 4), "bcchw"),
+        ("bsc", (2, 20, 6), (2, 1, 20, 6), "bcsc"),
+        ("bsc", (2, 20, 6), (2, 1, 1, 20, 6), "bccsc"),
+    ],
+)
+def test_a_single_frame_in_front_of_positions(dims, before, after, expected) -> None:
+    assert reshape_layout(layout(dims), before, after) == layout(expected)

@@ -65,6 +65,46 @@ def test_a_table_moves_as_a_flip_does() -> None:
     assert by_table == by_rule and not by_rule.cover.whole and not report.lost
 
 
+def folded(forgetting):
+    """Channels folded into the batch, of which what is turned shows NaN, and what is read in place does not."""
+
+    def make(b: GraphBuilder, x):
+        merged = b.call(aten.reshape.default, x, [4, *SIZE])
+        turned = b.call(aten.flip.default, merged, [2])
+        mixed = b.call(aten.add.Tensor, turned, forgetting(b, merged))
+        return b.call(aten.reshape.default, mixed, [1, 4, *SIZE])
+
+    return make
+
+
+FORGETTING = {
+    "NaN in place of none": lambda b, x: b.call(aten.nan_to_num.default, x),
+    "the greater of two": lambda b, x: b.call(aten.fmax.default, x, b.call(aten.zeros_like.default, x)),
+    "a comparison": lambda b, x: b.call(aten._to_copy.default, b.call(aten.gt.Scalar, x, 0.7), dtype=torch.float32),
+    "places of the greatest": lambda b, x: b.call(
+        aten._to_copy.default, b.call(aten.argmax.default, x, 0, True), dtype=torch.float32
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORGETTING)
+def test_what_forgets_marks_is_no_table(name: str) -> None:
+    """A table would say that each position is the turned one alone, and leave its own place out."""
+    domain, report = placed(folded(FORGETTING[name]))
+    mask = torch.zeros(1, *SIZE, dtype=torch.bool)
+    mask[0, 2, 1] = True
+    active = domain.cover.active(mask)
+    assert bool(active[0, 2, 1]) and bool(active[0, 2, 8])
+    assert [lost.reason for lost in report.lost] == ["its positions do not stay where they are"]
+
+
+def test_what_forgets_nothing_is_a_table() -> None:
+    domain, report = placed(folded(lambda b, x: b.call(aten.zeros_like.default, x)))
+    mask = torch.zeros(1, *SIZE, dtype=torch.bool)
+    mask[0, 2, 1] = True
+    assert not report.lost and domain.cover.active(mask)[0].nonzero().tolist() == [[2, 8]]
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [

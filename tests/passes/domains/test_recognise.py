@@ -216,8 +216,9 @@ def test_a_graph_that_returns_a_doubtful_value_stays_dense() -> None:
     program = build_program(module, builder.infos, Options())
     assert isinstance(program, DenseProgram)
     assert program.report.dense_reason == (
-        "its output real_default of shape [2, 8, 8, 8] was made by aten.real.default, and its sizes do not tell which "
-        "of its dimensions are positions; another resolution or number of channels may"
+        "its output real_default of shape [2, 8, 8, 8] was made by aten.real.default of what aten.fft_fft.default "
+        "made, of which it is not known where its positions are, and its sizes do not tell which of its dimensions are "
+        "positions; another resolution or number of channels may"
     )
     assert [site.kind for site in program.sites] == ["value", "value"]
 
