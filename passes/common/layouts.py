@@ -9,11 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from fisedit_compile.runtime.cover import WHOLE, Cover
 from fisedit_compile.runtime.spec import Domain
 
-BATCH, HEIGHT, WIDTH, SPACE, CHANNEL = "batch", "height", "width", "space", "channel"
+Dimension = Literal["batch", "height", "width", "space", "channel"]
+BATCH: Dimension = "batch"
+HEIGHT: Dimension = "height"
+WIDTH: Dimension = "width"
+SPACE: Dimension = "space"
+CHANNEL: Dimension = "channel"
 NCHW = (BATCH, CHANNEL, HEIGHT, WIDTH)
 NHWC = (BATCH, HEIGHT, WIDTH, CHANNEL)
 TOKENS = (BATCH, SPACE, CHANNEL)
@@ -24,7 +30,7 @@ class Spatial:
     """A value with one entry for each position of ``domain``; ``dims`` names each of its dimensions."""
 
     domain: Domain
-    dims: tuple[str, ...]
+    dims: tuple[Dimension, ...]
 
     @property
     def batch_dim(self) -> int:
@@ -61,7 +67,7 @@ class Spatial:
         """The same size and dimensions at another place of the mask."""
         return Spatial(Domain(self.domain.height, self.domain.width, cover=cover), self.dims)
 
-    def with_dims(self, dims: tuple[str, ...]) -> Spatial:
+    def with_dims(self, dims: tuple[Dimension, ...]) -> Spatial:
         """The same domain with other dimensions."""
         return Spatial(self.domain, dims)
 
@@ -77,7 +83,9 @@ def check_dims(spatial: Spatial) -> Spatial | str:
     return spatial
 
 
-def _regroup(spatial: Spatial, names: list[str], before: list[int], after: list[int]) -> tuple[str, ...] | str:
+def _regroup(
+    spatial: Spatial, names: list[Dimension], before: list[int], after: list[int]
+) -> tuple[Dimension, ...] | str:
     """Names of the dimensions ``after`` that a group of dimensions ``before`` turns into."""
     domain = spatial.domain
     if before == after:
@@ -99,7 +107,7 @@ def reshape_layout(spatial: Spatial, before: tuple[int, ...], after: tuple[int, 
     Both shapes are cut into the shortest groups of equal element count; each group must keep, merge or split whole
     channel dimensions, or merge or split height and width.
     """
-    names: list[str] = []
+    names: list[Dimension] = []
     i = j = 0
     while i < len(before) or j < len(after):
         name = spatial.dims[i] if i < len(before) else None
@@ -162,6 +170,6 @@ def candidate_layouts(shape: tuple[int, ...], batch: int, domains: Collection[Do
     return pairs + flat
 
 
-def named_layout(domain: Domain, rank: int, names: Mapping[int, str]) -> Spatial:
+def named_layout(domain: Domain, rank: int, names: Mapping[int, Dimension]) -> Spatial:
     """The layout with the batch first, the dimensions in ``names`` as given, and channels elsewhere."""
     return Spatial(domain, (BATCH, *(names.get(dim, CHANNEL) for dim in range(1, rank))))

@@ -10,7 +10,7 @@ from torch import fx
 
 from fisedit_compile.passes.common.arguments import read_arguments
 from fisedit_compile.passes.common.ir import shape_of
-from fisedit_compile.passes.common.layouts import HEIGHT, WIDTH, Spatial
+from fisedit_compile.passes.common.layouts import HEIGHT, WIDTH, Dimension, Spatial
 from fisedit_compile.passes.common.meta import VALUE
 from fisedit_compile.passes.common.targets import aten
 from fisedit_compile.runtime.spec import Domain, Stencil
@@ -22,7 +22,7 @@ AXES = (HEIGHT, WIDTH)
 class Crop:
     """Every ``step``-th position from ``start`` on, ``length`` of them, along height or width."""
 
-    axis: str
+    axis: Dimension
     start: int
     step: int
     length: int
@@ -93,7 +93,7 @@ def read_turn(node: fx.Node, spatial: Spatial) -> tuple[tuple[int, ...], tuple[i
     return tuple(tables[HEIGHT]), tuple(tables[WIDTH])
 
 
-def joined_axis(node: fx.Node, spatial: Spatial) -> str | None:
+def joined_axis(node: fx.Node, spatial: Spatial) -> Dimension | None:
     """Height or width if values are joined along it, else None."""
     if node.target is aten.stack.default:
         return None
@@ -101,6 +101,6 @@ def joined_axis(node: fx.Node, spatial: Spatial) -> str | None:
     return name if name in AXES else None
 
 
-def transposed(dims: Sequence[str]) -> bool:
+def transposed(dims: Sequence[Dimension]) -> bool:
     """Whether columns come in front of rows."""
     return HEIGHT in dims and WIDTH in dims and dims.index(WIDTH) < dims.index(HEIGHT)

@@ -12,7 +12,7 @@ import itertools
 import math
 from dataclasses import dataclass
 
-from fisedit_compile.passes.common.layouts import CHANNEL, HEIGHT, SPACE, WIDTH, Spatial, reshape_layout
+from fisedit_compile.passes.common.layouts import CHANNEL, HEIGHT, SPACE, WIDTH, Dimension, Spatial, reshape_layout
 from fisedit_compile.runtime.spec import Domain, Stencil, StencilKind
 
 
@@ -57,7 +57,7 @@ def _cut(spatial: Spatial, before: tuple[int, ...], after: tuple[int, ...]) -> P
         coarse = Domain(domain.height // factors[0], domain.width // factors[1])
         if coarse.size < 2:
             continue
-        dims: list[str] = []
+        dims: list[Dimension] = []
         sizes: list[int] = []
         for name, size in zip(spatial.dims, before, strict=True):
             if name in (HEIGHT, WIDTH):

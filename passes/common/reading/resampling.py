@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 
 from fisedit_compile.passes.common.arguments import pair, read_arguments
-from fisedit_compile.passes.common.layouts import HEIGHT, NCHW, WIDTH
+from fisedit_compile.passes.common.layouts import HEIGHT, NCHW, WIDTH, Dimension
 from fisedit_compile.passes.common.reading.patches import patch_stencil
 from fisedit_compile.passes.common.targets import BILINEAR, NEAREST, PADS, POOLS, SHUFFLES, aten
 from fisedit_compile.runtime.spec import Domain, Stencil
@@ -56,7 +56,7 @@ def pool_stencil(source: Domain, target: Domain, given: dict[str, Any]) -> Stenc
     return window_stencil(source, target, kernel, stride, pair(given["padding"]), pair(given.get("dilation", 1)))
 
 
-def read_pad(node: fx.Node, dims: Sequence[str]) -> tuple[dict[str, tuple[int, int]], str] | str:
+def read_pad(node: fx.Node, dims: Sequence[Dimension]) -> tuple[dict[Dimension, tuple[int, int]], str] | str:
     """What a pad adds in front and behind by the name of the dimension, and its mode; or why rows cannot be padded."""
     given = read_arguments(node)
     amounts = [int(amount) for amount in given["padding" if "padding" in given else "pad"]]
@@ -74,7 +74,7 @@ def read_pad(node: fx.Node, dims: Sequence[str]) -> tuple[dict[str, tuple[int, i
     return named, mode
 
 
-def read_resampling(node: fx.Node, source: Domain, target: Domain, dims: Sequence[str] = NCHW) -> Stencil | str:
+def read_resampling(node: fx.Node, source: Domain, target: Domain, dims: Sequence[Dimension] = NCHW) -> Stencil | str:
     """The stencil of a resampling node whose input has the given dimensions, or the reason why it has none."""
     given = read_arguments(node)
     if node.target in POOLS and target.size == 1:

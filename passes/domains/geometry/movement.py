@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from fisedit_compile.passes.common.arguments import read_arguments
 from fisedit_compile.passes.common.ir import spatial_of
-from fisedit_compile.passes.common.layouts import HEIGHT, NCHW, WIDTH, Spatial
+from fisedit_compile.passes.common.layouts import HEIGHT, NCHW, WIDTH, Dimension, Spatial
 from fisedit_compile.passes.common.reading.attentions import is_within
 from fisedit_compile.passes.common.reading.convolutions import read_convolution
 from fisedit_compile.passes.common.reading.moves import Crop, joined_axis, read_crops, read_turn, transposed
@@ -250,7 +250,7 @@ class Movement:
         )
 
     def _padded(
-        self, node: fx.Node, x: fx.Node, domain: Domain, pad: tuple[dict[str, tuple[int, int]], str]
+        self, node: fx.Node, x: fx.Node, domain: Domain, pad: tuple[dict[Dimension, tuple[int, int]], str]
     ) -> Geometry:
         source = spatial_of(x)
         assert source is not None

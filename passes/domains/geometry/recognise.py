@@ -29,7 +29,7 @@ from torch import Tensor, fx
 
 from fisedit_compile.passes.common.arguments import read_arguments
 from fisedit_compile.passes.common.ir import reads_spatial, shape_of, spatial_of
-from fisedit_compile.passes.common.layouts import CHANNEL, NCHW, SPACE, Spatial, candidate_layouts
+from fisedit_compile.passes.common.layouts import CHANNEL, NCHW, SPACE, Dimension, Spatial, candidate_layouts
 from fisedit_compile.passes.common.meta import SPATIAL, VALUE
 from fisedit_compile.passes.common.reading.permutations import permutation
 from fisedit_compile.passes.common.targets import (
@@ -85,7 +85,7 @@ def _may_be_channels(candidate: Spatial, sources: Collection[fx.Node]) -> bool:
     return False
 
 
-def _agrees(reader: fx.Node, value: fx.Node, candidate: Spatial, dims: tuple[str, ...]) -> bool | None:
+def _agrees(reader: fx.Node, value: fx.Node, candidate: Spatial, dims: tuple[Dimension, ...]) -> bool | None:
     """Whether a reader takes the dimensions of ``value`` for what ``dims`` says; None when it shows nothing."""
     if reader.target in (aten.linear.default, aten.layer_norm.default, aten.rms_norm.default):
         if reader.args[0] is not value:

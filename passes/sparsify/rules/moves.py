@@ -26,7 +26,7 @@ from torch import fx
 from fisedit_compile.passes.common.arguments import read_arguments
 from fisedit_compile.passes.common.family import Inferred
 from fisedit_compile.passes.common.ir import RowsBuilder, shape_of, spatial_of
-from fisedit_compile.passes.common.layouts import HEIGHT, WIDTH, Spatial
+from fisedit_compile.passes.common.layouts import HEIGHT, WIDTH, Dimension, Spatial
 from fisedit_compile.passes.common.reading.moves import Crop, read_turn, transposed
 from fisedit_compile.passes.common.targets import SPLITS, aten
 from fisedit_compile.runtime.spec import Domain, Stencil
@@ -46,7 +46,7 @@ def infer_crops(crops: Sequence[Crop], node: fx.Node, spatial: Spatial) -> Infer
     return layouts if node.target in SPLITS else layouts[0]
 
 
-def infer_join(node: fx.Node, axis: str) -> Inferred:
+def infer_join(node: fx.Node, axis: Dimension) -> Inferred:
     """The layout of values joined along space (condition 2)."""
     values = node.args[0]
     assert isinstance(values, (list, tuple))
@@ -114,7 +114,7 @@ def rewrite_turn(node: fx.Node, builder: RowsBuilder) -> None:
     builder.replace(rows)
 
 
-def rewrite_join(node: fx.Node, builder: RowsBuilder, axis: str) -> None:
+def rewrite_join(node: fx.Node, builder: RowsBuilder, axis: Dimension) -> None:
     """Sum what each of the joined values puts at its place."""
     values = node.args[0]
     target = spatial_of(node)
