@@ -55,6 +55,7 @@ from fisedit_compile.passes.sparsify.attention import is_within
 from fisedit_compile.passes.sparsify.layout import ALIAS, JOINS
 from fisedit_compile.passes.sparsify.norm import TARGETS as NORMS
 from fisedit_compile.passes.sparsify.rules.moves import SPLITS, joined_axis, read_crops
+from fisedit_compile.passes.sparsify.rules.writes import WRITES, stretch_of
 from fisedit_compile.runtime.spec import Domain
 
 NAME = "propagate_domains"
@@ -123,6 +124,8 @@ def _meet(node: fx.Node, movement: Movement, derived: dict[fx.Node, None]) -> No
         _meet_keys(node, [value for value in operands if value is not node.args[0]], movement, derived)
         operands = [value for value in operands if value is node.args[0]]
     elif node.target in JOINS and (known := spatial_of(operands[0])) is not None and joined_axis(node, known):
+        return
+    elif node.target in WRITES and stretch_of(node) is not None:
         return
     elif node.target in NORMS or not (len(operands) > 1 or is_elementwise(node.target)):
         return
