@@ -41,6 +41,7 @@ from fisedit_compile.passes.common.meta import DENSE_REASON, MODULE_PATH, ORIGIN
 from fisedit_compile.passes.common.program import InputInfo
 from fisedit_compile.passes.common.reading.attentions import is_within
 from fisedit_compile.passes.common.reading.moves import joined_axis, read_crops
+from fisedit_compile.passes.common.reading.writes import stretch_of
 from fisedit_compile.passes.common.report import Report
 from fisedit_compile.passes.common.targets import (
     ALIAS,
@@ -49,6 +50,7 @@ from fisedit_compile.passes.common.targets import (
     JOINS,
     RESOLUTION_CHANGES,
     SPLITS,
+    WRITES,
     aten,
     is_elementwise,
 )
@@ -131,6 +133,8 @@ def _meet(node: fx.Node, movement: Movement, derived: dict[fx.Node, None]) -> No
         _meet_keys(node, [value for value in operands if value is not node.args[0]], movement, derived)
         operands = [value for value in operands if value is node.args[0]]
     elif node.target in JOINS and (known := spatial_of(operands[0])) is not None and joined_axis(node, known):
+        return
+    elif node.target in WRITES and stretch_of(node) is not None:
         return
     elif node.target in GROUP_NORMS or not (len(operands) > 1 or is_elementwise(node.target)):
         return

@@ -56,9 +56,51 @@ def the_middle_of_zeros(x: Tensor, y: Tensor) -> Tensor:
     return around[:, :, 2:-2, 3:-3]
 
 
+def a_corner_that_is_added_to(x: Tensor, y: Tensor) -> Tensor:
+    x[:, :, :11, :17] += y[:, :, :11, :17]
+    return x
+
+
+def rows_from_elsewhere(x: Tensor, y: Tensor) -> Tensor:
+    x[:, :, 2:9] = y[:, :, 10:17]
+    return x
+
+
+#: Writes of a map over rows or columns of another one; the others make everything behind them active.
+JOINED = [rows_of_another_map, a_corner_that_is_added_to]
+
+
+@pytest.mark.parametrize("function", JOINED, ids=lambda function: function.__name__)
+def test_a_map_that_is_written_over_a_part_stays_where_it_is(function: Any) -> None:
+    report = fisedit.explain(Network(function), torch.zeros(1, 2, *SIZE))
+    assert not report.lost and not [miss for miss in report.dense_nodes if "scatter" in str(miss.target)]
+    assert report.sparse_mac_fraction > 0.99
+
+
+@torch.no_grad()
+def test_rows_from_elsewhere_depend_on_where_they_came_from() -> None:
+    """What is written over is of no use to anybody: new values there change nothing, neither inside the mask."""
+    module, runtime = Network(rows_from_elsewhere), fisedit.Runtime()
+    network = compiled(module, runtime)
+    old, new = (torch.randn(1, 2, *SIZE, generator=torch.Generator().manual_seed(seed)) for seed in range(2))
+    with runtime.record("base"):
+        recorded = network(old)
+    over, source = (torch.zeros(SIZE, dtype=torch.bool) for _ in range(2))
+    over[3:8, 4:18] = True
+    source[3:16, 4:18] = True
+    with runtime.edit("base", mask=over):
+        assert_identical(network(new), recorded, "what is written over")
+    with runtime.edit("base", mask=source):
+        edited = network(new)
+    assert_identical(edited[..., ~source], recorded[..., ~source], "outside the mask")
+    for rows in (slice(4, 7), slice(10, 15)):  # rows 4 to 6 are those of 12 to 14
+        inner = (..., rows, slice(5, 17))
+        assert_near(edited[inner], module(torch.where(source, new, old))[inner], "inside the mask")
+
+
 @pytest.mark.parametrize(
     "function",
-    [rows_of_another_map, every_second_row, a_crop_that_is_added_to, the_middle_of_zeros],
+    [*JOINED, every_second_row, a_crop_that_is_added_to, the_middle_of_zeros],
     ids=lambda function: function.__name__,
 )
 @torch.no_grad()

@@ -108,6 +108,10 @@ class FieldFinder:
             found = self._joined(node, place)
             if found is not None:
                 return found
+        if name_of(node) == "slice_scatter":
+            found = self._written(node, place)
+            if found is not None:
+                return found
         return self._stays(node, place, results[number], sources)
 
     def _swapped(self, node: fx.Node, place: Place, first: Source) -> Field | None:
@@ -190,6 +194,44 @@ class FieldFinder:
             same[axis] = longer
             links.append(Link(value.name, 0, *same))
         return self._field(place, join([field.sheets for field in fields if field is not None], along_rows), links)
+
+    def _written(self, node: fx.Node, place: Place) -> Field | None:
+        """A map of which rows or columns without gaps between them are written over by another map: what is left on
+        both sides and that map, joined."""
+        given = arguments_of(node)
+        names = [value.name for value in node.args[:2] if isinstance(value, fx.Node)]
+        whole, part = (self.fields.get(name, (None,))[0] for name in names)
+        if whole is None or part is None or not (whole.placed and part.placed) or place.flattened:
+            return None
+        axis = given["dim"] % node.meta["val"].dim() - place.dimension
+        if axis not in (0, 1) or given["step"] != 1:
+            return None
+        size = (place.height, place.width)[axis]
+        start, end, _ = slice(given["start"], given["end"]).indices(size)
+        before, after = (
+            [self._cropped(sheet, axis, size, *ends) for sheet in whole.sheets] if ends[0] < ends[1] else []
+            for ends in ((0, start), (end, size))
+        )
+        inside = torch.zeros(size, dtype=torch.bool)
+        inside[start:end] = True
+        everywhere = torch.eye(size, dtype=torch.bool)
+        links = []
+        for name, field, kept in (
+            (names[0], whole, everywhere & ~inside[:, None]),
+            (names[1], part, everywhere[:, start:end]),
+        ):
+            reads = list(identity((field.height, field.width)))
+            reads[axis] = kept
+            links.append(Link(name, 0, *reads))
+        sheets = join([sheets for sheets in (before, list(part.sheets), after) if sheets], axis == 0)
+        return self._field(place, sheets, links)
+
+    @staticmethod
+    def _cropped(sheet: Sheet, axis: int, size: int, start: int, end: int) -> Sheet:
+        """A stretch of a sheet along an axis."""
+        if axis == 0:
+            return replace(sheet, rows=sheet.rows.extended(-start, end - size))
+        return replace(sheet, columns=sheet.columns.extended(-start, end - size))
 
     def _stays(self, node: fx.Node, place: Place, result: Tensor, sources: Sequence[Source]) -> Field:
         """An operator without a rule: its positions are those of the inputs of its size."""

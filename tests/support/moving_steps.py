@@ -261,6 +261,19 @@ class Writer:
         self.note(f"join along {'hw'[axis]}")
         return self.call(aten.cat.default, parts, 2 + axis)
 
+    def write(self, x: fx.Node) -> fx.Node:
+        """A stretch of rows or columns that is written over: by what lies there, or by a part of another map."""
+        pick, axis = self.choices, self.choices.whole(0, 1)
+        count = self.size(x)[axis]
+        start = pick.whole(0, count - 2)
+        end = pick.whole(start + 1, count)
+        alike = [other for other in self.maps if self.size(other) == self.size(x)]
+        other = pick.one(alike) if alike and pick.whole(0, 1) else x
+        first = pick.whole(0, count - (end - start)) if pick.whole(0, 2) == 0 else start
+        part = self.mixed(self.cut(other, axis, first, first + end - start), self.channels(x))
+        self.note(f"write over {'hw'[axis]}[{start}:{end}]")
+        return self.call(aten.slice_scatter.default, x, part, 2 + axis, start, end)
+
     def fitted(self, x: fx.Node, size: tuple[int, int]) -> fx.Node:
         """A map padded, cropped or resized to a size."""
         if self.size(x) == size:
@@ -358,6 +371,7 @@ STEPS: dict[str, Callable[[Writer, fx.Node], fx.Node]] = {
     "pool": Writer.pool,
     "shuffle": Writer.shuffle,
     "join": Writer.join,
+    "write": Writer.write,
     "skip": Writer.skip,
     "levels": Writer.levels,
 }

@@ -60,6 +60,12 @@ class Geometry:
         """Whether it is not known how positions moved."""
         return not self.places
 
+    def cut(self, axis: int, start: int, stop: int) -> tuple[Place, ...]:
+        """The places of a stretch of its rows (axis 0) or columns."""
+        if axis == 0:
+            return tuple(place._replace(rows=place.rows.part(start, stop)) for place in self.places)
+        return tuple(place._replace(columns=place.columns.part(start, stop)) for place in self.places)
+
 
 class Places:
     """Makes the geometries of one graph.

@@ -22,6 +22,7 @@ from fisedit_compile.passes.common.reading.moves import Crop, joined_axis, read_
 from fisedit_compile.passes.common.reading.patches import patch_stencil
 from fisedit_compile.passes.common.reading.permutations import permutation
 from fisedit_compile.passes.common.reading.resampling import pool_stencil, read_pad, read_resampling
+from fisedit_compile.passes.common.reading.writes import stretch_of, written_tables
 from fisedit_compile.passes.common.targets import (
     ATTENTIONS,
     CONVOLUTIONS,
@@ -37,6 +38,7 @@ from fisedit_compile.passes.common.targets import (
     RESOLUTION_CHANGES,
     SOFTMAXES,
     TURNS,
+    WRITES,
     aten,
     is_elementwise,
 )
@@ -190,6 +192,9 @@ class Movement:
             return None
         if target is operator.getitem:
             return None
+        if target in WRITES and inferred:
+            stretch = stretch_of(node)
+            return None if stretch is None else self._written(node, layout.domain.whole, *stretch)
         if target in CROPS and (crops := read_crops(node, source)) is not None:
             return self.cropped(x, crops[0], layout.domain)
         if target in TURNS and not isinstance(tables := read_turn(node, source), str):
@@ -317,6 +322,28 @@ class Movement:
             reads = (_table_reads(tables[0], size.height), _table_reads(tables[1], size.width))
             cone += self.places.seen(geometry.cone, reads, domain)
             at += sizes[number]
+        return self.places.made(domain, found, cone)
+
+    def _written(self, node: fx.Node, domain: Domain, axis: Dimension, start: int, end: int) -> Geometry:
+        """That of a map of which a stretch of rows or columns is written over: what is left, and what was written."""
+        whole, part = node.args[:2]
+        assert isinstance(whole, fx.Node) and isinstance(part, fx.Node)
+        geometries = [self.geometry(whole), self.geometry(part)]
+        if any(geometry.unknown for geometry in geometries):
+            return self.places.unknown(domain)
+        number = 0 if axis == HEIGHT else 1
+        size = (domain.height, domain.width)[number]
+        stretches = [(geometries[0], 0, start), (geometries[1], 0, end - start), (geometries[0], end, size)]
+        found = joined(
+            [geometry.cut(number, first, last) for geometry, first, last in stretches if first < last], number
+        )
+        cone: list[Term] = []
+        for value, geometry, table in zip((whole, part), geometries, written_tables(size, start, end), strict=True):
+            tables: list[Sequence[int]] = [range(domain.height), range(domain.width)]
+            tables[number] = table
+            own = size_of(value)
+            reads = (_table_reads(tables[0], own.height), _table_reads(tables[1], own.width))
+            cone += self.places.seen(geometry.cone, reads, domain)
         return self.places.made(domain, found, cone)
 
     def _tried(self, node: fx.Node, layout: Spatial) -> Geometry:

@@ -119,21 +119,35 @@ def rewrite_join(node: fx.Node, builder: RowsBuilder, axis: Dimension) -> None:
     values = node.args[0]
     target = spatial_of(node)
     assert isinstance(values, (list, tuple)) and target is not None
-    at, total = 0, None
+    at, placed = 0, []
+    size = target.domain.height if axis == HEIGHT else target.domain.width
     for value in values:
-        assert isinstance(value, fx.Node)
+        source = spatial_of(value)
+        assert isinstance(value, fx.Node) and source is not None
+        length = source.domain.height if axis == HEIGHT else source.domain.width
+        placed.append((value, tuple(place - at if at <= place < at + length else -1 for place in range(size))))
+        at += length
+    builder.replace(summed_rows(placed, target.domain, axis, builder))
+
+
+def summed_rows(
+    placed: Sequence[tuple[fx.Node, tuple[int, ...]]], target: Domain, axis: str, builder: RowsBuilder
+) -> fx.Node:
+    """The rows of values that lie side by side along an axis.
+
+    Args:
+        placed: the values, and for each place along the axis which of its positions is there, -1: none.
+        target: where the rows are.
+        axis: height or width.
+        builder: inserts them.
+    """
+    total: fx.Node | None = None
+    for value, table in placed:
         source = spatial_of(value)
         assert source is not None
-        own = {HEIGHT: source.domain.height, WIDTH: source.domain.width}
-        tables = {
-            name: tuple(position if position < own[name] else -1 for position in range(size))
-            for name, size in ((HEIGHT, target.domain.height), (WIDTH, target.domain.width))
-        }
-        size = target.domain.height if axis == HEIGHT else target.domain.width
-        tables[axis] = tuple(place - at if at <= place < at + own[axis] else -1 for place in range(size))
-        at += own[axis]
-        stencil = Stencil.of("table", source.domain, target.domain, rows=tables[HEIGHT], columns=tables[WIDTH])
+        tables = {HEIGHT: tuple(range(target.height)), WIDTH: tuple(range(target.width)), axis: table}
+        stencil = Stencil.of("table", source.domain, target, rows=tables[HEIGHT], columns=tables[WIDTH])
         rows = moved_rows(builder, value, stencil)
         total = rows if total is None else builder.call(aten.add.Tensor, total, rows)
     assert total is not None
-    builder.replace(total)
+    return total

@@ -76,6 +76,20 @@ def test_what_is_joined_is_summed_at_its_places() -> None:
     assert spell(outputs(module)[0]) == ("to_map", ("aten.add.Tensor", moved(first), moved(second, "y")))
 
 
+@pytest.mark.parametrize(("start", "end"), [(1, 3), (0, 2), (3, 9), (-2, 2**63 - 1)])
+def test_rows_that_are_written_over_are_summed_at_their_places(start, end) -> None:
+    builder = GraphBuilder()
+    first, last, _ = slice(start, end).indices(5)
+    x = builder.picture()
+    y = builder.input(2, 6, last - first, 4, name="y", spatial=layout("bchw", Domain(last - first, 4)))
+    node = builder.call(aten.slice_scatter.default, x, y, 2, start, end)
+    module, _ = run(builder, node)
+    left = table(tuple(-1 if first <= row < last else row for row in range(5)), (0, 1, 2, 3))
+    written = table(tuple(row - first if first <= row < last else -1 for row in range(5)), (0, 1, 2, 3), last - first)
+    assert spell(outputs(module)[0]) == ("to_map", ("aten.add.Tensor", moved(left), moved(written, "y")))
+    assert node.meta["spatial"] == layout("bchw")
+
+
 @pytest.mark.parametrize(
     ("make", "dense", "size"),
     [
@@ -91,6 +105,13 @@ def test_what_is_joined_is_summed_at_its_places() -> None:
             lambda b, x: b.call(aten.cat.default, [x, b.call(aten.flip.default, x, [2])], 3),
             lambda x: torch.cat([x, x.flip(2)], 3),
             Domain(5, 8),
+        ),
+        (
+            lambda b, x: b.call(
+                aten.slice_scatter.default, x, b.call(aten.silu.default, b.call(aten.slice.Tensor, x, 3, 1, 3)), 3, 1, 3
+            ),
+            lambda x: x.slice_scatter(torch.nn.functional.silu(x[..., 1:3]), 3, 1, 3),
+            Domain(5, 4),
         ),
     ],
 )

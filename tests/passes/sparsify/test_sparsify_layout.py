@@ -245,6 +245,8 @@ WRITTEN = "what is written lies on another resolution or has its dimensions in d
         ((2, 6, 2, 4), None, (2, 0, 2), "it writes along positions or samples"),
         ((1, 6, 5, 4), None, (0, 0, 1), "it writes along positions or samples"),
         ((2, 2, 5, 4), "bcwh", (1, 0, 2), WRITTEN),
+        ((2, 6, 3, 4), "bchw", (2, 0, 5, 2), "it writes along positions or samples"),
+        ((1, 6, 5, 4), "bchw", (0, 0, 1), "it writes along positions or samples"),
     ],
 )
 def test_conditions_2_and_3_of_writes(part, dims, place, reason) -> None:
