@@ -8,7 +8,7 @@ from typing import ClassVar
 class FisEditError(Exception):
     """Base class of all errors raised by fisedit-compile.
 
-    A traceback ends in a line that says where the documentation explains the class.
+    Below it a traceback has a line that says where the documentation explains the class.
 
     Args:
         fact: what was expected, and what came.

@@ -196,7 +196,7 @@ def test_the_tutorial_runs(tmp_path: Path) -> None:
 NAMED_FROM = ("", "docs", "fisedit_compile", "fisedit_compile/operators", "passes", "runtime", "tests", "tests/support")
 #: Files that commands write or read, and files that stand for many.
 NOT_IN_THE_TREE = re.compile(
-    r"blocks\.json|model_index\.json|report\.json|unet/config\.json|fisedit-demo/.*|.*<.*|native\.cpp|docs/images/"
+    r"blocks\.json|flow\.json|\.json|model_index\.json|report\.json|unet/config\.json|fisedit-demo/.*|.*<.*|native\.cpp|docs/images/"
 )
 
 

@@ -109,7 +109,8 @@ def test_notes_on_python_numbers_are_for_users_of_a_runtime() -> None:
     error.add_note("this graph runs densely")
     with pytest.raises(CallMismatchError) as caught, session_words():
         raise error
-    assert caught.value is error and error.__notes__ == ["this graph runs densely"]
+    assert caught.value is error and error.__notes__[1:] == ["this graph runs densely"]
+    assert error.__notes__[0].endswith("docs/errors.md#callmismatcherror")
     assert str(error).startswith("the picture 'edit-2' has no such call; the run was cancelled")
 
 
@@ -139,7 +140,7 @@ def test_pipelines_advise_nothing_that_a_session_does_not_take() -> None:
 def test_reasons_of_dense_graphs_end_before_advice_on_options() -> None:
     plain = "none of its inputs is a picture or a feature map"
     x = torch.zeros(1, 12, 4)
-    report = fisedit_compile.reporting.explain(torch.nn.Linear(4, 4), x)
+    report = fisedit_compile.explain(torch.nn.Linear(4, 4), x)
     reason = next(graph.reason for graph in report.graphs if graph.reason)
     assert reason.startswith(plain) and "option tokens" in reason and without_hints(reason) == plain
     assert without_hints(f"sizes{NUMBERS_HINT} t, ...: compile with dynamic=False") == "sizes"

@@ -1,0 +1,68 @@
+"""Every script in examples/ runs, and does what it says."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from support.tree import ROOT
+
+FOLDER = ROOT / "examples"
+
+
+def load(name: str) -> ModuleType:
+    """An example as a module."""
+    spec = importlib.util.spec_from_file_location(f"example_{name}", FOLDER / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+def test_every_example_is_tested() -> None:
+    source = Path(__file__).read_text(encoding="utf-8")
+    names = [path.stem for path in FOLDER.glob("*.py")]
+    assert len(names) == 4 and all(f'load("{name}")' in source for name in names)
+
+
+def test_own_network(capsys: pytest.CaptureFixture[str]) -> None:
+    load("own_network").main()
+    told = capsys.readouterr().out
+    assert "in 10 calls" in told and "the same: True" in told
+    assert float(told.rpartition(": ")[2]) > 0.01
+
+
+def test_painted_edit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    load("painted_edit").main(tmp_path, steps=3)
+    base, blue, yellow = (pixels(tmp_path / f"{name}.png") for name in ("base", "blue", "yellow"))
+    # Far from the painted ellipse.
+    assert np.array_equal(base[:40], blue[:40]) and np.array_equal(base[:40], yellow[:40])
+    assert not np.array_equal(base, blue) and not np.array_equal(blue, yellow)
+    assert "back at: a blue ball" in capsys.readouterr().out
+
+
+def test_edit_by_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    load("edit_by_words").main(tmp_path, steps=3)
+    assert not np.array_equal(pixels(tmp_path / "base.png"), pixels(tmp_path / "fireworks.png"))
+    assert "the mask covers" in capsys.readouterr().out
+
+
+def test_save_explanation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    load("save_explanation").main(tmp_path)
+    numbers = json.loads((tmp_path / "explanation.json").read_text())
+    assert numbers["sparse share"] == 1.0 and numbers["dense operators"] == []
+    costs = list(numbers["arithmetic of an edit, of a dense call"].values())
+    assert costs == sorted(costs) and 0 < costs[0] < 0.05
+    assert "multiply-accumulates" in (tmp_path / "explanation.txt").read_text()
+    assert (tmp_path / "flow.svg").read_text().startswith("<svg")
+    assert "of the arithmetic" in capsys.readouterr().out
