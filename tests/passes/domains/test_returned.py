@@ -6,6 +6,7 @@ import pytest
 from torch import fx
 
 from fisedit_compile.options import Options
+from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.report import Report
 from fisedit_compile.passes.domains.propagate_domains import propagate_domains
 from fisedit_compile.passes.manager import families
@@ -36,11 +37,14 @@ def einsum(builder: GraphBuilder, x: fx.Node) -> fx.Node:
     return builder.call(aten.einsum.default, "bqc,bchw->bqhw", [queries(builder, x), x])
 
 
+def compiling(builder: GraphBuilder, module: fx.GraphModule) -> Compilation:
+    return Compilation(module, tuple(builder.infos), families=families(Options()))
+
+
 def run(builder: GraphBuilder, *results: fx.Node) -> tuple[fx.GraphModule, Report]:
-    report = Report()
-    module = builder.module(*results)
-    propagate_domains(module, builder.infos, families(Options()), report)
-    return module, report
+    compilation = compiling(builder, builder.module(*results))
+    propagate_domains(compilation)
+    return compilation.edit, compilation.report
 
 
 @pytest.mark.parametrize(
@@ -64,7 +68,7 @@ def test_the_map_in_a_product_tells(make, dims, channels) -> None:
     assert returned.meta["spatial"] == layout(dims, SQUARE)
     assert "spatial" not in node.meta
     before = text(module)
-    propagate_domains(module, builder.infos, families(Options()), Report())
+    propagate_domains(compiling(builder, module))
     assert text(module) == before
 
 
