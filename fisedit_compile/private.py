@@ -176,7 +176,8 @@ def changes_what_is_kept() -> bool:
     except AttributeError:
         return False
     # What was made by the code itself belongs to a scope of it.
-    return any(changed.mutation_type.scope == 0 for changed in effects._get_modified_vars())
+    kinds = (changed.mutation_type for changed in effects._get_modified_vars())
+    return any(kind is not None and kind.scope == 0 for kind in kinds)
 
 
 def is_numpy(placeholder: fx.Node) -> bool:
