@@ -47,7 +47,10 @@ class EditSession:
         tier: where recordings are kept: ``"device"``, or ``"host"`` where a GPU has no room for them.
         norm: ``"exact"`` or ``"cached"`` group norm statistics, see the backend's options.
         lowering: ``"plain"`` or ``"inductor"``, see the backend's options.
-        packing, convolution, cuda_graphs, disable_passes: options of the backend, for the network and the decoder.
+        packing: option of the backend, for the network and the decoder.
+        convolution: the same.
+        cuda_graphs: the same.
+        disable_passes: the same.
         tokens: as the backend's option, for inputs of the network besides the latents, which the session knows.
         content: as the backend's option, for inputs besides those that the session knows (Flux' guidance).
         automatic_mask: how masks are found when none is given.
@@ -225,7 +228,8 @@ class EditSession:
         """Refuse a mask of another shape than the picture will have, before that is generated.
 
         Args:
-            rows, columns: of the mask, in its pixels.
+            rows: of the mask, in its pixels.
+            columns: the same.
             **arguments: those that the picture will be generated with. Where they and the pipeline do not tell its
                 size, nothing is checked until :meth:`edit`.
 

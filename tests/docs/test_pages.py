@@ -193,10 +193,20 @@ def test_the_tutorial_runs(tmp_path: Path) -> None:
 
 
 #: Folders in which documents name files without repeating the folder.
-NAMED_FROM = ("", "docs", "fisedit_compile", "fisedit_compile/operators", "passes", "runtime", "tests", "tests/support")
+NAMED_FROM = (
+    "",
+    "docs",
+    "fisedit_compile",
+    "fisedit_compile/operators",
+    "fisedit_compile/pipelines",
+    "passes",
+    "runtime",
+    "tests",
+    "tests/support",
+)
 #: Files that commands write or read, and files that stand for many.
 NOT_IN_THE_TREE = re.compile(
-    r"blocks\.json|flow\.json|\.json|model_index\.json|report\.json|unet/config\.json|fisedit-demo/.*|.*<.*|native\.cpp|docs/images/"
+    r"blocks\.json|gpu\.(json|md)|flow\.json|\.json|model_index\.json|report\.json|unet/config\.json|fisedit-demo/.*|.*<.*|native\.cpp|docs/images/"
 )
 
 
