@@ -11,7 +11,8 @@ from torch.nn import functional
 
 from fisedit_compile.operators.attention import aten as attention
 from fisedit_compile.operators.attention import native
-from fisedit_compile.operators.attention.aten import MOST_KEYS, MOST_QUERIES, attend
+from fisedit_compile.operators.attention.aten import attend
+from fisedit_compile.operators.attention.spec import MOST_KEYS, MOST_QUERIES, AttentionCase
 from fisedit_compile.operators.choosing import taken
 from support.tolerances import assert_identical, assert_near
 
@@ -20,10 +21,11 @@ class Table:
     """Costs of which the given way is the lowest."""
 
     def __init__(self, way: str) -> None:
-        self.way, self.cases = way, [""]
+        self.way = way
+        self.cases: list[AttentionCase] = []
         self.shapes: list[dict[str, torch.Size]] = []
 
-    def fastest(self, operator: str, case: str, ways: Mapping[str, Callable[[], Tensor]]) -> str:
+    def fastest(self, operator: str, case: AttentionCase, ways: Mapping[str, Callable[[], Tensor]]) -> str:
         self.cases.append(case)
         self.shapes.append({name: way().shape for name, way in ways.items()})
         return self.way if self.way in ways else next(iter(ways))
@@ -61,12 +63,15 @@ def test_takes_the_fastest_way_and_counts_it(table: Table, scale: float | None, 
     expected = functional.scaled_dot_product_attention(*given, scale=scale, enable_gqa=shared > 1)
     assert_near(result, expected)
     assert dict(taken.drain()) == {f"attention: {table.way}": 1}
-    assert table.cases[-1] == f"{2 * shared} of 2 heads 8->4 float32, about 5 queries, about 7 keys"
+    assert table.cases == [AttentionCase(2 * shared, 2, 8, 4, "float32", 5, 7)]
+    described = f"{2 * shared} of 2 heads 8->4 float32, about 5 queries, about 7 keys"
+    assert str(table.cases[0]) == described
 
 
 def test_many_positions_are_measured_by_some(table: Table) -> None:
     result = attend(*draw(2 * MOST_QUERIES, 2 * MOST_KEYS))
     assert result.shape == (2, 2, 2 * MOST_QUERIES, 4)
+    assert (table.cases[0].queries, table.cases[0].keys) == (MOST_QUERIES, MOST_KEYS)
     assert set(table.shapes[-1].values()) == {(1, 2, MOST_QUERIES, 4)}
 
 

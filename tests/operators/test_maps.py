@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from fisedit_compile.operators import contiguous_rows, conv_map, conv_map_tiles, pack_tile_weights
-from fisedit_compile.operators.choosing import CostTable, taken
+from fisedit_compile.operators.choosing import taken
 from fisedit_compile.operators.convolution import maps
 from fisedit_compile.operators.convolution.maps import convolve
+from fisedit_compile.operators.convolution.spec import MEASURED_MAPS, MapCase
 from support.tolerances import assert_identical, assert_near
 
 
@@ -68,8 +69,8 @@ def test_tiles_of_a_map_with_packed_weights(data: st.DataObject) -> None:
 def test_the_faster_way_is_taken(data: st.DataObject, fastest: str) -> None:
     setting, measured = Setting(data), []
 
-    class Table(CostTable):
-        def fastest(self, operator: str, case: str, ways: Mapping[str, Callable[[], Tensor]]) -> str:
+    class Table:
+        def fastest(self, operator: str, case: MapCase, ways: Mapping[str, Callable[[], Tensor]]) -> str:
             measured.append((operator, case))
             examples = [way() for way in ways.values()]
             assert_near(examples[0], examples[1])
@@ -81,15 +82,16 @@ def test_the_faster_way_is_taken(data: st.DataObject, fastest: str) -> None:
         patch.setattr(maps, "costs", Table())
         setting.check(conv_map(*arguments, setting.channels_last))
     outputs, inputs = setting.weight.shape[:2]
-    assert measured == [(maps.MEASURED, maps.describe_map(inputs, outputs, setting.channels_last, torch.float64))]
-    assert counts == {f"{maps.MEASURED}: {fastest}": 1}
+    assert measured == [(MEASURED_MAPS, MapCase(inputs, outputs, "float64", setting.channels_last))]
+    assert counts == {f"{MEASURED_MAPS}: {fastest}": 1}
 
 
 def test_cases_of_maps_differ_by_what_decides() -> None:
     base = (320, 640, False, torch.float32)
     changes = [(0, 640), (1, 320), (2, True), (3, torch.float64)]
-    cases = {maps.describe_map(*base[:at], value, *base[at + 1 :]) for at, value in changes}
-    assert len(cases | {maps.describe_map(*base)}) == 5
+    cases = {MapCase.of(*base)} | {MapCase.of(*base[:at], value, *base[at + 1 :]) for at, value in changes}
+    assert len(cases) == len({str(case) for case in cases}) == 5
+    assert "320->640 float32, channels last" in map(str, cases)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -15,7 +15,8 @@ from fisedit_compile.operators.choosing import taken
 from fisedit_compile.operators.native.compiling import DTYPES as NATIVE
 from fisedit_compile.operators.products import aten as packed_module
 from fisedit_compile.operators.products import native as products
-from fisedit_compile.operators.products.aten import MEASURED, MOST_ROWS, packs
+from fisedit_compile.operators.products.aten import packs
+from fisedit_compile.operators.products.spec import MEASURED, MOST_ROWS, ProductCase
 from support.tolerances import assert_near
 
 DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16, torch.float16) if packs("cpu", dtype)]
@@ -53,10 +54,10 @@ def test_rows_of_any_strides(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("fastest", ["packed", "plain"])
 def test_what_was_measured_to_be_the_fastest_is_taken(monkeypatch: pytest.MonkeyPatch, fastest: str) -> None:
-    asked: list[tuple[str, str]] = []
+    asked: list[tuple[str, ProductCase]] = []
 
     class Table:
-        def fastest(self, operator: str, case: str, ways: dict[str, Callable[[], torch.Tensor]]) -> str:
+        def fastest(self, operator: str, case: ProductCase, ways: dict[str, Callable[[], torch.Tensor]]) -> str:
             asked.append((operator, case))
             # Five outputs fill no panel of compiled products.
             assert list(ways) == ["packed", "plain"] and [way().shape for way in ways.values()] == [(40, 5)] * 2
@@ -67,7 +68,8 @@ def test_what_was_measured_to_be_the_fastest_is_taken(monkeypatch: pytest.Monkey
     for weight in (torch.randn(5, 20), torch.randn(20, 5).t()):
         asked.clear()
         matrix = pack_matrix(weight, 40)
-        assert asked == [("product", "about 38 rows, 20->5 float32")]
+        assert asked == [("product", ProductCase(38, 20, 5, "float32"))]
+        assert str(asked[0][1]) == "about 38 rows, 20->5 float32"
         assert matrix.is_mkldnn == (fastest == "packed") and matrix.shape == weight.shape
         assert_near(linear_rows(rows, matrix, None), functional.linear(rows, weight))
         torch.library.opcheck(torch.ops.fisedit.pack_matrix.default, (weight, 40), test_utils="test_schema")
@@ -79,7 +81,7 @@ class Known:
     def __init__(self, way: str) -> None:
         self.way = way
 
-    def fastest(self, operator: str, case: str, ways: dict[str, Callable[[], torch.Tensor]]) -> str:
+    def fastest(self, operator: str, case: ProductCase, ways: dict[str, Callable[[], torch.Tensor]]) -> str:
         return self.way
 
 
@@ -105,7 +107,7 @@ def test_compiled_products_are_taken_where_they_are_the_fastest(
     asked: list[list[str]] = []
 
     class Table(Known):
-        def fastest(self, operator: str, case: str, ways: dict[str, Callable[[], torch.Tensor]]) -> str:
+        def fastest(self, operator: str, case: ProductCase, ways: dict[str, Callable[[], torch.Tensor]]) -> str:
             asked.append(list(ways))
             first, *others = (way() for way in ways.values())
             assert first.shape == (40, 192)
@@ -153,10 +155,10 @@ def test_maps_are_multiplied_in_the_fastest_way(
         pytest.skip("compiled code does not multiply here")
     orders = {"packed": pack_matrix, "compiled": products.order, "plain": lambda weight: weight}
     packed = orders[order](weight)
-    asked: list[str] = []
+    asked: list[ProductCase] = []
 
     class Table:
-        def fastest(self, operator: str, case: str, ways: dict[str, Callable[[], torch.Tensor]]) -> str:
+        def fastest(self, operator: str, case: ProductCase, ways: dict[str, Callable[[], torch.Tensor]]) -> str:
             asked.append(case)
             assert operator == MEASURED and list(ways) == ["plain", order]
             assert all(way().shape == (min(rows, MOST_ROWS), 64) for way in ways.values())

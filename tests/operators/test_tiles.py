@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from fisedit_compile.operators import conv_choice, conv_dense, conv_tiles, pack_conv_weight, pack_tile_weights
-from fisedit_compile.operators.choosing import CostTable
 from fisedit_compile.operators.convolution import choice as paths
 from fisedit_compile.operators.convolution import native, tiles
+from fisedit_compile.operators.convolution.spec import ConvolutionCase
 from fisedit_compile.operators.products import native as products
 from fisedit_compile.passes.processor.choose_convolution import tile_stencils
 from fisedit_compile.runtime.plans import IndexPlan, build_plan
@@ -133,10 +133,10 @@ def test_dense(data: st.DataObject) -> None:
 def test_the_fastest_way_is_taken(data: st.DataObject, fastest: str) -> None:
     setting, taken = Setting(data), []
 
-    class Table(CostTable):
-        def choose(self, operator: str, case: str, ways: Any) -> Tensor:
+    class Table:
+        def fastest(self, operator: str, case: ConvolutionCase, ways: Any) -> str:
             taken.append(operator)
-            return ways[fastest if fastest in ways else "rows"]()
+            return fastest if fastest in ways else "rows"
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(paths, "costs", Table())
@@ -164,8 +164,9 @@ def test_the_fastest_way_is_taken(data: st.DataObject, fastest: str) -> None:
 def test_cases_differ_by_what_times_depend_on() -> None:
     base = (2, 64, 64, 320, 320, 400, 110, torch.float32)
     changes = [(0, 1), (1, 32), (2, 32), (3, 640), (4, 640), (5, 600), (6, 200), (7, torch.bfloat16)]
-    names = {paths.describe_case(*base)}
+    cases = {ConvolutionCase.of(*base)}
     for at, value in changes:
-        names.add(paths.describe_case(*base[:at], value, *base[at + 1 :]))  # type: ignore[arg-type]
-    assert len(names) == 1 + len(changes)
-    assert paths.describe_case(*base[:5], 401, *base[6:]) in names, "rows that are nearly as many are one case"
+        cases.add(ConvolutionCase.of(*base[:at], value, *base[at + 1 :]))  # type: ignore[arg-type]
+    assert len(cases) == len({str(case) for case in cases}) == 1 + len(changes)
+    assert "2x64x64 320->320 float32, about 431 rows, tiles 88% full" in map(str, cases)
+    assert ConvolutionCase.of(*base[:5], 401, *base[6:]) in cases, "rows that are nearly as many are one case"

@@ -12,26 +12,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from fisedit_compile.operators.attention import native
-from fisedit_compile.operators.choosing import costs, describe_count, describe_dtype, taken
+from fisedit_compile.operators.attention.spec import MEASURED, MOST_KEYS, MOST_QUERIES, AttentionCase
+from fisedit_compile.operators.choosing import taken
 from fisedit_compile.operators.library import operator
+from fisedit_compile.operators.records import costs
 from fisedit_compile.operators.rows.aten import keep_valid, select_rows, write_rows
-
-#: Under which name measured times are kept and ways counted.
-MEASURED = "attention"
-#: Ways are measured with so many queries and keys of one sample at most: more take longer in the same proportion.
-MOST_QUERIES, MOST_KEYS = 512, 1024
-
-
-def describe_heads(query: Tensor, key: Tensor, value: Tensor) -> str:
-    """Heads and channels in words; tensors are ``[B, heads, positions, D]``."""
-    channels = f"{query.shape[3]}->{value.shape[3]} {describe_dtype(query.dtype)}"
-    return f"{query.shape[1]} of {key.shape[1]} heads {channels}"
-
-
-def describe_attention(query: Tensor, key: Tensor, value: Tensor) -> str:
-    """What decides which way is the fastest, in words; tensors are ``[B, heads, positions, D]``."""
-    counts = f"{describe_count(query.shape[2])} queries, {describe_count(key.shape[2])} keys"
-    return f"{describe_heads(query, key, value)}, {counts}"
 
 
 def attend(
@@ -58,7 +43,7 @@ def attend(
         return plain(query, key, value)
     example = query[:1, :, :MOST_QUERIES], key[:1, :, :MOST_KEYS], value[:1, :, :MOST_KEYS]
     ways = {"plain": lambda: plain(*example), "compiled": lambda: native.attention(*example, scale)}
-    way = costs.fastest(MEASURED, describe_attention(*example), ways)
+    way = costs.fastest(MEASURED, AttentionCase.of(query, key, value), ways)
     taken.note(f"{MEASURED}: {way}")
     return plain(query, key, value) if way == "plain" else native.attention(query, key, value, scale)
 

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fisedit_compile.operators.choosing import costs, describe_count, describe_dtype, taken
+from fisedit_compile.operators.choosing import taken
 from fisedit_compile.operators.convolution import native
 from fisedit_compile.operators.convolution.aten import conv_rows
+from fisedit_compile.operators.convolution.spec import MEASURED, ConvolutionCase
 from fisedit_compile.operators.convolution.tiles import conv_tiles
 from fisedit_compile.operators.library import operator
+from fisedit_compile.operators.records import costs
 from fisedit_compile.operators.rows.aten import scatter_rows, select_rows
 
 DENSE_FROM = 0.4
@@ -66,20 +68,6 @@ def conv_dense(
     mixed = scatter_rows(recorded, rows, index, valid).unflatten(1, (height, width)).permute(0, 3, 1, 2)
     result = functional.conv2d(mixed.contiguous(memory_format=torch.channels_last), weight, bias, padding=1)
     return select_rows(result.permute(0, 2, 3, 1).flatten(1, 2), index)
-
-
-def describe_shape(batch: int, height: int, width: int, inputs: int, outputs: int, dtype: torch.dtype) -> str:
-    """A convolution in words, whatever the mask."""
-    return f"{batch}x{height}x{width} {inputs}->{outputs} {describe_dtype(dtype)}"
-
-
-def describe_case(
-    batch: int, height: int, width: int, inputs: int, outputs: int, rows: int, tiles: int, dtype: torch.dtype
-) -> str:
-    """What the time of a convolution depends on, in words; equal for cases whose times are alike."""
-    fill = round(8 * rows / max(4 * tiles, 1)) / 8
-    shape = describe_shape(batch, height, width, inputs, outputs, dtype)
-    return f"{shape}, {describe_count(rows)} rows, tiles {fill:.0%} full"
 
 
 def _conv_choice_shape(
@@ -154,5 +142,7 @@ def conv_choice(
     if len(ways) == 1:
         return ways["rows"]()
     tiles = tile_table.shape[1]
-    case = describe_case(rows.shape[0], height, width, inputs, outputs, count, tiles, rows.dtype)
-    return costs.choose("convolution", case, ways)
+    case = ConvolutionCase.of(rows.shape[0], height, width, inputs, outputs, count, tiles, rows.dtype)
+    way = costs.fastest(MEASURED, case, ways)
+    taken.note(f"{MEASURED}: {way}")
+    return ways[way]()

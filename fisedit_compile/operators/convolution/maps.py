@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fisedit_compile.operators.choosing import costs, describe_dtype, taken
+from fisedit_compile.operators.choosing import taken
+from fisedit_compile.operators.convolution.spec import MEASURED_MAPS, MapCase
 from fisedit_compile.operators.convolution.tiles import PATCH, SIDE
 from fisedit_compile.operators.library import operator
 from fisedit_compile.operators.products.aten import linear_rows, outputs_of
+from fisedit_compile.operators.records import costs
 from fisedit_compile.operators.rows.aten import contiguous_rows
 
 #: Patches of this many bytes are transformed and multiplied at a time, so that they stay in the cache ...
@@ -27,8 +29,6 @@ STRIP_BYTES = 8 << 20
 STRIP_TILES = 256
 #: Height and width of the map on which the ways are measured; both take a time proportional to the positions.
 EXAMPLE = 32
-#: Under which name measured times are kept and ways counted.
-MEASURED = "convolution of a map"
 
 
 def convolve(map: Tensor, weight: Tensor, *arguments: Any, **named: Any) -> Tensor:
@@ -146,11 +146,6 @@ def conv_map_tiles(
     return contiguous_rows(result.flatten(1, 2).transpose(1, 2)).view(batch, outputs, height, width)
 
 
-def describe_map(inputs: int, outputs: int, channels_last: bool, dtype: torch.dtype) -> str:
-    """What decides which way is the faster, in words."""
-    return f"{inputs}->{outputs} {describe_dtype(dtype)}{', channels last' if channels_last else ''}"
-
-
 def _conv_map_shape(
     map: Tensor,
     rows: Tensor | None,
@@ -200,6 +195,6 @@ def conv_map(
         return square.contiguous(memory_format=memory_format)
 
     ways = {"direct": lambda: direct(example()), "tiles": lambda: tiles(example(), None)}
-    way = costs.fastest(MEASURED, describe_map(inputs, outputs, channels_last, map.dtype), ways)
-    taken.note(f"{MEASURED}: {way}")
+    way = costs.fastest(MEASURED_MAPS, MapCase.of(inputs, outputs, channels_last, map.dtype), ways)
+    taken.note(f"{MEASURED_MAPS}: {way}")
     return direct(map) if way == "direct" else tiles(map, rows)

@@ -19,16 +19,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fisedit_compile.operators.choosing import costs, describe_count, describe_dtype, taken
+from fisedit_compile.operators.choosing import taken
 from fisedit_compile.operators.library import operator
 from fisedit_compile.operators.products import native as products
+from fisedit_compile.operators.products.spec import MEASURED, MOST_ROWS, PACKED, ProductCase
+from fisedit_compile.operators.records import costs
 
 # For how many rows the order is chosen. Orders for 64 rows and more are alike; that for one row is slow for many.
 TYPICAL_ROWS = 64
-#: Products of whole maps are measured with so many rows at most: more take longer in the same proportion.
-MOST_ROWS = 1024
-#: Under which name their times are kept and ways counted.
-MEASURED = "product of a map"
 
 
 @lru_cache(maxsize=16)
@@ -41,11 +39,6 @@ def packs(device: str, dtype: torch.dtype) -> bool:
     if dtype == torch.float16:
         return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
     return dtype == torch.float32
-
-
-def describe_product(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> str:
-    """What the time of a product depends on, in words."""
-    return f"{describe_count(rows)} rows, {inputs}->{outputs} {describe_dtype(dtype)}"
 
 
 def _pack_matrix_shape(weight: Tensor, rows: int | None = None) -> Tensor:
@@ -90,8 +83,8 @@ def pack_matrix(weight: Tensor, rows: int | None = None) -> Tensor:
         return lambda: linear_rows(example, order(), None)
 
     ways = {way: multiply(order) for way, order in orders.items()}
-    case = describe_product(rows, weight.shape[1], weight.shape[0], weight.dtype)
-    return orders[costs.fastest("product", case, ways)]()
+    case = ProductCase.of(rows, weight.shape[1], weight.shape[0], weight.dtype)
+    return orders[costs.fastest(PACKED, case, ways)]()
 
 
 def outputs_of(weight: Tensor) -> int:
@@ -152,7 +145,7 @@ def linear_map(map: Tensor, weight: Tensor, packed: Tensor, bias: Tensor | None)
             "plain": lambda: linear_rows(example(), weight, None),
             kind: lambda: linear_rows(example(), packed, None),
         }
-        case = describe_product(min(rows, MOST_ROWS), weight.shape[1], weight.shape[0], map.dtype)
+        case = ProductCase.of(min(rows, MOST_ROWS), weight.shape[1], weight.shape[0], map.dtype)
         kind = costs.fastest(MEASURED, case, ways)
     taken.note(f"{MEASURED}: {kind}")
     return linear_rows(map, weight if kind == "plain" else packed, bias)
