@@ -6,7 +6,8 @@ Supported releases: 2.11 and newer. What the rest of the package needs from insi
 * reading where Dynamo got a graph input from (``input_source``, ``is_module_state``) and which Python numbers it
   left dynamic (``is_size``, ``hint_of``);
 * telling Dynamo that sizes are fixed (``keep_sizes``);
-* compiling a graph with inductor so that some sizes stay symbols (``compile_with_inductor``).
+* compiling a graph with inductor so that some sizes stay symbols (``compile_with_inductor``);
+* products of oneDNN with weights in its order (``multiplies_packed``, ``pack_weight``, ``multiply_packed``).
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ __all__ = [
     "FakeTensorMode", "FunctionalTrace", "HigherOrderOperator", "OpOverload", "OptimizedModule", "TorchDispatchMode",
     "code_in_work", "compile_forward", "compile_frozen", "compile_settings", "compile_with_inductor", "compiling",
     "dynamo_limits", "end_failed_capture", "free_symbols", "hint_of", "input_source", "is_changed", "is_module_state",
-    "is_numpy", "is_size", "is_symbolic", "is_wrapped_number", "keep_sizes", "leaves", "pop_mode", "push_mode",
-    "rename_node", "size_symbols", "trace_functional",
+    "is_numpy", "is_size", "is_symbolic", "is_wrapped_number", "keep_sizes", "leaves", "multiplies_packed",
+    "multiply_packed", "pack_weight", "pop_mode", "push_mode", "rename_node", "size_symbols", "trace_functional",
 ]  # fmt: skip
 
 
@@ -367,3 +368,33 @@ def compile_forward(function: Callable[..., Any], backend: Callable[..., Any]) -
     # Dynamo keeps compiled graphs on the code object, which all closures of one function share.
     call.__code__ = call.__code__.replace(co_name="fisedit_capture")
     return torch.compile(call, backend=backend, dynamic=False)
+
+
+# Products of oneDNN.
+
+
+def multiplies_packed(dtype: torch.dtype) -> bool:
+    """Whether oneDNN is there and multiplies with packed weights of this dtype."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return dtype == torch.float32
+
+
+def pack_weight(weight: Tensor, rows: int) -> Tensor:
+    """A weight ``[Cout, Cin]``, contiguous, in the order that oneDNN multiplies fastest with so many rows.
+
+    Returns:
+        An opaque tensor of the same shape, dtype and device.
+    """
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+    return packed
+
+
+def multiply_packed(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Rows ``[..., Cin]`` times a weight of :func:`pack_weight`, plus a bias: ``[..., Cout]``, contiguous."""
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    return result

@@ -175,6 +175,10 @@ class CostTable:
             self._measured.clear()
             self._decided.clear()
 
+    def known(self, operator: str, case: NamedTuple, names: tuple[str, ...]) -> str | None:
+        """What :meth:`fastest` said of the same implementations in this process; None where it was not asked."""
+        return self._decided.get((operator, case, names, torch.get_num_threads()))
+
     def fastest(self, operator: str, case: NamedTuple, ways: Mapping[str, Callable[[], object]]) -> str:
         """The fastest implementation of an operator.
 
@@ -188,10 +192,10 @@ class CostTable:
             measured when one of them was never measured in this case, or when only few processes measured it and this
             one did not.
         """
-        asked = (operator, case, tuple(ways), torch.get_num_threads())
-        decided = self._decided.get(asked)
+        decided = self.known(operator, case, tuple(ways))
         if decided is None:
-            decided = self._decided[asked] = self._decide(operator, case, ways)
+            decided = self._decide(operator, case, ways)
+            self._decided[operator, case, tuple(ways), torch.get_num_threads()] = decided
         return decided
 
     def _decide(self, operator: str, case: NamedTuple, ways: Mapping[str, Callable[[], object]]) -> str:

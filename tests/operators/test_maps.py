@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-
 import pytest
 import torch
 from hypothesis import given
@@ -15,7 +13,8 @@ from fisedit_compile.operators import contiguous_rows, conv_map, conv_map_tiles,
 from fisedit_compile.operators.choosing import taken
 from fisedit_compile.operators.convolution import maps
 from fisedit_compile.operators.convolution.maps import convolve
-from fisedit_compile.operators.convolution.spec import MEASURED_MAPS, MapCase
+from fisedit_compile.operators.convolution.spec import EXAMPLE, MEASURED_MAPS, MapCase
+from support.choices import favour
 from support.tolerances import assert_identical, assert_near
 
 
@@ -67,22 +66,17 @@ def test_tiles_of_a_map_with_packed_weights(data: st.DataObject) -> None:
 @pytest.mark.parametrize("fastest", ["direct", "tiles"])
 @given(data=st.data())
 def test_the_faster_way_is_taken(data: st.DataObject, fastest: str) -> None:
-    setting, measured = Setting(data), []
-
-    class Table:
-        def fastest(self, operator: str, case: MapCase, ways: Mapping[str, Callable[[], Tensor]]) -> str:
-            measured.append((operator, case))
-            examples = [way() for way in ways.values()]
-            assert_near(examples[0], examples[1])
-            assert {tuple(example.shape[2:]) for example in examples} == {(maps.EXAMPLE, maps.EXAMPLE)}
-            return fastest
-
+    setting = Setting(data)
     arguments = setting.map, setting.rows, setting.weight, setting.bias, pack_tile_weights(setting.weight)
     with pytest.MonkeyPatch.context() as patch, taken.apart() as counts:
-        patch.setattr(maps, "costs", Table())
+        table = favour(patch, fastest)
         setting.check(conv_map(*arguments, setting.channels_last))
     outputs, inputs = setting.weight.shape[:2]
-    assert measured == [(MEASURED_MAPS, MapCase(inputs, outputs, "float64", setting.channels_last))]
+    case = MapCase(inputs, outputs, "float64", setting.channels_last)
+    assert table.asked == [(MEASURED_MAPS, case, ("direct", "tiles"))]
+    (examples,) = table.results
+    assert_near(examples["direct"], examples["tiles"])
+    assert {tuple(example.shape[2:]) for example in examples.values()} == {(EXAMPLE, EXAMPLE)}
     assert counts == {f"{MEASURED_MAPS}: {fastest}": 1}
 
 

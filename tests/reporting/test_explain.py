@@ -13,10 +13,9 @@ from torch.nn import functional
 
 import fisedit_compile as fisedit
 from fisedit_compile.errors import OptionError
-from fisedit_compile.operators.attention import aten as attention
+from fisedit_compile.operators import choosing
 from fisedit_compile.operators.attention.spec import AttentionCase
 from fisedit_compile.operators.convolution.spec import ConvolutionCase, MapCase
-from fisedit_compile.operators.products import aten as packed
 from fisedit_compile.operators.products.spec import ProductCase
 from fisedit_compile.operators.records import CostTable, Record, Times, machine
 from fisedit_compile.options import Options
@@ -209,7 +208,7 @@ def test_measured_products_and_attention_are_shown(tmp_path: Path, monkeypatch: 
 
     # What is measured while an edit runs is what the report looks for.
     table = CostTable(tmp_path / "measured.jsonl")
-    for module in (measured, packed, attention):
+    for module in (measured, choosing):
         monkeypatch.setattr(module, "costs", table)
     network, x, runtime = Block(), torch.randn(2, 64, 16, 16), fisedit.Runtime()
     report = explain_with(Options(), network, x)

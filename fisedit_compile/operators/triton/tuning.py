@@ -16,8 +16,8 @@ import torch
 
 from fisedit_compile.operators.records import Record, costs, dtype_name
 from fisedit_compile.operators.triton.blocks import (
+    BlockChoice,
     ConvBlocks,
-    ConvChoice,
     ConvProblem,
     candidates,
     choose,
@@ -75,13 +75,13 @@ class KernelCase(NamedTuple):
 
 
 # What each convolution of this process uses; another mask is other problems, so it does not grow for ever.
-_choices: dict[tuple[ConvProblem, Chip], ConvChoice] = {}
+_choices: dict[tuple[ConvProblem, Chip], BlockChoice] = {}
 KEPT = 16384
 
 
 def best_choice(
     problem: ConvProblem, chip: Chip, work: Callable[[ConvBlocks], Callable[[], Any]] | None = None
-) -> ConvChoice:
+) -> BlockChoice:
     """The measured choice for a problem if there is one, else the model's.
 
     Args:
@@ -125,13 +125,13 @@ def measured(problem: ConvProblem, chip: Chip) -> tuple[ConvBlocks, float] | Non
     return min(found, key=lambda choice: choice[1], default=None)
 
 
-def _find(problem: ConvProblem, chip: Chip, work: Callable[[ConvBlocks], Callable[[], Any]] | None) -> ConvChoice:
+def _find(problem: ConvProblem, chip: Chip, work: Callable[[ConvBlocks], Callable[[], Any]] | None) -> BlockChoice:
     known = measured(problem, chip)
     if known is None and work is not None and _measures():
         known = tune(problem, chip, lambda blocks: gpu_seconds([work(blocks)]))
         keep(problem, chip, *known)
     if known is not None:
-        return ConvChoice(known[0], known[1], estimate_dense(problem, chip), "measured")
+        return BlockChoice(known[0], known[1], estimate_dense(problem, chip), "measured")
     return choose(problem, chip)
 
 

@@ -35,7 +35,8 @@ def test_convolutions_alone(
     benchmark.main(["convolutions", "--dry-run"])
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 4 to 8 | 64 |")]
     assert [row.split(" | ")[2] for row in rows] == ["square", "ragged"]
-    monkeypatch.setattr(benchmark.conv, "conv_rows", lambda *call: 1.1 * benchmark.conv_rows_aten(*call))
+    aten, arguments = benchmark.conv_rows_aten, benchmark.ConvRows
+    monkeypatch.setattr(benchmark.conv, "conv_rows", lambda *call: 1.1 * aten(arguments(*call)))
     with pytest.raises(SystemExit, match="a convolution is off by 0.1"):
         benchmark.main(["convolutions", "--dry-run"])
 
