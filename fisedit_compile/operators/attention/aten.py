@@ -16,8 +16,10 @@ from fisedit_compile.operators.rows.aten import keep_valid, select_rows, write_r
 
 def attention(given: Attention) -> Tensor:
     """Attention of whole maps."""
-    *others, scale, enable_gqa = given
-    return functional.scaled_dot_product_attention(*others, scale=scale, enable_gqa=enable_gqa)
+    query, key, value, mask, dropout, causal, scale, grouped = given
+    return functional.scaled_dot_product_attention(
+        query, key, value, mask, dropout, causal, scale=scale, enable_gqa=grouped
+    )
 
 
 def attention_rows(given: AttentionRows) -> Tensor:

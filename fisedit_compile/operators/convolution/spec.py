@@ -325,7 +325,9 @@ class ConvChoice(NamedTuple):
 
     def by_tiles(self) -> ConvTiles:
         """The same convolution by tiles."""
-        return ConvTiles(self.rows, self.recorded, *self.tile_plan, self.tile_weights, self.bias)
+        halo, table, place, subposition = self.tile_plan
+        plan = (halo, table, place, subposition)
+        return ConvTiles(self.rows, self.recorded, *plan, weights=self.tile_weights, bias=self.bias)
 
     def densely(self) -> ConvDense:
         """The same convolution on the whole map."""

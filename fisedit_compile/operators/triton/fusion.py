@@ -92,7 +92,7 @@ def _step(user: fx.Node, current: fx.Node, operands: list[fx.Node]) -> Step | No
 
 def _fuse_conv(node: fx.Node) -> int:
     operator = CONVOLUTIONS[node.target]
-    if not _positional(node, len(operator.arguments._fields)):  # type: ignore[attr-defined]
+    if not _positional(node, len(operator.arguments._fields)):
         return 0
     current, steps, replaced = node, [], []
     operands: list[fx.Node] = []
@@ -146,7 +146,7 @@ def fused_conv(convolution: Operator[Any], steps: tuple[Step, ...], replaced: Re
         given, operands = convolution.arguments(*arguments[:count]), arguments[count:]
         chosen, kinds = choose(convolution, given), _kinds(given, operands)
         if chosen.name == "triton" and kinds is not None:
-            own = given.by_rows() if isinstance(given, ConvChoice) else given
+            own: tuple[Any, ...] = given.by_rows() if isinstance(given, ConvChoice) else given
             return conv.conv_rows_fused(*own, Chain(steps, kinds), operands)
         value: Tensor = compute(chosen, given)
         for step, (operator, keywords) in zip(steps, replaced, strict=True):
