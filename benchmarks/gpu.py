@@ -50,7 +50,7 @@ PARTS = ("kernels", "semantics", "sanitizer", "convolutions", "networks", "edits
 #: What the first two of them test, on the GPU.
 TESTS = {
     "kernels": (
-        *("tests/kernels", "--deselect=tests/operators/triton/test_compilation.py"),
+        *("tests/operators/triton", "--deselect=tests/operators/triton/test_compilation.py"),
         *("tests/executing/test_replay.py", "tests/runtime/test_tiers.py"),
     ),
     "semantics": tuple(f"tests/semantics/test_{name}.py" for name in ("replay", "tiers", "properties")),
@@ -128,7 +128,10 @@ def sanitize() -> None:
         return
     # Each tensor gets memory of its own, else one could read into the next without being noticed.
     environment = _environment() | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    tests = [f"tests/kernels/test_{name}_kernel{'' if name == 'conv' else 's'}.py" for name in ("conv", "norm", "row")]
+    tests = [
+        f"tests/operators/triton/test_{name}_kernel{'' if name == 'conv' else 's'}.py"
+        for name in ("conv", "norm", "row")
+    ]
     for check in ("memcheck", "racecheck"):
         command = [tool, "--tool", check, "--error-exitcode", "1", "--target-processes", "all"]
         command += [sys.executable, "-m", "pytest", "-v", "-n", "0", *tests]

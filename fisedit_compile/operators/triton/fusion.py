@@ -146,8 +146,8 @@ def fused_conv(convolution: Operator[Any], steps: tuple[Step, ...], replaced: Re
         given, operands = convolution.arguments(*arguments[:count]), arguments[count:]
         chosen, kinds = choose(convolution, given), _kinds(given, operands)
         if chosen.name == "triton" and kinds is not None:
-            own: tuple[Any, ...] = given.by_rows() if isinstance(given, ConvChoice) else given
-            return conv.conv_rows_fused(*own, Chain(steps, kinds), operands)
+            own: ConvRows = given.by_rows() if isinstance(given, ConvChoice) else given
+            return conv.conv_rows_fused(*own, epilogue=Chain(steps, kinds), operands=operands)
         value: Tensor = compute(chosen, given)
         for step, (operator, keywords) in zip(steps, replaced, strict=True):
             parts = [operands[part.number] if isinstance(part, Operand) else part for part in step.arguments]
