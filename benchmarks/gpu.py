@@ -33,13 +33,15 @@ from fisedit_compile.bench.conv_shapes import MODELS, ConvShape, conv_shapes
 from fisedit_compile.bench.masks import make_mask
 from fisedit_compile.bench.networks import build_unet, example_inputs
 from fisedit_compile.bench.unet import DTYPES, describe_machine
-from fisedit_compile.operators import conv_rows as conv_rows_aten
 from fisedit_compile.operators import pack_conv_weight
 from fisedit_compile.operators.convolution import triton as conv
+from fisedit_compile.operators.convolution.aten import conv_rows as conv_rows_aten
+from fisedit_compile.operators.convolution.spec import ConvRows
 from fisedit_compile.operators.triton import naive
 from fisedit_compile.operators.triton.blocks import candidates
 from fisedit_compile.operators.triton.chips import chip_of
 from fisedit_compile.operators.triton.pointwise import add_bias
+from fisedit_compile.operators.triton.reads import reads_cache
 from fisedit_compile.operators.triton.tuning import best_choice, gpu_seconds
 from fisedit_compile.runtime.plans import build_plan
 from fisedit_compile.runtime.spec import Domain, PlanInput, Stencil
@@ -179,7 +181,7 @@ def convolutions(run: Run, shapes: Sequence[ConvShape]) -> None:
                     rows = torch.randn(2, count, shape.inputs, device=run.device, dtype=run.dtype)
                     calls.append((rows, recorded, halo, table, packed, bias, 1))
                 _agree(conv.conv_rows(*calls[0]), calls[0])
-                gathered = run.kernel_seconds([partial(conv_rows_aten, *call) for call in calls])
+                gathered = run.kernel_seconds([partial(conv_rows_aten, ConvRows(*call)) for call in calls])
                 kernel = run.kernel_seconds([partial(conv.conv_rows, *call) for call in calls])
                 factors = [torch.randn(2 * table.shape[1], packed.shape[1], device=run.device, dtype=run.dtype)]
                 factors += [torch.randn_like(factors[0]) for _ in range(ROTATED - 1)]
@@ -204,7 +206,7 @@ def _sharing(run: Run, problem: conv.ConvProblem, blocks: conv.ConvBlocks, calls
         return None
     shared = []
     for rows, recorded, halo, table, weight, bias, groups in calls:
-        reads = conv.reads_cache.get(halo, table, rows.shape[1])
+        reads = reads_cache.get(halo, table, rows.shape[1])
         call = conv.ConvCall(rows, recorded, reads, weight, groups, epilogue=add_bias(conv.NOTHING), operands=(bias,))
         shared.append(partial(conv.run_conv, call, blocks))
     return run.kernel_seconds(shared)

@@ -2,7 +2,7 @@
 
 python benchmarks/kernel_checks.py --device cuda --output checks.jsonl
 
-Results are compared with the ATen implementation on the processor in float32. Arguments are those of real networks at
+Results are compared with those of the processor in float32. Arguments are those of real networks at
 a twentieth of the positions. A wrong result does not end the program: the case is made smaller for as long as it stays
 wrong, and its tensors are written beside the output. A case that ends the process (a GPU that has read outside of its
 memory answers nothing any more) is noted as crashed, and a new process goes on behind it.
@@ -24,9 +24,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+import fisedit_compile.operators  # noqa: F401  (registers them)
 from fisedit_compile.bench.masks import make_mask
 from fisedit_compile.bench.unet import DTYPES
-from fisedit_compile.operators import IMPLEMENTATIONS
 from fisedit_compile.runtime.plans import build_plan
 from fisedit_compile.runtime.spec import Domain, PlanInput, Stencil
 
@@ -181,16 +181,22 @@ def _single(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
+def computed(case: Case, arguments: Sequence[Any], device: torch.device) -> Tensor:
+    """The operator's result on a device, as graphs of PyTorch's compiler call it: the implementation is chosen."""
+    result: Tensor = _overload(case)(*_convert(arguments, lambda tensor: tensor.to(device)))
+    return result
+
+
+def _overload(case: Case) -> Any:
+    return getattr(torch.ops.fisedit, case.operator).default
+
+
 @torch.no_grad()
 def error_of(case: Case, device: torch.device) -> float:
-    """Largest difference from the processor's result as a share of the largest value; NaN where either is not finite.
-
-    Operators are called as graphs of PyTorch's compiler call them, so that the dispatcher chooses.
-    """
-    overload = getattr(torch.ops.fisedit, case.operator).default
+    """Largest difference from the processor's result, as a share of its largest value; NaN where one is not finite."""
     arguments = MAKERS[case.operator](Values(case))
-    expected = IMPLEMENTATIONS[overload](*_convert(arguments, _single))
-    result = overload(*_convert(arguments, lambda tensor: tensor.to(device)))
+    expected = _overload(case)(*_convert(arguments, _single))
+    result = computed(case, arguments, device)
     difference = (result.float().cpu() - expected.float()).abs().max()
     return float(difference / expected.float().abs().max())
 

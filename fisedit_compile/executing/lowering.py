@@ -19,10 +19,8 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from fisedit_compile.operators import IMPLEMENTATIONS
-from fisedit_compile.operators import triton as kernels
-from fisedit_compile.operators.attention.aten import attend
-from fisedit_compile.operators.convolution.maps import convolve
+from fisedit_compile.operators import OPERATORS, choosing
+from fisedit_compile.operators.triton.fusion import fuse
 from fisedit_compile.passes.common.deferred import copy_graph
 from fisedit_compile.passes.common.literals import spell_literals
 from fisedit_compile.passes.common.program import GraphInput
@@ -36,12 +34,10 @@ aten = torch.ops.aten
 #: Takes the graph's inputs in order, returns its outputs as a sequence.
 Lowered = Callable[..., Sequence[Any]]
 
-#: The same operators by their Python bindings, which take half the time of a call through an operator overload; or in
-#: the way that is the fastest.
+#: The same operators by their Python bindings, which take half the time of a call through an operator overload.
 BINDINGS: dict[Any, Callable[..., Any]] = {
     aten.add.Tensor: torch.add,
     aten.cat.default: torch.cat,
-    aten.conv2d.default: convolve,
     aten.div.Tensor: torch.div,
     aten.gelu.default: functional.gelu,
     aten.group_norm.default: torch.group_norm,
@@ -50,7 +46,6 @@ BINDINGS: dict[Any, Callable[..., Any]] = {
     aten.mul.Tensor: torch.mul,
     aten.permute.default: torch.permute,
     aten.reshape.default: torch.reshape,
-    aten.scaled_dot_product_attention.default: attend,
     aten.silu.default: functional.silu,
     aten.split.Tensor: torch.split,
     aten.sub.Tensor: torch.sub,
@@ -61,8 +56,8 @@ BINDINGS: dict[Any, Callable[..., Any]] = {
 
 def lower_plain(graph_module: fx.GraphModule) -> Lowered:
     """Python code that calls one operator after the other and drops each intermediate after its last use."""
-    lowered = kernels.fuse(copy_graph(graph_module))
-    faster = {**BINDINGS, **{operator: kernels.implementation(operator) for operator in IMPLEMENTATIONS}}
+    lowered = fuse(copy_graph(graph_module))
+    faster = {**BINDINGS, **{overload: choosing.lowered(operator) for overload, operator in OPERATORS.items()}}
     for node in lowered.graph.nodes:
         if node.op == "call_function":
             node.target = faster.get(node.target, node.target)

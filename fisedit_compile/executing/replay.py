@@ -28,8 +28,8 @@ from torch import Tensor
 from fisedit_compile.executing.lowering import Lowered
 from fisedit_compile.executing.picking import picker
 from fisedit_compile.operators.choosing import taken
-from fisedit_compile.operators.convolution.triton import reads_cache
 from fisedit_compile.operators.triton.devices import one_capture
+from fisedit_compile.operators.triton.reads import reads_cache
 from fisedit_compile.private.cuda import end_failed_capture
 
 logger = logging.getLogger(__name__)

@@ -1,223 +1,163 @@
-"""Which of several ways to compute an operator is the fastest on this machine: measured once, then remembered.
+"""The one door to operators: which implementation computes one, and how often each was taken.
 
-Times are kept in a file of the user's cache folder, with the machine (processor, threads, PyTorch) they belong to, so
-that only the first edits of their kind on a machine measure. The first few processes measure again and the smallest
-times count, so that a choice made while the machine was busy does not stay. The ways differ by rounding errors only.
+An option decides where it asks for an implementation, then what was measured on this machine, then a cost model. Where
+none of them says anything, the implementation of the highest rank runs that supports the arguments.
 """
 
 from __future__ import annotations
 
-import json
-import logging
-import math
-import platform
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
+from functools import cache, partial
+from typing import Any, Generic
 
-import torch
-from torch import Tensor
-
-from fisedit_compile.options import cache_folder
-
-logger = logging.getLogger(__name__)
-
-Times = dict[str, float]
-#: Timed runs of each way; the fastest counts, because whatever else the machine does only adds.
-RUNS = 3
-#: Seconds after which no further runs of a case are timed.
-ENOUGH = 0.25
-#: Processes that measure a case before its times are taken as they are.
-PROCESSES = 3
-#: Share of the usual way's time below which another way is taken.
-CLEARLY = 0.95
+from fisedit_compile.operators.library import Arguments, Implementation, Measuring, Operator, named
+from fisedit_compile.operators.records import costs
 
 
-@lru_cache(maxsize=1)
-def _processor() -> str:
-    """The processor's name."""
-    path = Path("/proc/cpuinfo")
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def machine() -> str:
-    """What measured times depend on besides the operator."""
-    return f"{_processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-
-
-def describe_dtype(dtype: torch.dtype) -> str:
-    """A dtype in words."""
-    return str(dtype).removeprefix("torch.")
-
-
-def describe_count(count: int) -> str:
-    """A count in words, equal for counts whose times are alike: they are about a fifth apart."""
-    return f"about {round(2 ** (round(4 * math.log2(max(count, 1))) / 4))}"
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Seconds by way, and in how many processes they were measured."""
-
-    seconds: Times
-    processes: int
-
-    def together_with(self, times: Times) -> Measured:
-        """The smaller times of this and of one more process; a way that is new is to be confirmed like the first."""
-        seconds = {name: min(time, self.seconds.get(name, time)) for name, time in times.items()}
-        before = self.processes if times.keys() <= self.seconds.keys() else 0
-        return Measured(self.seconds | seconds, before + 1)
-
-
-NEVER = Measured({}, 0)
-
-
-class CostTable:
-    """Seconds by operator, case and way. May be used by several threads and processes.
-
-    Each measurement is a line of JSON, appended to the file as it is made: nothing that another process wrote is lost,
-    and a process that is killed loses none.
-    """
-
-    def __init__(self, path: Path | None = None) -> None:
-        """``path``: of the file; None: ``costs.jsonl`` in the cache folder."""
-        self._path = path
-        self._lock = threading.Lock()
-        self._known: dict[str, dict[str, Measured]] | None = None
-        self._measured: set[str] = set()
-
-    @property
-    def path(self) -> Path:
-        """Where the table is kept."""
-        return self._path or cache_folder() / "costs.jsonl"
-
-    def times(self, operator: str, case: str) -> Times:
-        """Seconds by way, as far as measured on this machine."""
-        return self.entries().get(f"{operator} {case}", {})
-
-    def entries(self) -> dict[str, Times]:
-        """Everything measured on this machine, by operator and case."""
-        with self._lock:
-            return {key: dict(found.seconds) for key, found in self._machine_table().items()}
-
-    def choose(self, operator: str, case: str, ways: Mapping[str, Callable[[], Tensor]]) -> Tensor:
-        """What the fastest way returns, which is counted in ``taken``; arguments are those of :meth:`fastest`."""
-        way = self.fastest(operator, case, ways)
-        taken.note(f"{operator}: {way}")
-        return ways[way]()
-
-    def fastest(self, operator: str, case: str, ways: Mapping[str, Callable[[], Tensor]]) -> str:
-        """The fastest way to compute an operator.
-
-        Args:
-            operator: its name.
-            case: what its time depends on, in words.
-            ways: by name, functions that compute the same; the first is the usual one.
-
-        Returns:
-            The name of a way; the usual one counts as the fastest unless another is clearly faster. All ways are
-            measured when one of them was never measured in this case, or when only few processes measured it and this
-            one did not.
-        """
-        key = f"{operator} {case}"
-        with self._lock:
-            found = self._machine_table().get(key)
-            unsure = found is not None and found.processes < PROCESSES and key not in self._measured
-        if found is None or unsure or any(name not in found.seconds for name in ways):
-            found = self._remember(key, _measure(ways))
-        times = found.seconds
-        usual = next(iter(ways))
-        fastest = min(ways, key=times.__getitem__)
-        return fastest if times[fastest] < CLEARLY * times[usual] else usual
-
-    def _machine_table(self) -> dict[str, Measured]:
-        if self._known is None:
-            self._known = self._read()
-        return self._known.setdefault(machine(), {})
-
-    def _read(self) -> dict[str, dict[str, Measured]]:
-        """The file's content. What cannot be read is told and passed over, as it can be measured again."""
-        known: dict[str, dict[str, Measured]] = {}
-        try:
-            lines = [line for line in self.path.read_bytes().splitlines() if line]
-        except FileNotFoundError:
-            return known
-        except OSError as error:
-            logger.warning("cannot read measured times from %s: %s; measuring again", self.path, error)
-            return known
-        broken = 0
-        for line in lines:
-            try:
-                name, key, times = _parse(line)
-            except ValueError:
-                broken += 1
-                continue
-            table = known.setdefault(name, {})
-            table[key] = table.get(key, NEVER).together_with(times)
-        if broken:
-            logger.warning("%d of %d lines of %s are no measured times; passed over", broken, len(lines), self.path)
-        return known
-
-    def _remember(self, key: str, times: Times) -> Measured:
-        logger.info("%s: %s", key, ", ".join(f"{name} {1000 * seconds:.2f} ms" for name, seconds in times.items()))
-        with self._lock:
-            table = self._machine_table()
-            found = table[key] = table.get(key, NEVER).together_with(times)
-            self._measured.add(key)
-            try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                line = json.dumps({"machine": machine(), "case": key, "seconds": times}).encode()
-                # One write, as other processes may be writing; on a new line, as one of them may have been killed.
-                with self.path.open("ab", buffering=0) as file:
-                    file.write(b"\n" + line)
-            except OSError as error:
-                logger.warning("cannot keep measured times in %s: %s", self.path, error)
-        return found
-
-
-def _parse(line: bytes) -> tuple[str, str, Times]:
-    """Machine, operator and case, and times of one line.
+def call(operator: Operator[Arguments], arguments: Arguments) -> Any:
+    """Compute an operator by the implementation that is chosen.
 
     Raises:
-        ValueError: it has another form.
+        ValueError: an option asks for an implementation that does not support the arguments, or none does; with
+            reasons.
     """
-    try:
-        content = json.loads(line)
-        times = {str(way): float(seconds) for way, seconds in content["seconds"].items()}
-        return str(content["machine"]), str(content["case"]), times
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"expected a line of measured times ({type(error).__name__}: {error})") from error
+    return choose(operator, arguments).run(arguments)
 
 
-def _measure(ways: Mapping[str, Callable[[], Tensor]]) -> Times:
-    """Seconds of the fastest of a few runs of each way. They take turns, so that a slower while is one for all."""
-    for way in ways.values():
-        way()
-    times = dict.fromkeys(ways, float("inf"))
-    spent = 0.0
-    for _ in range(RUNS):
-        for name, way in ways.items():
-            started = time.perf_counter()
-            way()
-            seconds = time.perf_counter() - started
-            times[name] = min(times[name], seconds)
-            spent += seconds
-        if spent > ENOUGH:
-            break
-    return times
+def compute(implementation: Implementation[Arguments], arguments: Arguments) -> Any:
+    """Compute by an implementation that :func:`choose` chose for these arguments."""
+    return implementation.run(arguments)
 
 
-#: Of this process.
-costs = CostTable()
+def choose(operator: Operator[Arguments], arguments: Arguments) -> Implementation[Arguments]:
+    """The implementation that computes an operator with these arguments; a choice between several is counted.
+
+    Raises:
+        ValueError: as :func:`call` does.
+    """
+    if _by_rank(operator):
+        for implementation in operator.highest_first:
+            if implementation.supports is None or implementation.supports(arguments) is None:
+                return implementation
+        raise _unsupported(operator, arguments)
+    asked = operator.asked(arguments) if operator.asked is not None else None
+    if asked is not None:
+        return _asked_for(operator, asked, arguments)
+    able = [one for one in operator.implementations if one.supports is None or one.supports(arguments) is None]
+    if len(able) > 1:
+        replaced = [one.replaces for one in able if one.replaces is not None]
+        able = [one for one in able if one.name not in replaced] if replaced else able
+    if len(able) == 1:
+        return able[0]
+    if not able:
+        raise _unsupported(operator, arguments)
+    chosen = _measured(operator, arguments, able) or _expected(operator, arguments, able) or able[-1]
+    if operator.counted is not None and not chosen.counts:
+        taken.note(f"{operator.counted}: {chosen.name}")
+    return chosen
+
+
+def _by_rank(operator: Operator[Any]) -> bool:
+    """Whether ranks alone decide."""
+    return operator.measuring is None and operator.asked is None and not operator.models
+
+
+def _asked_for(operator: Operator[Arguments], name: str, arguments: Arguments) -> Implementation[Arguments]:
+    implementation = next((known for known in operator.implementations if known.name == name), None)
+    if implementation is None:
+        known = ", ".join(known.name for known in operator.implementations)
+        raise ValueError(f"{name} was asked for {operator}, which has {known}")
+    reason = None if implementation.supports is None else implementation.supports(arguments)
+    if reason is not None:
+        raise ValueError(f"{name} was asked for {operator}, but {reason}")
+    return implementation
+
+
+def _unsupported(operator: Operator[Arguments], arguments: Arguments) -> ValueError:
+    reasons = [f"{one.name}: {one.supports(arguments)}" for one in operator.implementations if one.supports is not None]
+    return ValueError(f"nothing computes {operator} with these arguments ({'; '.join(reasons)})")
+
+
+def _measured(
+    operator: Operator[Arguments], arguments: Arguments, able: Sequence[Implementation[Arguments]]
+) -> Implementation[Arguments] | None:
+    """The one that was, or now is, measured to be the fastest; None where nothing is measured."""
+    measuring = operator.measuring
+    case = measuring.case(arguments) if measuring is not None else None
+    if measuring is None or case is None:
+        return None
+    fastest = costs.known(measuring.name, case, tuple([one.name for one in able]))
+    if fastest is None:
+        ways = {one.name: _Timed(measuring, arguments, one.run) for one in able}
+        fastest = costs.fastest(measuring.name, case, ways)
+    return next(one for one in able if one.name == fastest)
+
+
+class _Timed(Generic[Arguments]):
+    """What is timed of an implementation; an example is made at the first, untimed run."""
+
+    def __init__(self, measuring: Measuring[Arguments], arguments: Arguments, run: Callable[[Arguments], Any]) -> None:
+        self._make = lambda: measuring.timed(arguments, run)
+        self._timed: Callable[[], object] | None = None
+
+    def __call__(self) -> object:
+        if self._timed is None:
+            self._timed = self._make()
+        return self._timed()
+
+
+def _expected(
+    operator: Operator[Arguments], arguments: Arguments, able: Sequence[Implementation[Arguments]]
+) -> Implementation[Arguments] | None:
+    """The one that a cost model expects to be the fastest; None where no model knows."""
+    names = [one.name for one in able]
+    for model in operator.models:
+        name = model.expected(arguments, names)
+        if name is not None:
+            return able[names.index(name)]
+    return None
+
+
+@cache
+def function(operator: Operator[Any]) -> Callable[..., Any]:
+    """A function with the operator's arguments, which chooses at each call."""
+    if _by_rank(operator):
+        return _highest(operator, operator.highest_first)
+    return _named_after(operator, named(operator.arguments, partial(call, operator)))
+
+
+def lowered(operator: Operator[Any]) -> Callable[..., Any]:
+    """What a lowered graph calls for an operator: a plain function where only one implementation can ever run. Of those
+    that are chosen by rank, only those are asked that can run in this process."""
+    usable = tuple(implementation for implementation in operator.highest_first if implementation.usable())
+    if _by_rank(operator) or len(usable) == 1:
+        return _highest(operator, usable)
+    return function(operator)
+
+
+@cache
+def _highest(operator: Operator[Any], implementations: tuple[Implementation[Any], ...]) -> Callable[..., Any]:
+    """A function that computes by the first of some implementations that supports its arguments; by a single one in any
+    case."""
+    ways = [(one.supports, one.run) for one in implementations]
+
+    def first(arguments: Any) -> Any:
+        for supports, run in ways:
+            if supports is None or supports(arguments) is None:
+                return run(arguments)
+        raise _unsupported(operator, arguments)
+
+    return _named_after(operator, named(operator.arguments, first if len(ways) > 1 else ways[0][1]))
+
+
+def _named_after(operator: Operator[Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    """Graphs name their calls by the functions."""
+    function.__name__ = function.__qualname__ = operator.name
+    function.__doc__ = operator.arguments.__doc__
+    return function
 
 
 class Taken(threading.local):

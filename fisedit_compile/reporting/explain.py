@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from fisedit_compile.errors import OptionError
-from fisedit_compile.operators.choosing import Times
+from fisedit_compile.operators.records import Times
 from fisedit_compile.operators.triton.chips import Chip
 from fisedit_compile.options import Options, parse_options
 from fisedit_compile.passes import Miss, Program, SparseProgram, build_program

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from fisedit_compile.errors import OptionError
-from fisedit_compile.operators.convolution.triton import make_problem
-from fisedit_compile.operators.triton.blocks import ConvChoice, ConvProblem
+from fisedit_compile.operators.triton.blocks import BlockChoice, ConvProblem, make_problem
 from fisedit_compile.operators.triton.chips import KNOWN_CHIPS, Chip
 from fisedit_compile.operators.triton.tuning import best_choice
 from fisedit_compile.passes import GraphInput, SparseProgram
@@ -41,7 +40,7 @@ class KernelChoice:
 
     problem: ConvProblem
     count: int
-    choice: ConvChoice
+    choice: BlockChoice
     whole_map: bool
 
     @property

@@ -27,7 +27,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from fisedit_compile.operators.convolution.tiles import PATCH, SIDE
+from fisedit_compile.operators.convolution.spec import PATCH, SIDE
 from fisedit_compile.operators.products.aten import TYPICAL_ROWS
 from fisedit_compile.passes.caching.hoist_parameters import constant_nodes
 from fisedit_compile.passes.common.compilation import Compilation

@@ -23,7 +23,7 @@ import operator
 import torch
 from torch import fx
 
-from fisedit_compile.operators.convolution.tiles import SIDE
+from fisedit_compile.operators.convolution.spec import SIDE
 from fisedit_compile.passes.common.compilation import Compilation
 from fisedit_compile.passes.common.ir import RowsBuilder, shape_of, store
 from fisedit_compile.passes.common.meta import HOISTED, VALUE

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fisedit_compile.operators import attention_rows
 from fisedit_compile.operators.attention import aten as attention
+from fisedit_compile.operators.attention.spec import Attention
 from fisedit_compile.runtime.spec import Domain
 from support.sparse_maps import Case, masks, take, window
 from support.tolerances import assert_near
@@ -88,11 +89,11 @@ def test_exceptions_leave_the_recording(monkeypatch: pytest.MonkeyPatch, samples
     before = recorded_key.clone(), recorded_value.clone()
     seen: list[bool] = []
 
-    def fail(query: Tensor, key: Tensor, value: Tensor, **keywords: object) -> Tensor:
-        seen.append(torch.equal(key.transpose(1, 2), before[0]))
+    def fail(operator: object, given: Attention) -> Tensor:
+        seen.append(torch.equal(given.key.transpose(1, 2), before[0]))
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(attention, "attend", fail)
+    monkeypatch.setattr(attention, "call", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         attention_rows(query, key, value, recorded_key, recorded_value, index, valid, None)
     assert seen == [False], "the test must fail while the rows are in place"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-
 import pytest
 import torch
 from hypothesis import given
@@ -12,9 +10,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from fisedit_compile.operators import contiguous_rows, conv_map, conv_map_tiles, pack_tile_weights
-from fisedit_compile.operators.choosing import CostTable, taken
+from fisedit_compile.operators.choosing import taken
 from fisedit_compile.operators.convolution import maps
 from fisedit_compile.operators.convolution.maps import convolve
+from fisedit_compile.operators.convolution.spec import EXAMPLE, MEASURED_MAPS, MapCase
+from support.choices import favour
 from support.tolerances import assert_identical, assert_near
 
 
@@ -66,30 +66,26 @@ def test_tiles_of_a_map_with_packed_weights(data: st.DataObject) -> None:
 @pytest.mark.parametrize("fastest", ["direct", "tiles"])
 @given(data=st.data())
 def test_the_faster_way_is_taken(data: st.DataObject, fastest: str) -> None:
-    setting, measured = Setting(data), []
-
-    class Table(CostTable):
-        def fastest(self, operator: str, case: str, ways: Mapping[str, Callable[[], Tensor]]) -> str:
-            measured.append((operator, case))
-            examples = [way() for way in ways.values()]
-            assert_near(examples[0], examples[1])
-            assert {tuple(example.shape[2:]) for example in examples} == {(maps.EXAMPLE, maps.EXAMPLE)}
-            return fastest
-
+    setting = Setting(data)
     arguments = setting.map, setting.rows, setting.weight, setting.bias, pack_tile_weights(setting.weight)
     with pytest.MonkeyPatch.context() as patch, taken.apart() as counts:
-        patch.setattr(maps, "costs", Table())
+        table = favour(patch, fastest)
         setting.check(conv_map(*arguments, setting.channels_last))
     outputs, inputs = setting.weight.shape[:2]
-    assert measured == [(maps.MEASURED, maps.describe_map(inputs, outputs, setting.channels_last, torch.float64))]
-    assert counts == {f"{maps.MEASURED}: {fastest}": 1}
+    case = MapCase(inputs, outputs, "float64", setting.channels_last)
+    assert table.asked == [(MEASURED_MAPS, case, ("direct", "tiles"))]
+    (examples,) = table.results
+    assert_near(examples["direct"], examples["tiles"])
+    assert {tuple(example.shape[2:]) for example in examples.values()} == {(EXAMPLE, EXAMPLE)}
+    assert counts == {f"{MEASURED_MAPS}: {fastest}": 1}
 
 
 def test_cases_of_maps_differ_by_what_decides() -> None:
     base = (320, 640, False, torch.float32)
     changes = [(0, 640), (1, 320), (2, True), (3, torch.float64)]
-    cases = {maps.describe_map(*base[:at], value, *base[at + 1 :]) for at, value in changes}
-    assert len(cases | {maps.describe_map(*base)}) == 5
+    cases = {MapCase.of(*base)} | {MapCase.of(*base[:at], value, *base[at + 1 :]) for at, value in changes}
+    assert len(cases) == len({str(case) for case in cases}) == 5
+    assert "320->640 float32, channels last" in map(str, cases)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from fisedit_compile.operators import norm_apply, norm_partials, norm_record, norm_totals
 from fisedit_compile.operators.group_norm import native
+from fisedit_compile.operators.group_norm.spec import NormApply, NormPartials, NormTotals
 from fisedit_compile.runtime.spec import Domain
 from support.sparse_maps import Case, masks, take, window
 from support.tolerances import assert_near
@@ -148,12 +149,17 @@ def test_numbers_that_are_none_are_not_hidden() -> None:
 
 def test_which_tensors_compiled_code_reads(way: str) -> None:
     rows, center, weight = torch.randn(2, 3, 8), torch.zeros(2, 4), torch.ones(8)
-    assert native.supports(rows, (center,), (weight, None)) == (way == "compiled")
-    assert not native.supports(rows.double(), (center,)), "a dtype without code"
-    assert not native.supports(rows.transpose(0, 1), (center,)), "gaps"
-    assert not native.supports(rows[:, :0], (center,)), "no rows"
-    assert not native.supports(rows, (center.double(),)), "statistics of another dtype"
-    assert not native.supports(rows, (center,), (weight.bfloat16(),)), "a weight of another dtype"
-    assert not native.supports(rows.to("meta"), (center,)), "another device"
-    assert not native.supports(torch.randn(1, 1, native.CHANNELS + 1), (center,)), "too many channels"
-    assert not native.supports_totals(center, center.half(), center), "recorded in another dtype"
+
+    def refused(rows: Tensor, center: Tensor = center, weight: Tensor | None = weight) -> str | None:
+        return native.supports_apply(NormApply(rows, center, torch.zeros(2, 2, 4), weight, None, EPS, 9))
+
+    assert (refused(rows) is None) == (way == "compiled")
+    assert "dtype" in (refused(rows.double()) or "")
+    assert "without gaps" in (refused(rows.transpose(0, 1)) or "")
+    assert "no rows" in (refused(rows[:, :0]) or "")
+    assert "float32" in (refused(rows, center.double()) or "")
+    assert "weight" in (refused(rows, weight=weight.bfloat16()) or "")
+    assert "host's memory" in (refused(rows.to("meta")) or "")
+    assert "channels" in (native.supports_partials(NormPartials(torch.randn(1, 1, native.CHANNELS + 1), center)) or "")
+    recorded_in_half = NormTotals(center, center.half(), center, torch.zeros(1, 2, dtype=torch.int64), None)
+    assert "float32" in (native.supports_totals(recorded_in_half) or "")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
 import torch
 
 from fisedit_compile import operators as ops
-from fisedit_compile.operators import IMPLEMENTATIONS
+from fisedit_compile.operators import choosing
+from fisedit_compile.operators.library import OPERATORS, infer_schema
 
 INDEX = torch.tensor([[1, 4, 2]])
 INDICES = torch.tensor([[1, 4, 2], [0, 3, 5]])
@@ -127,12 +129,87 @@ CASES = [
 ]
 
 
+SCHEMAS = {
+    "as_strided": "(Tensor values, SymInt[] size, SymInt[] stride) -> Tensor",
+    "attention_rows": "(Tensor query, Tensor key, Tensor value, Tensor recorded_key, Tensor recorded_value, "
+    "Tensor index, Tensor? valid, float? scale) -> Tensor",
+    "complex_of_pairs": "(Tensor values) -> Tensor",
+    "contiguous_rows": "(Tensor rows) -> Tensor",
+    "conv_choice": "(Tensor rows, Tensor recorded, Tensor halo, Tensor table, Tensor weight, Tensor? bias, "
+    "Tensor[] tile_plan, Tensor[] tile_weights, Tensor index, Tensor? valid, Tensor dense_weight, SymInt height, "
+    "SymInt width) -> Tensor",
+    "conv_dense": "(Tensor rows, Tensor recorded, Tensor index, Tensor? valid, Tensor weight, Tensor? bias, "
+    "SymInt height, SymInt width) -> Tensor",
+    "conv_map": "(Tensor map, Tensor? rows, Tensor weight, Tensor? bias, Tensor[] tile_weights, bool channels_last) "
+    "-> Tensor",
+    "conv_map_tiles": "(Tensor map, Tensor? rows, Tensor[] weights, Tensor? bias, bool channels_last) -> Tensor",
+    "conv_rows": "(Tensor rows, Tensor recorded, Tensor halo, Tensor table, Tensor weight, Tensor? bias, "
+    "SymInt groups) -> Tensor",
+    "conv_tiles": "(Tensor rows, Tensor recorded, Tensor halo, Tensor table, Tensor place, Tensor subposition, "
+    "Tensor[] weights, Tensor? bias) -> Tensor",
+    "gather_rows": "(Tensor map, Tensor index) -> Tensor",
+    "gather_taps": "(Tensor rows, Tensor recorded, Tensor halo, Tensor table, float fill) -> Tensor",
+    "linear_map": "(Tensor map, Tensor weight, Tensor packed, Tensor? bias) -> Tensor",
+    "linear_rows": "(Tensor rows, Tensor weight, Tensor? bias) -> Tensor",
+    "norm_apply": "(Tensor rows, Tensor center, Tensor totals, Tensor? weight, Tensor? bias, float eps, "
+    "SymInt count) -> Tensor",
+    "norm_partials": "(Tensor rows, Tensor center) -> Tensor",
+    "norm_record": "(Tensor map, SymInt groups) -> (Tensor center, Tensor partials, Tensor totals)",
+    "norm_totals": "(Tensor totals, Tensor recorded_partials, Tensor new_partials, Tensor index, Tensor? valid) "
+    "-> Tensor",
+    "pack_conv_weight": "(Tensor weight, bool transposed, SymInt groups) -> Tensor",
+    "pack_matrix": "(Tensor(a) weight, SymInt? rows=None) -> Tensor(a)",
+    "pack_tile_weights": "(Tensor weight, SymInt? rows=None) -> Tensor[]",
+    "pixel_select": "(Tensor taps, Tensor subposition, SymInt factor, SymInt? factor_x=None) -> Tensor",
+    "reinterpreted": "(Tensor values, ScalarType dtype) -> Tensor",
+    "scatter_rows": "(Tensor map, Tensor rows, Tensor index, Tensor? valid) -> Tensor",
+}
+#: What annotations alone would make of those that are written out: they cannot name results, or call them views.
+INFERRED = {
+    "pack_matrix": "(Tensor weight, SymInt? rows=None) -> Tensor",
+    "norm_record": "(Tensor map, SymInt groups) -> (Tensor, Tensor, Tensor)",
+}
+#: Operators of PyTorch that are computed in another way.
+STAND_INS = {"attend": torch.ops.aten.scaled_dot_product_attention.default, "convolve": torch.ops.aten.conv2d.default}
+
+
+def own(name: str) -> torch._ops.OpOverload:
+    overload: torch._ops.OpOverload = getattr(torch.ops.fisedit, name).default
+    return overload
+
+
 def test_every_operator_is_sampled_and_exported() -> None:
-    registered = {overload.name().removeprefix("fisedit::") for overload in IMPLEMENTATIONS}
-    assert registered == set(SAMPLES)
-    for name in registered:
-        overload = getattr(torch.ops.fisedit, name).default
-        assert IMPLEMENTATIONS[overload] is getattr(ops, name)
+    registered = {operator.name: operator for operator in OPERATORS.values()}
+    assert registered.keys() == SAMPLES.keys() | STAND_INS.keys()
+    for name, operator in registered.items():
+        assert operator.overload is (STAND_INS[name] if name in STAND_INS else own(name))
+        assert getattr(ops, name) is choosing.function(operator)
+        ranks = [implementation.rank for implementation in operator.implementations]
+        assert ranks[0] == 0 and all(rank > 0 for rank in ranks[1:]), "one is the usual one"
+
+
+def test_schemas_stay_what_they_are() -> None:
+    assert {name: str(own(name)._schema) for name in SAMPLES} == {
+        name: f"fisedit::{name}{schema}" for name, schema in SCHEMAS.items()
+    }
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_a_schema_is_written_out_only_where_it_cannot_be_inferred(name: str) -> None:
+    operator = OPERATORS[own(name)]
+    assert operator.shape is not None
+    assert infer_schema(operator.arguments, operator.shape) == INFERRED.get(name, SCHEMAS[name])
+    assert name not in INFERRED or INFERRED[name] != SCHEMAS[name]
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_arguments_are_named_as_in_the_schema_and_documented(name: str) -> None:
+    schema, arguments = own(name)._schema, OPERATORS[own(name)].arguments
+    fields: tuple[str, ...] = arguments._fields  # type: ignore[attr-defined]
+    assert tuple(argument.name for argument in schema.arguments) == fields
+    lines = (arguments.__doc__ or "").splitlines()
+    for field in fields:
+        assert any(re.search(rf"\b{field}\b.*:", line) for line in lines), f"{field} is not documented"
 
 
 #: Their results are opaque: without strides or storage, they can be compared with nothing.

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
+from fisedit_compile import private
 from fisedit_compile.operators import conv_rows, linear_map, linear_rows, pack_conv_weight, pack_matrix
 from fisedit_compile.operators.choosing import taken
 from fisedit_compile.operators.native.compiling import DTYPES as NATIVE
-from fisedit_compile.operators.products import aten as packed_module
 from fisedit_compile.operators.products import native as products
-from fisedit_compile.operators.products.aten import MEASURED, MOST_ROWS, packs
+from fisedit_compile.operators.products.aten import packs
+from fisedit_compile.operators.products.spec import MEASURED, MOST_ROWS, ProductCase, outputs_of
+from support.choices import favour
 from support.tolerances import assert_near
 
 DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16, torch.float16) if packs("cpu", dtype)]
@@ -53,46 +53,36 @@ def test_rows_of_any_strides(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("fastest", ["packed", "plain"])
 def test_what_was_measured_to_be_the_fastest_is_taken(monkeypatch: pytest.MonkeyPatch, fastest: str) -> None:
-    asked: list[tuple[str, str]] = []
-
-    class Table:
-        def fastest(self, operator: str, case: str, ways: dict[str, Callable[[], torch.Tensor]]) -> str:
-            asked.append((operator, case))
-            # Five outputs fill no panel of compiled products.
-            assert list(ways) == ["packed", "plain"] and [way().shape for way in ways.values()] == [(40, 5)] * 2
-            return fastest
-
-    monkeypatch.setattr(packed_module, "costs", Table())
     rows = torch.randn(3, 20)
     for weight in (torch.randn(5, 20), torch.randn(20, 5).t()):
-        asked.clear()
+        table = favour(monkeypatch, fastest)
         matrix = pack_matrix(weight, 40)
-        assert asked == [("product", "about 38 rows, 20->5 float32")]
+        # Five outputs fill no panel of compiled products.
+        assert table.asked == [("product", ProductCase(38, 20, 5, "float32"), ("packed", "plain"))]
+        assert str(table.asked[0].case) == "about 38 rows, 20->5 float32"
+        assert [product.shape for product in table.results[0].values()] == [(40, 5)] * 2
         assert matrix.is_mkldnn == (fastest == "packed") and matrix.shape == weight.shape
         assert_near(linear_rows(rows, matrix, None), functional.linear(rows, weight))
         torch.library.opcheck(torch.ops.fisedit.pack_matrix.default, (weight, 40), test_utils="test_schema")
 
 
-class Known:
-    """A table in which everything was measured already."""
-
-    def __init__(self, way: str) -> None:
-        self.way = way
-
-    def fastest(self, operator: str, case: str, ways: dict[str, Callable[[], torch.Tensor]]) -> str:
-        return self.way
-
-
 def test_a_weight_that_stays_plain_is_neither_packed_nor_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed_module, "costs", Known("plain"))
+    favour(monkeypatch, "plain", runs=False)
     weight = torch.nn.Parameter(torch.randn(5, 20))
     with monkeypatch.context() as patched:
-        patched.setattr(packed_module.torch.ops.mkldnn, "_reorder_linear_weight", None)
+        patched.setattr(private, "pack_weight", None)
         matrix = pack_matrix(weight, 40)
         assert matrix.data_ptr() == weight.data_ptr() and not matrix.requires_grad
         assert torch.equal(pack_matrix(weight.detach().t(), 40), weight.t())
-    monkeypatch.setattr(packed_module, "costs", Known("packed"))
+    favour(monkeypatch, "packed", runs=False)
     assert pack_matrix(weight, 40).is_mkldnn
+
+
+def test_what_cannot_be_packed_is_refused_where_it_is_asked_for() -> None:
+    with pytest.raises(ValueError, match="packed was asked for .*pack_matrix, but oneDNN multiplies no torch.float64"):
+        pack_matrix(torch.randn(5, 20, dtype=torch.float64))
+    empty = torch.randn(0, 20)
+    assert pack_matrix(empty, 3).shape == (0, 20)
 
 
 @pytest.mark.parametrize("dtype", list(NATIVE))
@@ -102,22 +92,15 @@ def test_compiled_products_are_taken_where_they_are_the_fastest(
     weight, rows = torch.randn(192, 20).to(dtype), torch.randn(3, 7, 20).to(dtype)
     if not products.supports(weight):
         pytest.skip("compiled code does not multiply here")
-    asked: list[list[str]] = []
-
-    class Table(Known):
-        def fastest(self, operator: str, case: str, ways: dict[str, Callable[[], torch.Tensor]]) -> str:
-            asked.append(list(ways))
-            first, *others = (way() for way in ways.values())
-            assert first.shape == (40, 192)
-            for other in others:
-                assert_near(other, first)
-            return super().fastest(operator, case, ways)
-
-    monkeypatch.setattr(packed_module, "costs", Table("compiled"))
+    table = favour(monkeypatch, "compiled")
     matrix = pack_matrix(weight, 40)
-    assert asked == [["packed", "plain", "compiled"]]
+    assert [asked.names for asked in table.asked] == [("packed", "plain", "compiled")]
+    first, *others = table.results[0].values()
+    assert first.shape == (40, 192)
+    for other in others:
+        assert_near(other, first)
     assert matrix.dim() > 2 and not matrix.is_mkldnn
-    assert packed_module.outputs_of(matrix) == packed_module.outputs_of(weight) == 192
+    assert outputs_of(matrix) == outputs_of(weight) == 192
     bias = torch.randn(192).to(dtype)
     assert_near(linear_rows(rows, matrix, bias), functional.linear(rows, weight, bias))
     assert_near(linear_rows(rows.transpose(0, 1), matrix, None), functional.linear(rows.transpose(0, 1), weight))
@@ -153,16 +136,7 @@ def test_maps_are_multiplied_in_the_fastest_way(
         pytest.skip("compiled code does not multiply here")
     orders = {"packed": pack_matrix, "compiled": products.order, "plain": lambda weight: weight}
     packed = orders[order](weight)
-    asked: list[str] = []
-
-    class Table:
-        def fastest(self, operator: str, case: str, ways: dict[str, Callable[[], torch.Tensor]]) -> str:
-            asked.append(case)
-            assert operator == MEASURED and list(ways) == ["plain", order]
-            assert all(way().shape == (min(rows, MOST_ROWS), 64) for way in ways.values())
-            return "plain" if fastest == "plain" else order
-
-    monkeypatch.setattr(packed_module, "costs", Table())
+    table = favour(monkeypatch, "plain" if fastest == "plain" else order)
     for shape in ((2, 3, 20), (2, MOST_ROWS, 20), (0, 20)):
         map = torch.randn(shape).to(dtype)
         rows = map.numel() // 20
@@ -170,6 +144,13 @@ def test_maps_are_multiplied_in_the_fastest_way(
         result = linear_map(map, weight, packed, bias)
         assert result.is_contiguous() and result.dtype == dtype
         assert_near(result, functional.linear(map, weight, bias))
-        expected = order if rows == 0 or fastest == "other" else "plain"
-        assert dict(taken.drain()) == {f"{MEASURED}: {expected}": 1}
-    assert len(asked) == (0 if order == "plain" else 2)
+        if order == "plain":
+            assert not taken.drain() and not table.asked, "there is no choice"
+            continue
+        chosen = order if rows == 0 or fastest == "other" else "plain"
+        assert dict(taken.drain()) == {f"{MEASURED}: {chosen}": 1}
+        if rows > 0:
+            case = ProductCase.of(min(rows, MOST_ROWS), 20, 64, dtype)
+            assert table.asked[-1] == (MEASURED, case, ("plain", order))
+            assert {product.shape for product in table.results[-1].values()} == {(min(rows, MOST_ROWS), 64)}
+    assert len(table.asked) == (0 if order == "plain" else 2)

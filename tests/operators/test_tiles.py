@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import given
@@ -12,13 +10,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from fisedit_compile.operators import conv_choice, conv_dense, conv_tiles, pack_conv_weight, pack_tile_weights
-from fisedit_compile.operators.choosing import CostTable
-from fisedit_compile.operators.convolution import choice as paths
-from fisedit_compile.operators.convolution import native, tiles
+from fisedit_compile.operators.choosing import taken
+from fisedit_compile.operators.convolution import aten, native, tiles
+from fisedit_compile.operators.convolution.spec import ConvolutionCase
 from fisedit_compile.operators.products import native as products
 from fisedit_compile.passes.processor.choose_convolution import tile_stencils
 from fisedit_compile.runtime.plans import IndexPlan, build_plan
 from fisedit_compile.runtime.spec import Domain, PlanInput
+from support.choices import favour
 from support.sparse_maps import Case, masks, window
 from support.tolerances import assert_near
 
@@ -90,7 +89,7 @@ def test_tiles_of_float32_are_packed(data: st.DataObject) -> None:
 def test_compiled_tiles(data: st.DataObject, chunk_bytes: int, ordered: bool) -> None:
     """Channels that fill vectors are transformed by compiled code, with weights in any order."""
     setting = Setting(data, channels=data.draw(st.sampled_from([16, 48])), outputs=32)
-    if not native.supports(torch.float32, torch.device("cpu"), 16, 32):
+    if native.supports(torch.float32, torch.device("cpu"), 16, 32) is not None:
         pytest.skip("nothing is compiled on this machine")
     weights = pack_tile_weights(setting.weight.float())
     if ordered:
@@ -103,11 +102,12 @@ def test_compiled_tiles(data: st.DataObject, chunk_bytes: int, ordered: bool) ->
 
 def test_which_tiles_are_compiled() -> None:
     cpu = torch.device("cpu")
-    if not native.supports(torch.float32, cpu, 16, 32):
+    if native.supports(torch.float32, cpu, 16, 32) is not None:
         pytest.skip("nothing is compiled on this machine")
-    assert not native.supports(torch.float64, cpu, 16, 32)
-    assert not native.supports(torch.float32, torch.device("meta"), 16, 32)
-    assert not native.supports(torch.float32, cpu, 20, 32) and not native.supports(torch.float32, cpu, 16, 4)
+    assert "float32" in (native.supports(torch.float64, cpu, 16, 32) or "")
+    assert "processor" in (native.supports(torch.float32, torch.device("meta"), 16, 32) or "")
+    for channels in ((20, 32), (16, 4)):
+        assert "multiple of 16" in (native.supports(torch.float32, cpu, *channels) or "")
 
 
 def test_transformed_weights_do_not_depend_on_how_they_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,16 +131,10 @@ def test_dense(data: st.DataObject) -> None:
 @pytest.mark.parametrize("fastest", ["rows", "tiles", "dense"])
 @given(data=st.data())
 def test_the_fastest_way_is_taken(data: st.DataObject, fastest: str) -> None:
-    setting, taken = Setting(data), []
-
-    class Table(CostTable):
-        def choose(self, operator: str, case: str, ways: Any) -> Tensor:
-            taken.append(operator)
-            return ways[fastest if fastest in ways else "rows"]()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(paths, "costs", Table())
-        patch.setattr(paths, "DENSE_FROM", 0.0)
+    setting = Setting(data)
+    with pytest.MonkeyPatch.context() as patch, taken.apart() as counts:
+        table = favour(patch, fastest)
+        patch.setattr(aten, "DENSE_FROM", 0.0)
         index, valid = setting.case.source("index"), setting.case.source("valid")
         result = conv_choice(
             setting.case.rows,
@@ -157,15 +151,39 @@ def test_the_fastest_way_is_taken(data: st.DataObject, fastest: str) -> None:
             setting.domain.height,
             setting.domain.width,
         )
-    assert taken == ["convolution"]
+    ((operator, case, names),) = table.asked
+    assert (operator, names) == ("convolution", ("rows", "tiles", "dense"))
+    assert case[:6] == (setting.batch, setting.domain.height, setting.domain.width, CHANNELS, OUTPUTS, "float64")
+    assert counts == {f"convolution: {fastest}": 1}
     setting.check(result)
+
+
+@pytest.mark.parametrize("available", [False, True])
+@given(data=st.data())
+def test_tiles_that_are_compiled_take_the_place_of_the_others(data: st.DataObject, available: bool) -> None:
+    setting = Setting(data, 16, 32)
+    if native.supports(torch.float32, torch.device("cpu"), 16, 32) is not None:
+        pytest.skip("nothing is compiled on this machine")
+    case, weight = setting.case, setting.weight.float()
+    bias = None if setting.bias is None else setting.bias.float()
+    with pytest.MonkeyPatch.context() as patch:
+        table = favour(patch, "rows")
+        patch.setattr(aten, "DENSE_FROM", 2.0)
+        if not available:
+            patch.setattr(native, "_library", lambda: None)
+        rows = (case.rows.float(), case.recorded.float(), case.taps("halo"), case.taps("table"))
+        packed = (pack_conv_weight(weight, False, 1), bias, setting.tile_plan, pack_tile_weights(weight))
+        whole = (case.source("index"), case.source("valid"), weight, setting.domain.height, setting.domain.width)
+        conv_choice(*rows, *packed, *whole)
+    assert [asked.names for asked in table.asked] == [("rows", "compiled tiles" if available else "tiles")]
 
 
 def test_cases_differ_by_what_times_depend_on() -> None:
     base = (2, 64, 64, 320, 320, 400, 110, torch.float32)
     changes = [(0, 1), (1, 32), (2, 32), (3, 640), (4, 640), (5, 600), (6, 200), (7, torch.bfloat16)]
-    names = {paths.describe_case(*base)}
+    cases = {ConvolutionCase.of(*base)}
     for at, value in changes:
-        names.add(paths.describe_case(*base[:at], value, *base[at + 1 :]))  # type: ignore[arg-type]
-    assert len(names) == 1 + len(changes)
-    assert paths.describe_case(*base[:5], 401, *base[6:]) in names, "rows that are nearly as many are one case"
+        cases.add(ConvolutionCase.of(*base[:at], value, *base[at + 1 :]))  # type: ignore[arg-type]
+    assert len(cases) == len({str(case) for case in cases}) == 1 + len(changes)
+    assert "2x64x64 320->320 float32, about 431 rows, tiles 88% full" in map(str, cases)
+    assert ConvolutionCase.of(*base[:5], 401, *base[6:]) in cases, "rows that are nearly as many are one case"

@@ -83,8 +83,6 @@ def _is_private(name: str) -> bool:
 
 #: The one door: the folder that may use private names of other libraries.
 PRIVATE = f"{PACKAGE}.private"
-#: Private names that are still used elsewhere, and where.
-KNOWN_USES = {f"{PACKAGE}.operators.products.aten": "torch.ops.mkldnn."}
 DEFINED = frozenset().union(*(defined_names(path) for path in MODULES.values()))
 
 
@@ -93,14 +91,7 @@ def test_private_names_of_others_stay_in_one_folder(module: str) -> None:
     path = MODULES[module]
     imported = [found for found in imports(module, path) if private_import(found.name)]
     for found in (*imported, *private_uses(path, DEFINED)):
-        known = KNOWN_USES.get(module)
-        if known is None or not found.name.startswith(known):
-            pytest.fail(f"{path}:{found.line}: {found.name} belongs in {PRIVATE}")
-
-
-def test_known_uses_are_uses() -> None:
-    for module, known in KNOWN_USES.items():
-        assert any(found.name.startswith(known) for found in private_uses(MODULES[module], DEFINED)), module
+        pytest.fail(f"{path}:{found.line}: {found.name} belongs in {PRIVATE}")
 
 
 def test_the_rule_sees_every_way_to_a_private_name(tmp_path: Path) -> None:

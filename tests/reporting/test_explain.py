@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,11 @@ from torch.nn import functional
 
 import fisedit_compile as fisedit
 from fisedit_compile.errors import OptionError
-from fisedit_compile.operators.attention import aten as attention
-from fisedit_compile.operators.choosing import CostTable, machine
-from fisedit_compile.operators.products import aten as packed
+from fisedit_compile.operators import choosing
+from fisedit_compile.operators.attention.spec import AttentionCase
+from fisedit_compile.operators.convolution.spec import ConvolutionCase, MapCase
+from fisedit_compile.operators.products.spec import ProductCase
+from fisedit_compile.operators.records import CostTable, Record, Times, machine
 from fisedit_compile.options import Options
 from fisedit_compile.reporting import measured
 from fisedit_compile.reporting.explain import ExplainReport, explain_with, ragged_mask
@@ -165,23 +166,29 @@ def test_compiled_networks_can_be_explained(how: str) -> None:
         torch.testing.assert_close(compiled(x + 1), module.forward(x + 1))
 
 
-def test_measured_ways_of_the_networks_convolutions_are_shown(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FISEDIT_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(measured, "costs", CostTable())
+def measure(operator: str, case: Any, **seconds: float) -> list[Record]:
+    """Records of a case on this machine."""
+    return [Record(operator, case._asdict(), name, time, machine()) for name, time in seconds.items()]
+
+
+def test_measured_ways_of_the_networks_convolutions_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = CostTable(tmp_path / "measured.jsonl")
+    monkeypatch.setattr(measured, "costs", table)
     module, x = nn.Conv2d(64, 64, 3, padding=1), torch.randn(2, 64, 32, 32)
-    assert explain_with(Options(), module, x).measured_convolutions() == {}
-    mine, other = (f"2x32x32 64->{outputs} float32, about 10 rows" for outputs in (64, 96))
-    times = {"rows": 2e-3, "tiles": 1e-3}
-    lines = [{"machine": machine(), "case": f"convolution {case}", "seconds": times} for case in (mine, other)]
-    maps = {"direct": 5e-3, "tiles": 4e-3}
-    lines += [
-        {"machine": machine(), "case": f"convolution of a map {case}", "seconds": maps}
-        for case in ("64->64 float32", "64->64 float32, channels last")
-    ]
-    (tmp_path / "costs.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    monkeypatch.setattr(measured, "costs", CostTable())
     report = explain_with(Options(), module, x)
-    assert report.measured_convolutions() == {mine: times, "whole map, 64->64 float32": maps}
+    assert report.measured_convolutions() == {}
+    for outputs in (64, 96):
+        table.add(
+            measure("convolution", ConvolutionCase(2, 32, 32, 64, outputs, "float32", 10, 4), rows=2e-3, tiles=1e-3)
+        )
+    for channels_last in (False, True):
+        case = MapCase(64, 64, "float32", channels_last)
+        table.add(measure("convolution of a map", case, direct=5e-3, tiles=4e-3))
+    mine = "2x32x32 64->64 float32, about 10 rows, tiles 50% full"
+    monkeypatch.setattr(measured, "costs", CostTable(table.path))
+    expected: dict[str, Times] = {mine: {"rows": 2e-3, "tiles": 1e-3}}
+    expected["whole map, 64->64 float32"] = {"direct": 5e-3, "tiles": 4e-3}
+    assert report.measured_convolutions() == expected
     assert "rows 2.00, tiles 1.00" in str(report) and mine in str(report)
     assert "direct 5.00, tiles 4.00" in str(report)
 
@@ -200,9 +207,8 @@ def test_measured_products_and_attention_are_shown(tmp_path: Path, monkeypatch: 
             return self.outside(attended.transpose(1, 2).flatten(2)).transpose(1, 2).unflatten(2, x.shape[2:])
 
     # What is measured while an edit runs is what the report looks for.
-    monkeypatch.setenv("FISEDIT_CACHE_DIR", str(tmp_path))
-    table = CostTable()
-    for module in (measured, packed, attention):
+    table = CostTable(tmp_path / "measured.jsonl")
+    for module in (measured, choosing):
         monkeypatch.setattr(module, "costs", table)
     network, x, runtime = Block(), torch.randn(2, 64, 16, 16), fisedit.Runtime()
     report = explain_with(Options(), network, x)
@@ -215,18 +221,14 @@ def test_measured_products_and_attention_are_shown(tmp_path: Path, monkeypatch: 
             compiled(x)
         with runtime.edit("base", mask=mask):
             compiled(x + 1)
-    keys = set(table.entries())
-    assert len({key for key in keys if key.startswith("product ")}) >= 2
+    few, whole = (table.entries(name, ProductCase) for name in ("product", "product of a map"))
+    assert len(few) >= 2
+    cases = [str(case) for case in (*few, *table.entries("attention", AttentionCase))]
+    cases += [f"whole map, {case}" for case in whole]
     shown = report.measured_products() | report.measured_attention()
-    cases = {key.replace("product of a map ", "product whole map, ").partition(" ")[2] for key in keys}
-    assert set(shown) == cases and all(case in str(report) for case in cases)
-    times = {"plain": 2e-3, "compiled": 1e-3}
-    others = (
-        "product about 40 rows, 64->999 float32",
-        "attention 9 of 9 heads 16->16 float32, about 8 queries, 9 keys",
-    )
-    lines = [json.dumps({"machine": machine(), "case": case, "seconds": times}) for case in others]
-    (tmp_path / "costs.jsonl").write_text("\n".join(lines))
-    monkeypatch.setattr(measured, "costs", CostTable())
-    assert set(measured.costs.entries()) == set(others)
+    assert set(shown) == set(cases) and all(case in str(report) for case in cases)
+    others = CostTable(tmp_path / "others.jsonl")
+    others.add(measure("product", ProductCase(40, 64, 999, "float32"), plain=2e-3, compiled=1e-3))
+    others.add(measure("attention", AttentionCase(9, 9, 16, 16, "float32", 8, 9), plain=2e-3, compiled=1e-3))
+    monkeypatch.setattr(measured, "costs", others)
     assert report.measured_products() == {} and report.measured_attention() == {}, "of another network"

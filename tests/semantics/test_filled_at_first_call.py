@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import fisedit_compile as fisedit
 from fisedit_compile.errors import BudgetError, CallMismatchError, FisEditError, WeightsChangedError
-from fisedit_compile.private import INTEGERS_CHOOSE_GRAPHS
+from fisedit_compile.private.dynamo import INTEGERS_CHOOSE_GRAPHS
 from support.harness import compiled
 from support.tolerances import assert_identical, assert_near
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
 
-from fisedit_compile.operators.attention import aten as attention
 from fisedit_compile.operators.attention import native
 from fisedit_compile.options import parse_options
 from fisedit_compile.passes import SparseProgram
 from fisedit_compile.reporting.explain import explain_with
+from support.choices import favour
 from support.composite_networks import COMPOSITES
 from support.diffusers_networks import DIFFUSERS
 from support.harness import Case, MaskRecipe, compile_network
@@ -79,24 +78,13 @@ def check_edits(case: Case, path: str) -> None:
         assert_identical(output, recorded)
 
 
-class Always:
-    """Costs of which those of one way are the lowest."""
-
-    def __init__(self, way: str) -> None:
-        self.way = way
-
-    def fastest(self, operator: str, case: str, ways: Mapping[str, object]) -> str:
-        assert self.way in ways
-        return self.way
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["transformer block", "sd15"])
 @pytest.mark.parametrize("way", ["plain", "compiled"])
 def test_attention(way: str, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     if native._function(dtype) is None:
         pytest.skip("there is no compiled attention on this machine")
-    monkeypatch.setattr(attention, "costs", Always(way))
+    favour(monkeypatch, way, runs=False)
     case = compile_network(ALL[name], dtype=dtype)
     check_edits(case, f"{way} attention")
     assert case.runtime.stats.ways[f"attention: {way}"] > 0

@@ -1,7 +1,4 @@
-"""Attention, in the way that is the fastest; of rows over a recorded map whose active positions are replaced.
-
-On a processor there are two ways: PyTorch's, and code that is compiled for the machine (``native.py``).
-"""
+"""Attention by PyTorch; that of rows writes them into the recorded maps and takes them back."""
 
 from __future__ import annotations
 
@@ -11,111 +8,30 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fisedit_compile.operators.attention import native
-from fisedit_compile.operators.choosing import costs, describe_count, describe_dtype, taken
-from fisedit_compile.operators.library import operator
+from fisedit_compile.operators.attention.spec import ATTENTION, ATTENTION_ROWS, Attention, AttentionRows
+from fisedit_compile.operators.choosing import call
+from fisedit_compile.operators.library import Implementation
 from fisedit_compile.operators.rows.aten import keep_valid, select_rows, write_rows
 
-#: Under which name measured times are kept and ways counted.
-MEASURED = "attention"
-#: Ways are measured with so many queries and keys of one sample at most: more take longer in the same proportion.
-MOST_QUERIES, MOST_KEYS = 512, 1024
+
+def attention(given: Attention) -> Tensor:
+    """Attention of whole maps."""
+    query, key, value, mask, dropout, causal, scale, grouped = given
+    return functional.scaled_dot_product_attention(
+        query, key, value, mask, dropout, causal, scale=scale, enable_gqa=grouped
+    )
 
 
-def describe_heads(query: Tensor, key: Tensor, value: Tensor) -> str:
-    """Heads and channels in words; tensors are ``[B, heads, positions, D]``."""
-    channels = f"{query.shape[3]}->{value.shape[3]} {describe_dtype(query.dtype)}"
-    return f"{query.shape[1]} of {key.shape[1]} heads {channels}"
-
-
-def describe_attention(query: Tensor, key: Tensor, value: Tensor) -> str:
-    """What decides which way is the fastest, in words; tensors are ``[B, heads, positions, D]``."""
-    counts = f"{describe_count(query.shape[2])} queries, {describe_count(key.shape[2])} keys"
-    return f"{describe_heads(query, key, value)}, {counts}"
-
-
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """``torch.nn.functional.scaled_dot_product_attention``, in the way that was measured to be the fastest."""
-
-    def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return functional.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
-
-    if attn_mask is not None or dropout_p or is_causal or not native.supports(query, key, value, scale):
-        return plain(query, key, value)
-    if query.shape[1] != key.shape[1] and not enable_gqa:
-        return plain(query, key, value)
-    example = query[:1, :, :MOST_QUERIES], key[:1, :, :MOST_KEYS], value[:1, :, :MOST_KEYS]
-    ways = {"plain": lambda: plain(*example), "compiled": lambda: native.attention(*example, scale)}
-    way = costs.fastest(MEASURED, describe_attention(*example), ways)
-    taken.note(f"{MEASURED}: {way}")
-    return plain(query, key, value) if way == "plain" else native.attention(query, key, value, scale)
-
-
-def _attention_shape(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    recorded_key: Tensor,
-    recorded_value: Tensor,
-    index: Tensor,
-    valid: Tensor | None,
-    scale: float | None,
-) -> Tensor:
-    return query.new_empty((*query.shape[:3], value.shape[3]))
-
-
-@operator(
-    "(Tensor query, Tensor key, Tensor value, Tensor recorded_key, Tensor recorded_value, Tensor index, Tensor? valid, "
-    "float? scale) -> Tensor",
-    _attention_shape,
-)
-def attention_rows(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    recorded_key: Tensor,
-    recorded_value: Tensor,
-    index: Tensor,
-    valid: Tensor | None,
-    scale: float | None,
-) -> Tensor:
-    """Scaled dot-product attention: active queries over all positions, keys and values mixed from old and new.
-
-    The rows are written into the recorded maps and undone before returning, which spares a copy of both maps. Not
-    for concurrent use of one recording.
-
-    Args:
-        query: ``[B, N, heads, D]``.
-        key, value: ``[B, N, heads, D]`` and ``[B, N, heads, Dv]``; fewer heads than queries are shared by them.
-        recorded_key, recorded_value: ``[B, S, heads, D]`` and ``[B, S, heads, Dv]``, any strides; bit-identical
-            afterwards, whatever happens. They may be the same tensor. In another dtype they are converted instead.
-        index: int64 ``[1 or B, N]``.
-        valid: bool ``[1 or B, N]``, or None when every row is.
-        scale: of the scores; None for ``1 / sqrt(D)``.
-
-    Returns:
-        ``[B, N, heads, Dv]``, contiguous.
-    """
+def attention_rows(given: AttentionRows) -> Tensor:
+    """Attention of rows over maps in which they are."""
+    query, index, valid = given.query, given.index, given.valid
     undo: list[tuple[Tensor, Tensor]] = []
     try:
-        keys = _mix(recorded_key, key, index, valid, undo)
-        values = _mix(recorded_value, value, index, valid, undo)
-        grouped = query.shape[2] != key.shape[2]
-        attended = attend(
-            query.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), scale=scale, enable_gqa=grouped
-        )
+        keys = _mix(given.recorded_key, given.key, index, valid, undo)
+        values = _mix(given.recorded_value, given.value, index, valid, undo)
+        heads = query.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
+        grouped = query.shape[2] != given.key.shape[2]
+        attended: Tensor = call(ATTENTION, Attention(*heads, scale=given.scale, enable_gqa=grouped))
         return attended.transpose(1, 2).contiguous()
     finally:
         # In reverse: when both are one tensor, the second old rows are the first new ones.
@@ -149,3 +65,9 @@ def _expanded(tensor: Tensor) -> bool:
 def _writing(tensor: Tensor) -> AbstractContextManager:
     """A tensor made in inference mode takes in-place changes only there."""
     return torch.inference_mode() if tensor.is_inference() else nullcontext()
+
+
+IMPLEMENTATIONS = (
+    Implementation(ATTENTION, "plain", attention),
+    Implementation(ATTENTION_ROWS, "aten", attention_rows),
+)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fisedit_compile.operators.attention.spec import ATTENTION, Attention
+from fisedit_compile.operators.library import Implementation
 from fisedit_compile.operators.native.compiling import DTYPES, NotCompiledError, load_library, undisturbed
 
 logger = logging.getLogger(__name__)
@@ -58,35 +60,38 @@ def _function(dtype: torch.dtype) -> Callable[..., int] | None:
     return function
 
 
-def supports(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> bool:
-    """Whether compiled code computes attention of these tensors.
+def supports(given: Attention) -> str | None:
+    """Why compiled code does not compute this attention; None when it does."""
+    query, key, value = tensors = given.query, given.key, given.value
+    if given.attn_mask is not None or given.dropout_p or given.is_causal:
+        return "it has a mask, dropout or an order"
+    if query.dtype not in DTYPES or not query.dtype == key.dtype == value.dtype:
+        return "there is no code for these dtypes"
+    # Of subclasses nothing is known, not even that they have memory.
+    if not all(type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu" for tensor in tensors):
+        return "a tensor is not a plain one on a processor"
+    if not all(tensor.dim() == 4 and tensor.numel() > 0 and tensor.stride(3) == 1 for tensor in tensors):
+        return "tensors are empty, or channels do not lie side by side"
+    if (
+        not query.shape[0] == key.shape[0] == value.shape[0]
+        or key.shape[1:3] != value.shape[1:3]
+        or query.shape[3] != key.shape[3]
+        or query.shape[1] % key.shape[1] != 0
+    ):
+        return "sizes do not fit each other"
+    if query.shape[1] != key.shape[1] and not given.enable_gqa:
+        return "shared heads were not asked for"
+    if given.scale is not None and not math.isfinite(given.scale):
+        return "the scale is not finite"
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return "gradients are wanted"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast is on"
+    return None if _function(query.dtype) is not None else "nothing is compiled on this machine"
 
-    Args:
-        query: ``[B, heads, N, D]``.
-        key, value: ``[B, heads, S, D]`` and ``[B, heads, S, Dv]``; fewer heads than queries are shared by them.
-        scale: of the scores; None for ``1 / sqrt(D)``.
-    """
-    tensors = (query, key, value)
-    return (
-        all(tensor.device.type == "cpu" and tensor.dim() == 4 for tensor in tensors)
-        and query.dtype in DTYPES
-        and query.dtype == key.dtype == value.dtype
-        # Of subclasses nothing is known, not even that they have memory.
-        and all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
-        and all(tensor.numel() > 0 and tensor.stride(3) == 1 for tensor in tensors)
-        and query.shape[0] == key.shape[0] == value.shape[0]
-        and key.shape[1:3] == value.shape[1:3]
-        and query.shape[3] == key.shape[3]
-        and query.shape[1] % key.shape[1] == 0
-        and (scale is None or math.isfinite(scale))
-        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
-        and not torch.is_autocast_enabled("cpu")
-        and _function(query.dtype) is not None
-    )
 
-
-def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-    """Scaled dot-product attention without a mask; arguments are those of :func:`supports`, which holds.
+def attention(given: Attention) -> Tensor:
+    """Scaled dot-product attention without a mask.
 
     Returns:
         ``[B, heads, N, Dv]``; in memory heads lie behind positions, as PyTorch's attention on a processor leaves them.
@@ -94,6 +99,10 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) ->
     Raises:
         MemoryError: there is no memory for a block of keys and values.
     """
-    function = _function(query.dtype)
+    function = _function(given.query.dtype)
     assert function is not None
-    return _call(function, query, key, value, query.shape[3] ** -0.5 if scale is None else scale)
+    scale = given.query.shape[3] ** -0.5 if given.scale is None else given.scale
+    return _call(function, given.query, given.key, given.value, scale)
+
+
+IMPLEMENTATIONS = (Implementation(ATTENTION, "compiled", attention, supports, rank=1),)

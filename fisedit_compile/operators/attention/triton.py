@@ -9,29 +9,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fisedit_compile.operators.attention.spec import ATTENTION_ROWS, AttentionRows
 from fisedit_compile.operators.rows.triton import flat_or_fail, supports_write, write_launch
+from fisedit_compile.operators.triton.working import implementation
 
 
-def supports_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    recorded_key: Tensor,
-    recorded_value: Tensor,
-    index: Tensor,
-    valid: Tensor | None,
-    scale: float | None,
-) -> bool:
-    """Whether the kernels update these keys and values; the arguments are those of the operator.
-
-    They do not when both maps overlap in memory: the launch would write one place twice in no order.
-    """
-    return (
-        supports_write(recorded_key, key, index, valid)
-        and supports_write(recorded_value, value, index, valid)
-        and _apart(recorded_key, recorded_value)
-        and not torch.is_autocast_enabled(query.device.type)
-    )
+def supports_attention(given: AttentionRows) -> str | None:
+    """Why the kernels do not update these keys and values; None when they do."""
+    pairs = ((given.recorded_key, given.key), (given.recorded_value, given.value))
+    for recorded, rows in pairs:
+        reason = supports_write(recorded, rows, given.index, given.valid)
+        if reason is not None:
+            return reason
+    if not _apart(given.recorded_key, given.recorded_value):
+        # The launch would write one place twice in no order.
+        return "recorded keys and values overlap in memory"
+    return "autocast is on" if torch.is_autocast_enabled(given.query.device.type) else None
 
 
 def _apart(first: Tensor, second: Tensor) -> bool:
@@ -46,31 +39,26 @@ def _reach(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
-def attention_rows(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    recorded_key: Tensor,
-    recorded_value: Tensor,
-    index: Tensor,
-    valid: Tensor | None,
-    scale: float | None,
-) -> Tensor:
+def attention_rows(given: AttentionRows) -> Tensor:
     """The operator ``attention_rows`` with keys and values updated by Triton kernels."""
-    maps = [flat_or_fail(recorded_key), flat_or_fail(recorded_value)]
-    rows = [flat_or_fail(key), flat_or_fail(value)]
+    index, valid = given.index, given.valid
+    maps = [flat_or_fail(given.recorded_key), flat_or_fail(given.recorded_value)]
+    rows = [flat_or_fail(given.key), flat_or_fail(given.value)]
     old = [rows[number].new_empty(rows[number].shape) for number in range(2)]
     write = write_launch(list(zip(maps, rows, old, strict=True)), index, valid)
     undo = write_launch([(maps[number], old[number], None) for number in range(2)], index, valid)
     write.run()
     try:
         attended = functional.scaled_dot_product_attention(
-            query.transpose(1, 2),
-            recorded_key.transpose(1, 2),
-            recorded_value.transpose(1, 2),
-            scale=scale,
-            enable_gqa=query.shape[2] != key.shape[2],
+            given.query.transpose(1, 2),
+            given.recorded_key.transpose(1, 2),
+            given.recorded_value.transpose(1, 2),
+            scale=given.scale,
+            enable_gqa=given.query.shape[2] != given.key.shape[2],
         )
         return attended.transpose(1, 2).contiguous()
     finally:
         undo.run()
+
+
+IMPLEMENTATIONS = (implementation(ATTENTION_ROWS, attention_rows, supports_attention),)

@@ -1,20 +1,36 @@
-"""Stencils over rows: convolution, and the taps that pooling, resizing, padding and pixel shuffling read.
-
-A table, int64 ``[1 or B, N, K]``, says where tap k of target row n is: below ``N_source`` in the rows of the source,
-then in the halo (positions of the recorded source), and last the fill slot for taps outside the map.
-"""
+"""Stencils over rows by PyTorch (``spec.py`` says what a table is)."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from fisedit_compile.operators.library import operator
-from fisedit_compile.operators.products.aten import linear_rows
-from fisedit_compile.operators.rows.aten import select_rows
+from fisedit_compile.operators.choosing import call
+from fisedit_compile.operators.convolution.spec import (
+    CONV_CHOICE,
+    CONV_DENSE,
+    CONV_ROWS,
+    GATHER_TAPS,
+    PACK_CONV_WEIGHT,
+    PIXEL_SELECT,
+    ConvChoice,
+    ConvDense,
+    ConvRows,
+    GatherTaps,
+    PackConvWeight,
+    PixelSelect,
+)
+from fisedit_compile.operators.library import CostModel, Implementation
+from fisedit_compile.operators.products.spec import LINEAR_ROWS, LinearRows
+from fisedit_compile.operators.rows.aten import scatter, select_rows
 
+#: Share of active positions from which on a convolution of the whole map is tried: it is cheaper for each position, but
+#: pays for all of them.
+DENSE_FROM = 0.4
 # Taps of a convolution beyond this many bytes are gathered and multiplied in chunks, through one buffer that is used
 # again and again: memory that is allocated, filled once and freed costs more than reading the weights several times.
 CHUNK_BYTES = 8 << 20
@@ -38,56 +54,22 @@ def tap_source(rows: Tensor, recorded: Tensor, halo: Tensor, fill: float) -> Ten
     return torch.cat((rows, select_rows(recorded, halo).to(rows.dtype), outside), 1)
 
 
-def _taps_shape(rows: Tensor, recorded: Tensor, halo: Tensor, table: Tensor, fill: float) -> Tensor:
-    return rows.new_empty((rows.shape[0], table.shape[1], table.shape[2], *rows.shape[2:]))
-
-
-@operator("(Tensor rows, Tensor recorded, Tensor halo, Tensor table, float fill) -> Tensor", _taps_shape)
-def gather_taps(rows: Tensor, recorded: Tensor, halo: Tensor, table: Tensor, fill: float) -> Tensor:
-    """The values a stencil reads, for each target row and tap.
-
-    Args:
-        rows: ``[B, N_source, *C]``.
-        recorded: recorded source map ``[B, S, *C]``, any strides and floating dtype.
-        halo: int64 ``[1 or B, M]``, positions of ``recorded``.
-        table: int64 ``[1 or B, N, K]``.
-        fill: value of taps outside the map.
-
-    Returns:
-        ``[B, N, K, *C]``, contiguous, dtype of ``rows``.
-    """
+def gather_taps(given: GatherTaps) -> Tensor:
+    """What a stencil reads."""
+    rows, recorded, halo, table, fill = given
     taps = select_rows(tap_source(rows, recorded, halo, fill), table.flatten(1))
     return taps.view(taps.shape[0], *table.shape[1:], *rows.shape[2:])
 
 
-def _conv_shape(
-    rows: Tensor, recorded: Tensor, halo: Tensor, table: Tensor, weight: Tensor, bias: Tensor | None, groups: int
-) -> Tensor:
-    return rows.new_empty((rows.shape[0], table.shape[1], weight.shape[0]))
+def multiply(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The operator ``linear_rows``."""
+    result: Tensor = call(LINEAR_ROWS, LinearRows(rows, weight, bias))
+    return result
 
 
-@operator(
-    "(Tensor rows, Tensor recorded, Tensor halo, Tensor table, Tensor weight, Tensor? bias, int groups) -> Tensor",
-    _conv_shape,
-)
-def conv_rows(
-    rows: Tensor, recorded: Tensor, halo: Tensor, table: Tensor, weight: Tensor, bias: Tensor | None, groups: int
-) -> Tensor:
-    """Convolution (ordinary or transposed) at the target rows.
-
-    Args:
-        rows: ``[B, N_source, Cin]``.
-        recorded: recorded source map ``[B, S, Cin]``, any strides and floating dtype.
-        halo: int64 ``[1 or B, M]``.
-        table: int64 ``[1 or B, N, K]``.
-        weight: ``[Cout, K * Cin / groups]`` of :func:`pack_conv_weight`, dtype of ``rows``; with one group it
-            may be packed by :func:`fisedit_compile.operators.products.aten.pack_matrix`.
-        bias: ``[Cout]`` or None.
-        groups: as of the convolution.
-
-    Returns:
-        ``[B, N, Cout]``, contiguous; dtype of ``rows``, or under autocast the dtype it computes in.
-    """
+def conv_rows(given: ConvRows) -> Tensor:
+    """Convolution by a product of gathered taps."""
+    rows, recorded, halo, table, weight, bias, groups = given
     if torch.is_autocast_enabled(rows.device.type):
         # Autocast reaches neither products written to a given output nor batched ones of mixed types.
         dtype = torch.get_autocast_dtype(rows.device.type)
@@ -100,7 +82,7 @@ def conv_rows(
         gathered = select_rows(source, flat).view(batch, count, taps, channels)
         return _grouped(gathered, weight, bias, groups)
     if source.device.type != "cpu" or torch.compiler.is_compiling():
-        return linear_rows(select_rows(source, flat).view(batch, count, taps * channels), weight, bias)
+        return multiply(select_rows(source, flat).view(batch, count, taps * channels), weight, bias)
     step = max(1, CHUNK_BYTES // (taps * channels * source.element_size()))
     parts = []
     for sample in range(batch):
@@ -110,7 +92,7 @@ def conv_rows(
             buffer = _buffer(source, (last - first) * taps * channels)
             chosen = positions[first * taps : last * taps]
             torch.index_select(source[sample], 0, chosen, out=buffer.view(-1, channels))
-            parts.append(linear_rows(buffer.view(last - first, -1), weight, bias))
+            parts.append(multiply(buffer.view(last - first, -1), weight, bias))
     return torch.cat(parts).view(batch, count, -1)
 
 
@@ -127,23 +109,9 @@ def _grouped(taps: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> 
     return result if bias is None else result + bias
 
 
-def _pack_shape(weight: Tensor, transposed: bool, groups: int) -> Tensor:
-    outputs = weight.shape[1] * groups if transposed else weight.shape[0]
-    return weight.new_empty((outputs, weight.numel() // outputs))
-
-
-@operator("(Tensor weight, bool transposed, int groups) -> Tensor", _pack_shape)
-def pack_conv_weight(weight: Tensor, transposed: bool, groups: int) -> Tensor:
-    """Bring a convolution's weight to the order in which rows gather taps.
-
-    Args:
-        weight: ``[Cout, Cin / groups, kernel height, kernel width]``; ``[Cin, Cout / groups, ...]`` when transposed.
-        transposed: whether it belongs to a transposed convolution.
-        groups: as of the convolution.
-
-    Returns:
-        ``[Cout, K * Cin / groups]``: for each output channel all taps in row-major order, input channels innermost.
-    """
+def pack_conv_weight(given: PackConvWeight) -> Tensor:
+    """A weight in the order of taps."""
+    weight, transposed, groups = given
     if transposed:
         inputs, outputs = weight.shape[0] // groups, weight.shape[1]
         split = weight.reshape(groups, inputs, outputs, *weight.shape[2:])
@@ -153,24 +121,57 @@ def pack_conv_weight(weight: Tensor, transposed: bool, groups: int) -> Tensor:
     return packed.view(weight.shape[0], -1)
 
 
-def _pixel_select_shape(taps: Tensor, subposition: Tensor, factor: int, factor_x: int | None = None) -> Tensor:
-    return taps.new_empty((taps.shape[0], taps.shape[1], taps.shape[3] // (factor * (factor_x or factor))))
-
-
-@operator("(Tensor taps, Tensor subposition, int factor, int? factor_x=None) -> Tensor", _pixel_select_shape)
-def pixel_select(taps: Tensor, subposition: Tensor, factor: int, factor_x: int | None = None) -> Tensor:
-    """The channels of a pixel shuffle that belong to each target row.
-
-    Args:
-        taps: ``[B, N, 1, C * factor * factor_x]``, the source row of each target row.
-        subposition: int64 ``[1 or B, N]``, ``(y % factor) * factor_x + x % factor_x``.
-        factor: by which the height grows.
-        factor_x: by which the width grows; None for as much.
-
-    Returns:
-        ``[B, N, C]``, contiguous.
-    """
+def pixel_select(given: PixelSelect) -> Tensor:
+    """Channels of a pixel shuffle."""
+    taps, subposition, factor, factor_x = given
     batch, count = taps.shape[:2]
     split = taps.reshape(batch, count, -1, factor * (factor_x or factor))
     chosen = subposition[:, :, None, None].expand(batch, count, split.shape[2], 1)
     return split.gather(3, chosen).squeeze(3)
+
+
+def conv_dense(given: ConvDense) -> Tensor:
+    """Active rows of a convolution of the whole map."""
+    size = (given.height, given.width)
+    mixed = scatter(given.recorded, given.rows, given.index, given.valid).unflatten(1, size).permute(0, 3, 1, 2)
+    channels_last = mixed.contiguous(memory_format=torch.channels_last)
+    result = functional.conv2d(channels_last, given.weight, given.bias, padding=1)
+    return select_rows(result.permute(0, 2, 3, 1).flatten(1, 2), given.index)
+
+
+def _many(given: ConvChoice) -> bool:
+    return given.table.shape[1] >= DENSE_FROM * given.height * given.width
+
+
+def _supports_dense(given: ConvChoice) -> str | None:
+    """On a processor, where it would be measured, only where it has a chance."""
+    return f"fewer than {DENSE_FROM:.0%} of the positions are active" if given.tile_plan and not _many(given) else None
+
+
+def _expected(given: ConvChoice, names: Sequence[str]) -> str | None:
+    """Off the processor."""
+    if given.tile_plan:
+        return None
+    return "dense" if _many(given) else "rows"
+
+
+def _by_rows(given: ConvChoice) -> Tensor:
+    result: Tensor = call(CONV_ROWS, given.by_rows())
+    return result
+
+
+def _densely(given: ConvChoice) -> Tensor:
+    result: Tensor = call(CONV_DENSE, given.densely())
+    return result
+
+
+IMPLEMENTATIONS = (
+    Implementation(GATHER_TAPS, "aten", gather_taps),
+    Implementation(CONV_ROWS, "aten", conv_rows),
+    Implementation(PACK_CONV_WEIGHT, "aten", pack_conv_weight),
+    Implementation(PIXEL_SELECT, "aten", pixel_select),
+    Implementation(CONV_DENSE, "aten", conv_dense),
+    Implementation(CONV_CHOICE, "rows", _by_rows),
+    Implementation(CONV_CHOICE, "dense", _densely, _supports_dense, rank=3),
+)
+MODELS = (CostModel(CONV_CHOICE, _expected),)

@@ -8,27 +8,31 @@ gain nothing.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fisedit_compile.operators.choosing import costs, describe_dtype, taken
-from fisedit_compile.operators.convolution.tiles import PATCH, SIDE
-from fisedit_compile.operators.library import operator
-from fisedit_compile.operators.products.aten import linear_rows, outputs_of
-from fisedit_compile.operators.rows.aten import contiguous_rows
+from fisedit_compile.operators.choosing import call
+from fisedit_compile.operators.convolution.aten import multiply
+from fisedit_compile.operators.convolution.spec import (
+    CONV_MAP,
+    CONV_MAP_TILES,
+    CONVOLVE,
+    PATCH,
+    SIDE,
+    ConvMap,
+    ConvMapTiles,
+)
+from fisedit_compile.operators.library import Implementation
+from fisedit_compile.operators.products.spec import outputs_of
+from fisedit_compile.operators.rows.aten import in_order
 
 #: Patches of this many bytes are transformed and multiplied at a time, so that they stay in the cache ...
 STRIP_BYTES = 8 << 20
 #: ... but of so many tiles at least, as each product reads a whole weight.
 STRIP_TILES = 256
-#: Height and width of the map on which the ways are measured; both take a time proportional to the positions.
-EXAMPLE = 32
-#: Under which name measured times are kept and ways counted.
-MEASURED = "convolution of a map"
 
 
 def convolve(map: Tensor, weight: Tensor, *arguments: Any, **named: Any) -> Tensor:
@@ -38,7 +42,7 @@ def convolve(map: Tensor, weight: Tensor, *arguments: Any, **named: Any) -> Tens
     then bring the weight, which is often larger, to the map's order at every call, and all that follows.
     """
     if map.device.type == "cpu" and weight.is_contiguous() and not map.is_contiguous():
-        map = contiguous_rows(map.flatten(2)).view(map.shape) if map.ndim == 4 else map.contiguous()
+        map = in_order(map.flatten(2)).view(map.shape) if map.ndim == 4 else map.contiguous()
     return torch.conv2d(map, weight, *arguments, **named)
 
 
@@ -94,40 +98,13 @@ def _transform_back(products: list[Tensor], out: Tensor, bias: Tensor | None) ->
         torch.sub(right, fourth, out=out[:, row, :, 1])
 
 
-def _map_shape(map: Tensor, outputs: int, channels_last: bool) -> Tensor:
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    size = (map.shape[0], outputs, *map.shape[2:])
-    return torch.empty(size, dtype=map.dtype, device=map.device, memory_format=memory_format)
-
-
-def _conv_map_tiles_shape(
-    map: Tensor, rows: Tensor | None, weights: list[Tensor], bias: Tensor | None, channels_last: bool
-) -> Tensor:
-    return _map_shape(map, weights[0].shape[0], channels_last)
-
-
-@operator(
-    "(Tensor map, Tensor? rows, Tensor[] weights, Tensor? bias, bool channels_last) -> Tensor", _conv_map_tiles_shape
-)
-def conv_map_tiles(
-    map: Tensor, rows: Tensor | None, weights: list[Tensor], bias: Tensor | None, channels_last: bool
-) -> Tensor:
-    """Convolution of a map with a 3x3 kernel, stride 1 and padding 1, by tiles.
-
-    Args:
-        map: ``[B, Cin, H, W]`` of even height and width, any strides, float32 or float64.
-        rows: its rows ``[B, H * W, Cin]``, where somebody has them already.
-        weights: of ``pack_tile_weights``.
-        bias: ``[Cout]`` or None.
-        channels_last: order of the result in memory.
-
-    Returns:
-        ``[B, Cout, H, W]``.
-    """
+def conv_map_tiles(given: ConvMapTiles) -> Tensor:
+    """Convolution of a map by tiles."""
+    map, rows, weights, bias, channels_last = given
     batch, channels, height, width = map.shape
     outputs = outputs_of(weights[0])
     if rows is None:
-        rows = contiguous_rows(map.flatten(2).transpose(1, 2))
+        rows = in_order(map.flatten(2).transpose(1, 2))
     padded = functional.pad(rows.view(batch, height, width, channels), (0, 0, 1, 1, 1, 1))
     result = rows.new_empty((batch, height, width, outputs))
     down, across = height // SIDE, width // SIDE
@@ -138,68 +115,30 @@ def conv_map_tiles(
             count = min(step, down - first)
             strip = padded[sample, SIDE * first : SIDE * (first + count) + 2]
             patches = _transform_patches(strip, count, across)
-            products = [linear_rows(*pair, None) for pair in zip(patches, weights, strict=True)]
+            products = [multiply(*pair) for pair in zip(patches, weights, strict=True)]
             out = result[sample, SIDE * first : SIDE * (first + count)].view(count, SIDE, across, SIDE, outputs)
             _transform_back(products, out, bias)
     if channels_last:
         return result.permute(0, 3, 1, 2)
-    return contiguous_rows(result.flatten(1, 2).transpose(1, 2)).view(batch, outputs, height, width)
+    return in_order(result.flatten(1, 2).transpose(1, 2)).view(batch, outputs, height, width)
 
 
-def describe_map(inputs: int, outputs: int, channels_last: bool, dtype: torch.dtype) -> str:
-    """What decides which way is the faster, in words."""
-    return f"{inputs}->{outputs} {describe_dtype(dtype)}{', channels last' if channels_last else ''}"
+def direct(given: ConvMap) -> Tensor:
+    """Convolution of a map by PyTorch."""
+    memory_format = torch.channels_last if given.channels_last else torch.contiguous_format
+    return convolve(given.map, given.weight, given.bias, padding=1).contiguous(memory_format=memory_format)
 
 
-def _conv_map_shape(
-    map: Tensor,
-    rows: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    tile_weights: list[Tensor],
-    channels_last: bool,
-) -> Tensor:
-    return _map_shape(map, weight.shape[0], channels_last)
+def by_tiles(given: ConvMap) -> Tensor:
+    """Convolution of a map by tiles, where it may be either."""
+    tiles = ConvMapTiles(given.map, given.rows, given.tile_weights, given.bias, given.channels_last)
+    result: Tensor = call(CONV_MAP_TILES, tiles)
+    return result
 
 
-@operator(
-    "(Tensor map, Tensor? rows, Tensor weight, Tensor? bias, Tensor[] tile_weights, bool channels_last) -> Tensor",
-    _conv_map_shape,
+IMPLEMENTATIONS = (
+    Implementation(CONVOLVE, "aten", lambda given: convolve(*given)),
+    Implementation(CONV_MAP_TILES, "aten", conv_map_tiles),
+    Implementation(CONV_MAP, "direct", direct),
+    Implementation(CONV_MAP, "tiles", by_tiles, rank=1),
 )
-def conv_map(
-    map: Tensor,
-    rows: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    tile_weights: list[Tensor],
-    channels_last: bool,
-) -> Tensor:
-    """Convolution of a map with a 3x3 kernel, stride 1 and padding 1, in the way that was measured to be the faster.
-
-    Args:
-        map, rows, bias, channels_last: of :func:`conv_map_tiles`.
-        weight: ``[Cout, Cin, 3, 3]``.
-        tile_weights: of :func:`conv_map_tiles`.
-
-    Returns:
-        ``[B, Cout, H, W]``.
-    """
-    outputs, inputs = weight.shape[:2]
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-
-    def direct(map: Tensor) -> Tensor:
-        return convolve(map, weight, bias, padding=1).contiguous(memory_format=memory_format)
-
-    def tiles(map: Tensor, rows: Tensor | None) -> Tensor:
-        return conv_map_tiles(map, rows, tile_weights, bias, channels_last)
-
-    @cache
-    def example() -> Tensor:
-        # Of one size, so that what is measured serves for maps of all sizes.
-        square = torch.ones((1, inputs, EXAMPLE, EXAMPLE), dtype=map.dtype)
-        return square.contiguous(memory_format=memory_format)
-
-    ways = {"direct": lambda: direct(example()), "tiles": lambda: tiles(example(), None)}
-    way = costs.fastest(MEASURED, describe_map(inputs, outputs, channels_last, map.dtype), ways)
-    taken.note(f"{MEASURED}: {way}")
-    return direct(map) if way == "direct" else tiles(map, rows)

@@ -10,15 +10,17 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from fisedit_compile.operators.convolution.aten import multiply
+from fisedit_compile.operators.convolution.spec import CONV_CHOICE, CONV_TILES, ConvChoice, ConvTiles
+from fisedit_compile.operators.convolution.tiles import INPUT, OUTPUT, by_tiles, chunks_of
+from fisedit_compile.operators.library import Implementation
 from fisedit_compile.operators.native.compiling import NotCompiledError, load_library, undisturbed
+from fisedit_compile.operators.products.spec import outputs_of
 
 logger = logging.getLogger(__name__)
 
 #: Channels are a multiple of so many, the lanes of the widest vectors.
 LANES = 16
-#: The transforms in one dimension, of four positions of a patch and of four products.
-INPUT = ((1.0, 0.0, -1.0, 0.0), (0.0, 1.0, 1.0, 0.0), (0.0, -1.0, 1.0, 0.0), (0.0, 1.0, 0.0, -1.0))
-OUTPUT = ((1.0, 1.0, 1.0, 0.0), (0.0, 1.0, -1.0, -1.0))
 
 
 @undisturbed()
@@ -62,16 +64,20 @@ def _loaded() -> ctypes.CDLL:
     return library
 
 
-def supports(dtype: torch.dtype, device: torch.device, inputs: int, outputs: int) -> bool:
-    """Whether compiled code transforms tiles of so many input and output channels."""
-    fitting = dtype == torch.float32 and device.type == "cpu" and inputs % LANES == outputs % LANES == 0
-    return fitting and _library() is not None
+def supports(dtype: torch.dtype, device: torch.device, inputs: int, outputs: int) -> str | None:
+    """Why compiled code does not transform tiles of so many input and output channels; None when it does."""
+    if dtype != torch.float32 or device.type != "cpu":
+        return "there is code for float32 on a processor only"
+    if inputs % LANES or outputs % LANES:
+        return f"channels are no multiple of {LANES}"
+    return None if _library() is not None else "nothing is compiled on this machine"
 
 
-def patches(source: Tensor, table: Tensor, first: int, count: int) -> Tensor:
+def _patches(library: ctypes.CDLL, source: Tensor, table: Tensor, first: int, count: int) -> Tensor:
     """Transformed patches of some tiles.
 
     Args:
+        library: the compiled code.
         source: float32 ``[B, L, C]``, contiguous.
         table: int64 ``[1 or B, T, 16]``, positions of the source that a tile reads.
         first, count: which of the tiles of all samples.
@@ -79,10 +85,6 @@ def patches(source: Tensor, table: Tensor, first: int, count: int) -> Tensor:
     Returns:
         ``[16, count, C]``.
     """
-    return _patches(_loaded(), source, table, first, count)
-
-
-def _patches(library: ctypes.CDLL, source: Tensor, table: Tensor, first: int, count: int) -> Tensor:
     table = table.contiguous()
     samples, tiles, taps = table.shape
     result = source.new_empty((taps, count, source.shape[2]))
@@ -101,12 +103,20 @@ def _patches(library: ctypes.CDLL, source: Tensor, table: Tensor, first: int, co
     return result
 
 
-def outputs(
-    products: Sequence[Tensor], step: int, place: Tensor, which: Tensor, batch: int, tiles: int, bias: Tensor | None
+def _outputs(
+    library: ctypes.CDLL,
+    products: Sequence[Tensor],
+    step: int,
+    place: Tensor,
+    which: Tensor,
+    batch: int,
+    tiles: int,
+    bias: Tensor | None,
 ) -> Tensor:
     """Rows of a convolution from products of transformed patches.
 
     Args:
+        library: the compiled code.
         products: float32 ``[tiles of a chunk, C]``, contiguous; 16 for each chunk of ``step`` tiles of all samples.
         step: tiles of a chunk but the last.
         place: int64 ``[1 or B, N]``, the tile of each row; beyond the last one, a row is computed from the last.
@@ -118,19 +128,6 @@ def outputs(
     Returns:
         ``[B, N, C]``.
     """
-    return _outputs(_loaded(), products, step, place, which, batch, tiles, bias)
-
-
-def _outputs(
-    library: ctypes.CDLL,
-    products: Sequence[Tensor],
-    step: int,
-    place: Tensor,
-    which: Tensor,
-    batch: int,
-    tiles: int,
-    bias: Tensor | None,
-) -> Tensor:
     place, which = place.contiguous(), which.contiguous()
     bias = None if bias is None else bias.contiguous()
     count, channels = place.shape[1], products[0].shape[1]
@@ -151,3 +148,35 @@ def _outputs(
         torch.get_num_threads(),
     )
     return result
+
+
+def supports_tiles(given: ConvTiles) -> str | None:
+    """Why compiled code does not transform these tiles; None when it does."""
+    return supports(given.rows.dtype, given.rows.device, given.rows.shape[2], outputs_of(given.weights[0]))
+
+
+def conv_tiles(given: ConvTiles) -> Tensor:
+    """Convolution by tiles with compiled transforms."""
+    library, chunks = _loaded(), chunks_of(given)
+    batch, tiles = chunks.source.shape[0], given.table.shape[1]
+    multiplied: list[Tensor] = []
+    for first in chunks.starts:
+        count = min(chunks.step, chunks.total - first)
+        transformed = _patches(library, chunks.source, given.table, first, count)
+        multiplied += [multiply(*pair) for pair in zip(transformed, given.weights, strict=True)]
+    place, which = given.place[..., 0], given.subposition
+    return _outputs(library, multiplied, chunks.step, place, which, batch, tiles, given.bias)
+
+
+def _supports_choice(given: ConvChoice) -> str | None:
+    outputs, inputs = given.dense_weight.shape[:2]
+    if not given.tile_weights:
+        return "there is no transformed weight"
+    return supports(given.rows.dtype, given.rows.device, inputs, outputs)
+
+
+IMPLEMENTATIONS = (
+    Implementation(CONV_TILES, "compiled", conv_tiles, supports_tiles, rank=1),
+    # Of another name than tiles transformed by PyTorch, as they take another time.
+    Implementation(CONV_CHOICE, "compiled tiles", by_tiles, _supports_choice, rank=2, replaces="tiles"),
+)

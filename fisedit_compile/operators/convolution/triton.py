@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-import threading
-import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -16,16 +13,18 @@ import torch
 from torch import Tensor
 
 from fisedit_compile.operators.choosing import taken
-from fisedit_compile.operators.convolution import choice as paths
+from fisedit_compile.operators.convolution.spec import CONV_CHOICE, CONV_ROWS, ConvChoice, ConvRows
 from fisedit_compile.operators.convolution.triton_template import conv_source
-from fisedit_compile.operators.triton.blocks import ConvBlocks, ConvProblem
+from fisedit_compile.operators.library import CostModel
+from fisedit_compile.operators.triton.blocks import ConvBlocks, ConvProblem, make_problem
 from fisedit_compile.operators.triton.chips import chip_of
 from fisedit_compile.operators.triton.devices import captured, on_device
 from fisedit_compile.operators.triton.launches import Launch
 from fisedit_compile.operators.triton.pointwise import Chain, add_bias, operand_arguments
+from fisedit_compile.operators.triton.reads import reads_cache
 from fisedit_compile.operators.triton.sources import load_source
 from fisedit_compile.operators.triton.tuning import best_choice
-from fisedit_compile.private.tensors import version_of
+from fisedit_compile.operators.triton.working import implementation
 
 NOTHING = Chain()
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -35,78 +34,6 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 def conv_module(prologue: Chain, epilogue: Chain) -> ModuleType:
     """The module of kernels for these chains."""
     return load_source("conv", conv_source(prologue, epilogue))
-
-
-def resolve_reads(halo: Tensor, table: Tensor, source_count: int) -> Tensor:
-    """One number for each tap in place of table and halo: int32 ``[1 or B, N, K]``.
-
-    Below ``source_count`` it is a row, from there on ``source_count`` plus a position of the recorded map, and -1 for
-    taps outside. Kernels then wait for one load before they know an address, not for two.
-    """
-    last = source_count + halo.shape[1]
-    if halo.shape[1] == 0:
-        return torch.where(table < last, table, -1).to(torch.int32)
-    slot = (table - source_count).clamp(0, halo.shape[1] - 1)
-    position = halo.expand(slot.shape[0], -1).gather(1, slot.flatten(1)).view_as(slot) + source_count
-    return torch.where(table < source_count, table, position.masked_fill(table >= last, -1)).to(torch.int32)
-
-
-#: By ``id`` of the table: table, halo, their state, and what they were resolved to.
-Entries = dict[int, tuple[weakref.ref[Tensor], weakref.ref[Tensor], tuple[int, ...], Tensor]]
-
-
-class ReadsCache:
-    """Resolved reads by table and halo, for as long as the table lives; all convolutions of a stencil share them."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._shared: Entries = {}
-        self._local = threading.local()
-
-    @property
-    def _entries(self) -> Entries:
-        own: Entries | None = getattr(self._local, "entries", None)
-        return self._shared if own is None else own
-
-    @contextmanager
-    def fresh(self) -> Iterator[None]:
-        """Compute everything anew in this thread: while launches are captured, so that resolving is captured too and
-        every replay resolves what its tables hold by then."""
-        before = getattr(self._local, "entries", None)
-        self._local.entries = {}
-        try:
-            yield
-        finally:
-            self._local.entries = before
-
-    def get(self, halo: Tensor, table: Tensor, source_count: int) -> Tensor:
-        """The result of :func:`resolve_reads`, computed once for tensors that do not change."""
-        key, state = id(table), (source_count, version_of(halo), version_of(table))
-        entries = self._entries
-        with self._lock:
-            entry = entries.get(key)
-        if entry is not None and entry[0]() is table and entry[1]() is halo and entry[2] == state:
-            return entry[3]
-        reads = resolve_reads(halo, table, source_count)
-        if entries is self._shared and captured(table):
-            # Somebody else captures: there is nothing in this memory before their replay.
-            return reads
-
-        def forget(reference: weakref.ref[Tensor]) -> None:
-            # Another table may have the same id by now.
-            known = entries.get(key)
-            if known is not None and known[0] is reference:
-                entries.pop(key, None)
-
-        with self._lock:
-            entries[key] = (weakref.ref(table, forget), weakref.ref(halo), state, reads)
-        return reads
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-
-reads_cache = ReadsCache()
 
 
 @dataclass(frozen=True)
@@ -150,38 +77,6 @@ def problem_of(rows: Tensor, recorded: Tensor, table: Tensor, weight: Tensor, gr
     return make_problem(
         batch, source_count, recorded.shape[1], inputs, count, taps, weight.shape[0], groups, rows.dtype
     )
-
-
-def make_problem(
-    batch: int,
-    source_count: int,
-    positions: int,
-    inputs: int,
-    count: int,
-    taps: int,
-    outputs: int,
-    groups: int,
-    dtype: torch.dtype,
-) -> ConvProblem:
-    """A problem from what a sample has: ``source_count`` rows on a map of so many ``positions``, ``count`` targets."""
-    # Targets for each source position: 1/4 for stride 2, 4 for a transposed convolution of stride 2.
-    dense_total = round(batch * positions * count / max(1, source_count))
-    return ConvProblem(
-        total=batch * count,
-        dense_total=max(batch * count, dense_total),
-        source_total=batch * min(positions, source_count + count),
-        inputs=inputs,
-        outputs=outputs,
-        taps=taps,
-        groups=groups,
-        dtype=dtype,
-        tensor_float=tensor_float(),
-    )
-
-
-def tensor_float() -> bool:
-    """Whether PyTorch multiplies float32 of convolutions as TF32."""
-    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
 
 
 def conv_launches(call: ConvCall, blocks: ConvBlocks, output: Tensor, workspace: Tensor | None) -> list[Launch]:
@@ -288,29 +183,22 @@ def _channels_inside(*tensors: Tensor) -> bool:
     return all(tensor.stride(-1) == 1 or tensor.shape[-1] == 1 for tensor in tensors)
 
 
-def supports_conv(
-    rows: Tensor, recorded: Tensor, halo: Tensor, table: Tensor, weight: Tensor, bias: Tensor | None, groups: int
-) -> bool:
-    """Whether the kernels compute this convolution; the arguments are those of the operator.
-
-    They do not for other dtypes, autocast, channels that do not lie side by side, recorded maps of a wider dtype than
-    the rows (blocks that fit were chosen for that of the rows), and depthwise convolutions, where 15 of 16 products of
-    a tensor core would be wasted.
-    """
-    return (
-        rows.dtype in DTYPES
-        and chip_of(rows.device).supports(rows.dtype)
-        and recorded.dtype in DTYPES
-        and recorded.dtype.itemsize <= rows.dtype.itemsize
-        and weight.dtype == rows.dtype
-        and weight.is_contiguous()
-        and weight.numel() < 2**31
-        and (bias is None or bias.is_contiguous())
-        and table.is_contiguous()
-        and _channels_inside(rows, recorded)
-        and (groups == 1 or weight.shape[0] // groups >= 8)
-        and not torch.is_autocast_enabled(rows.device.type)
-    )
+def supports_conv(given: ConvRows) -> str | None:
+    """Why the kernels do not compute this convolution; None when they do."""
+    rows, recorded, halo, table, weight, bias, groups = given
+    if rows.dtype not in DTYPES or recorded.dtype not in DTYPES or not chip_of(rows.device).supports(rows.dtype):
+        return "there are no kernels for these dtypes on this GPU"
+    # Blocks that fit were chosen for the dtype of the rows.
+    if recorded.dtype.itemsize > rows.dtype.itemsize:
+        return "the recorded map is of a wider dtype than the rows"
+    if weight.dtype != rows.dtype or not weight.is_contiguous() or weight.numel() >= 2**31:
+        return "the weight is of another dtype, not contiguous, or too large"
+    if not table.is_contiguous() or not _channels_inside(rows, recorded) or not (bias is None or bias.is_contiguous()):
+        return "table or bias are not contiguous, or channels do not lie side by side"
+    # 15 of 16 products of a tensor core would be wasted.
+    if groups > 1 and weight.shape[0] // groups < 8:
+        return "groups have few outputs"
+    return "autocast is on" if torch.is_autocast_enabled(rows.device.type) else None
 
 
 def conv_rows(
@@ -347,44 +235,27 @@ def conv_rows_fused(
     return run_conv(ConvCall(rows, recorded, reads, weight, groups, prologue, tuple(inputs), epilogue, tuple(operands)))
 
 
-def supports_choice(
-    rows: Tensor,
-    recorded: Tensor,
-    halo: Tensor,
-    table: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    tile_plan: Sequence[Tensor],
-    *others: Any,
-) -> bool:
-    """Whether the kernels compute the operator ``conv_choice``: those of processors have plans of tiles."""
-    return not tile_plan and supports_conv(rows, recorded, halo, table, weight, bias, 1)
+def supports_choice(given: ConvChoice) -> str | None:
+    """Why the kernels do not compute the operator ``conv_choice``; None when they do."""
+    return "plans of tiles are for processors" if given.tile_plan else supports_conv(given.by_rows())
 
 
-def prefers_dense(rows: Tensor, recorded: Tensor, table: Tensor, weight: Tensor) -> bool:
+def prefers_dense(given: ConvChoice) -> bool:
     """Whether convolving the whole map is expected to be faster than the kernel."""
-    problem = problem_of(rows, recorded, table, weight, 1)
+    rows = given.rows
+    problem = problem_of(rows, given.recorded, given.table, given.weight, 1)
     return problem.total > 0 and best_choice(problem, chip_of(rows.device)).dense
 
 
-def conv_whole_map(
-    rows: Tensor,
-    recorded: Tensor,
-    bias: Tensor | None,
-    index: Tensor,
-    valid: Tensor | None,
-    dense_weight: Tensor,
-    height: int,
-    width: int,
-) -> Tensor:
-    """The convolution on the whole map; the arguments are those of the operator ``conv_choice`` with these names."""
-    taken.note("convolution: dense")
-    return paths.conv_dense(rows, recorded, index, valid, dense_weight, bias, height, width)
+def _expected(given: ConvChoice, names: Sequence[str]) -> str | None:
+    if "triton" not in names:
+        return None
+    return "dense" if prefers_dense(given) else "triton"
 
 
-def conv_choice(*arguments: Any) -> Tensor:
-    """The operator ``conv_choice`` by Triton kernels, or on the whole map where that is expected to be faster."""
-    rows, recorded, halo, table, weight, bias, _, _, *whole = arguments
-    if prefers_dense(rows, recorded, table, weight):
-        return conv_whole_map(rows, recorded, bias, *whole)
-    return conv_rows(rows, recorded, halo, table, weight, bias, 1)
+IMPLEMENTATIONS = (
+    implementation(CONV_ROWS, lambda given: conv_rows(*given), supports_conv),
+    # What runs is counted with its blocks.
+    implementation(CONV_CHOICE, lambda given: conv_rows(*given.by_rows()), supports_choice, counts=True),
+)
+MODELS = (CostModel(CONV_CHOICE, _expected, rank=1),)

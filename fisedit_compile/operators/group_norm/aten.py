@@ -1,18 +1,21 @@
-"""Group norm over a mixed map, from the recorded statistics and the rows that changed.
-
-Recorded are, per position and group, the sums over the group's channels of ``x - center`` and ``(x - center)**2``,
-where ``center`` is the recorded mean: small numbers, so that subtracting the old and adding the new ones stays exact
-even when the mean is far from zero. Statistics are float32 whatever the map's dtype. On a processor compiled code
-(``fisedit_compile.operators.native``) does what would be many operators of PyTorch.
-"""
+"""Group norm of rows by PyTorch (``spec.py`` says what its statistics are)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fisedit_compile.operators.group_norm import native
-from fisedit_compile.operators.library import operator
+from fisedit_compile.operators.group_norm.spec import (
+    NORM_APPLY,
+    NORM_PARTIALS,
+    NORM_RECORD,
+    NORM_TOTALS,
+    NormApply,
+    NormPartials,
+    NormRecord,
+    NormTotals,
+)
+from fisedit_compile.operators.library import Implementation
 from fisedit_compile.operators.rows.aten import keep_valid, select_rows
 
 # A map is recorded in blocks of this many elements, which stay in the cache between the steps of the sums.
@@ -43,25 +46,9 @@ def _group_sum(centered: Tensor) -> Tensor:
     return torch.mv(centered.view(-1, centered.shape[3]), ones).view(centered.shape[:3])
 
 
-def _record_shape(map: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
-    batch, size = map.shape[:2]
-    center = map.new_empty((batch, groups), dtype=torch.float32)
-    partials = map.new_empty((batch, size, 2, groups), dtype=torch.float32)
-    return center, partials, map.new_empty((batch, 2, groups), dtype=torch.float32)
-
-
-@operator("(Tensor map, int groups) -> (Tensor center, Tensor partials, Tensor totals)", _record_shape)
-def norm_record(map: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Statistics of a map that a later edit updates.
-
-    Args:
-        map: ``[B, S, C]``, any floating dtype and strides.
-        groups: divides C; a group is C / groups neighbouring channels.
-
-    Returns:
-        ``center`` ``[B, groups]``, the mean of each group; ``partials`` ``[B, S, 2, groups]``, per position the sums
-        of ``x - center`` and its square; ``totals`` ``[B, 2, groups]``, their sums over all positions. All float32.
-    """
+def norm_record(given: NormRecord) -> tuple[Tensor, Tensor, Tensor]:
+    """Statistics of a map."""
+    map, groups = given
     batch, size, channels = map.shape
     center = map.mean(1, dtype=torch.float32).unflatten(1, (groups, -1)).mean(2)
     if map.device.type == "cpu" and map.stride(1) < map.stride(2):
@@ -92,90 +79,20 @@ def _record_channels_first(map: Tensor, center: Tensor) -> tuple[Tensor, Tensor]
     return sums.permute(0, 3, 1, 2).contiguous(), sums.sum(3)
 
 
-def _partials_shape(rows: Tensor, center: Tensor) -> Tensor:
-    return rows.new_empty((rows.shape[0], rows.shape[1], 2, center.shape[1]), dtype=torch.float32)
+def norm_partials(given: NormPartials) -> Tensor:
+    """Sums of rows."""
+    return _sums(given.rows, given.center)
 
 
-@operator("(Tensor rows, Tensor center) -> Tensor", _partials_shape)
-def norm_partials(rows: Tensor, center: Tensor) -> Tensor:
-    """Per-position sums of new rows: rows ``[B, N, C]``, center ``[B, groups]`` -> float32 ``[B, N, 2, groups]``."""
-    if native.supports(rows, (center,)):
-        return native.partials(rows, center)
-    return _sums(rows, center)
+def norm_totals(given: NormTotals) -> Tensor:
+    """New totals."""
+    old = select_rows(given.recorded_partials, given.index)
+    return given.totals + (keep_valid(given.new_partials, old, given.valid) - old).sum(1)
 
 
-def _totals_shape(
-    totals: Tensor, recorded_partials: Tensor, new_partials: Tensor, index: Tensor, valid: Tensor | None
-) -> Tensor:
-    return totals.new_empty(totals.shape)
-
-
-@operator(
-    "(Tensor totals, Tensor recorded_partials, Tensor new_partials, Tensor index, Tensor? valid) -> Tensor",
-    _totals_shape,
-)
-def norm_totals(
-    totals: Tensor, recorded_partials: Tensor, new_partials: Tensor, index: Tensor, valid: Tensor | None
-) -> Tensor:
-    """Totals of the mixed map: the recorded ones without the old and with the new sums of the valid rows.
-
-    Args:
-        totals: float32 ``[B, 2, groups]``.
-        recorded_partials: float32 ``[B, S, 2, groups]``.
-        new_partials: float32 ``[B, N, 2, groups]``.
-        index: int64 ``[1 or B, N]``.
-        valid: bool ``[1 or B, N]``, or None when every row is.
-
-    Returns:
-        float32 ``[B, 2, groups]``.
-    """
-    if native.supports_totals(totals, recorded_partials, new_partials):
-        return native.updated_totals(totals, recorded_partials, new_partials, index, valid)
-    old = select_rows(recorded_partials, index)
-    return totals + (keep_valid(new_partials, old, valid) - old).sum(1)
-
-
-def _apply_shape(
-    rows: Tensor,
-    center: Tensor,
-    totals: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    count: int,
-) -> Tensor:
-    return rows.new_empty(rows.shape)
-
-
-@operator(
-    "(Tensor rows, Tensor center, Tensor totals, Tensor? weight, Tensor? bias, float eps, int count) -> Tensor",
-    _apply_shape,
-)
-def norm_apply(
-    rows: Tensor,
-    center: Tensor,
-    totals: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    count: int,
-) -> Tensor:
-    """Normalise rows with given statistics.
-
-    Args:
-        rows: ``[B, N, C]``.
-        center: float32 ``[B, groups]``.
-        totals: float32 ``[B, 2, groups]``, sums over all positions and the group's channels of ``x - center`` and its
-            square.
-        weight, bias: ``[C]`` or None.
-        eps: added to the variance.
-        count: elements of a group, positions times channels of the group.
-
-    Returns:
-        ``[B, N, C]``, contiguous, dtype of ``rows``.
-    """
-    if native.supports(rows, (center, totals), (weight, bias)):
-        return native.normalise(rows, center, totals, weight, bias, eps, count)
+def norm_apply(given: NormApply) -> Tensor:
+    """Normalised rows."""
+    rows, center, totals, weight, bias, eps, count = given
     batch, groups = center.shape
     channels = rows.shape[2]
     offset, square = (totals / count).unbind(1)  # [B, groups]
@@ -187,3 +104,11 @@ def norm_apply(
     shift = -mean * scale if bias is None else torch.addcmul(bias.float().view(groups, -1), mean, scale, value=-1)
     scale, shift = scale.reshape(batch, 1, channels), shift.reshape(batch, 1, channels)
     return torch.addcmul(shift, rows.float(), scale).to(rows.dtype).contiguous()
+
+
+IMPLEMENTATIONS = (
+    Implementation(NORM_RECORD, "aten", norm_record),
+    Implementation(NORM_PARTIALS, "aten", norm_partials),
+    Implementation(NORM_TOTALS, "aten", norm_totals),
+    Implementation(NORM_APPLY, "aten", norm_apply),
+)

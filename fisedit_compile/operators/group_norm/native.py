@@ -10,6 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fisedit_compile.operators.group_norm.spec import (
+    NORM_APPLY,
+    NORM_PARTIALS,
+    NORM_TOTALS,
+    NormApply,
+    NormPartials,
+    NormTotals,
+)
+from fisedit_compile.operators.library import Implementation
 from fisedit_compile.operators.native.compiling import DTYPES, NotCompiledError, load_library, undisturbed
 
 logger = logging.getLogger(__name__)
@@ -60,27 +69,43 @@ def _plain(tensor: Tensor, dtype: torch.dtype) -> bool:
     return tensor.device.type == "cpu" and tensor.dtype == dtype and tensor.is_contiguous()
 
 
-def supports(rows: Tensor, statistics: tuple[Tensor, ...], parameters: tuple[Tensor | None, ...] = ()) -> bool:
-    """Whether compiled code computes with these rows, statistics (float32), weight and bias (of the rows' dtype)."""
-    return (
-        rows.dtype in DTYPES
-        and rows.dim() == 3
-        and rows.numel() > 0
-        and rows.shape[2] <= CHANNELS
-        and _plain(rows, rows.dtype)
-        and all(_plain(tensor, torch.float32) for tensor in statistics)
-        and all(tensor is None or _plain(tensor, rows.dtype) for tensor in parameters)
-        and _library(rows.dtype) is not None
-    )
+def _refusal(rows: Tensor, statistics: tuple[Tensor, ...], parameters: tuple[Tensor | None, ...]) -> str | None:
+    """Why compiled code does not compute with rows, statistics (float32), weight and bias (of the rows' dtype)."""
+    if rows.dtype not in DTYPES:
+        return "there is no code for this dtype"
+    if rows.dim() != 3 or rows.numel() == 0 or rows.shape[2] > CHANNELS:
+        return f"there are no rows, or more than {CHANNELS} channels"
+    if not _plain(rows, rows.dtype) or not all(_plain(tensor, torch.float32) for tensor in statistics):
+        return "rows or statistics do not lie in the host's memory without gaps, or statistics are not float32"
+    if not all(tensor is None or _plain(tensor, rows.dtype) for tensor in parameters):
+        return "weight or bias do not lie in the host's memory without gaps, in the dtype of the rows"
+    return None if _library(rows.dtype) is not None else "nothing is compiled on this machine"
+
+
+def supports_partials(given: NormPartials) -> str | None:
+    """Why compiled code does not sum these rows; None when it does."""
+    return _refusal(given.rows, (given.center,), ())
+
+
+def supports_totals(given: NormTotals) -> str | None:
+    """Why compiled code does not update these totals; None when it does: all are float32 without gaps."""
+    if not all(_plain(tensor, torch.float32) for tensor in given[:3]):
+        return "totals or sums do not lie in the host's memory without gaps, or are not float32"
+    return None if _library(torch.float32) is not None else "nothing is compiled on this machine"
+
+
+def supports_apply(given: NormApply) -> str | None:
+    """Why compiled code does not normalise these rows; None when it does."""
+    return _refusal(given.rows, (given.center, given.totals), (given.weight, given.bias))
 
 
 def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
-def partials(rows: Tensor, center: Tensor) -> Tensor:
-    """Sums of rows ``[B, N, C]`` about the center ``[B, G]`` and their squares: float32 ``[B, N, 2, G]``."""
-    return _partials(_loaded(rows.dtype), rows, center)
+def partials(given: NormPartials) -> Tensor:
+    """Sums of rows."""
+    return _partials(_loaded(given.rows.dtype), *given)
 
 
 def _partials(library: ctypes.CDLL, rows: Tensor, center: Tensor) -> Tensor:
@@ -92,20 +117,9 @@ def _partials(library: ctypes.CDLL, rows: Tensor, center: Tensor) -> Tensor:
     return result
 
 
-def supports_totals(totals: Tensor, recorded: Tensor, fresh: Tensor) -> bool:
-    """Whether compiled code updates these totals: all are float32 without gaps."""
-    tensors = (totals, recorded, fresh)
-    return all(_plain(tensor, torch.float32) for tensor in tensors) and _library(torch.float32) is not None
-
-
-def updated_totals(totals: Tensor, recorded: Tensor, fresh: Tensor, index: Tensor, valid: Tensor | None) -> Tensor:
-    """Totals ``[B, 2, G]`` without the sums of ``recorded [B, S, 2, G]`` at the index and with those of ``fresh``.
-
-    Args:
-        index: int64 ``[1 or B, N]``.
-        valid: bool ``[1 or B, N]``, or None when every row is.
-    """
-    return _updated_totals(_loaded(torch.float32), totals, recorded, fresh, index, valid)
+def updated_totals(given: NormTotals) -> Tensor:
+    """New totals."""
+    return _updated_totals(_loaded(torch.float32), *given)
 
 
 def _updated_totals(
@@ -127,11 +141,9 @@ def _updated_totals(
     return result
 
 
-def normalise(
-    rows: Tensor, center: Tensor, totals: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, count: int
-) -> Tensor:
-    """Rows ``[B, N, C]`` normalised; arguments are those of ``norm_apply``."""
-    return _normalise(_loaded(rows.dtype), rows, center, totals, weight, bias, eps, count)
+def normalise(given: NormApply) -> Tensor:
+    """Normalised rows."""
+    return _normalise(_loaded(given.rows.dtype), *given)
 
 
 def _normalise(
@@ -156,3 +168,10 @@ def _normalise(
         torch.get_num_threads(),
     )
     return result
+
+
+IMPLEMENTATIONS = (
+    Implementation(NORM_PARTIALS, "compiled", partials, supports_partials, rank=1),
+    Implementation(NORM_TOTALS, "compiled", updated_totals, supports_totals, rank=1),
+    Implementation(NORM_APPLY, "compiled", normalise, supports_apply, rank=1),
+)

@@ -7,8 +7,10 @@ import math
 import torch
 from torch import Tensor
 
+from fisedit_compile.operators.group_norm.spec import NORM_APPLY, NORM_PARTIALS, NormApply, NormPartials
 from fisedit_compile.operators.rows.triton import DTYPES, shared_stride, tile_of
 from fisedit_compile.operators.triton.launches import Launch
+from fisedit_compile.operators.triton.working import implementation
 
 #: Elements of a program's tile, and blocks of rows whose changes are added at a time.
 TILE, ADDED = 2048, 16
@@ -31,10 +33,13 @@ def _blocks(groups: int, width: int) -> tuple[int, int, int]:
     return max(1, min(16, TILE // (inner * across))), across, inner
 
 
-def supports_partials(rows: Tensor, center: Tensor) -> bool:
-    """Whether the kernel sums these rows; the arguments are those of the operator."""
-    groups = center.shape[1]
-    return _rows_fit(rows) and center.is_contiguous() and _power_of_two(rows.shape[2] // groups) <= WIDEST_GROUP
+def supports_partials(given: NormPartials) -> str | None:
+    """Why the kernel does not sum these rows; None when it does."""
+    rows, center = given
+    if not _rows_fit(rows) or not center.is_contiguous():
+        return "there are no rows, a dtype is without kernels, or channels do not lie side by side"
+    wide = _power_of_two(rows.shape[2] // center.shape[1]) > WIDEST_GROUP
+    return f"a group has more than {WIDEST_GROUP} channels" if wide else None
 
 
 def supports_update(
@@ -42,7 +47,7 @@ def supports_update(
 ) -> bool:
     """Whether :func:`norm_update` takes these tensors."""
     return (
-        supports_partials(rows, center)
+        supports_partials(NormPartials(rows, center)) is None
         and totals.is_contiguous()
         and recorded.stride(3) == 1
         and recorded.dtype == totals.dtype == torch.float32
@@ -153,23 +158,15 @@ def norm_update(
     return output, partials
 
 
-def supports_apply(
-    rows: Tensor,
-    center: Tensor,
-    totals: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    count: int,
-) -> bool:
-    """Whether the kernel normalises these rows; the arguments are those of the operator."""
-    given = [tensor for tensor in (weight, bias) if tensor is not None]
-    return (
-        _rows_fit(rows)
-        and center.is_contiguous()
-        and totals.is_contiguous()
-        and all(tensor.dtype in DTYPES and tensor.is_contiguous() for tensor in given)
-    )
+def supports_apply(given: NormApply) -> str | None:
+    """Why the kernel does not normalise these rows; None when it does."""
+    if not _rows_fit(given.rows):
+        return "there are no rows, a dtype is without kernels, or channels do not lie side by side"
+    if not given.center.is_contiguous() or not given.totals.is_contiguous():
+        return "statistics have gaps"
+    parameters = [tensor for tensor in (given.weight, given.bias) if tensor is not None]
+    plain = all(tensor.dtype in DTYPES and tensor.is_contiguous() for tensor in parameters)
+    return None if plain else "weight or bias have gaps, or a dtype without kernels"
 
 
 def apply_launch(
@@ -228,3 +225,9 @@ def norm_apply(
     output = rows.new_empty(rows.shape)
     apply_launch(rows, center, totals, weight, bias, eps, count, silu, output).run()
     return output
+
+
+IMPLEMENTATIONS = (
+    implementation(NORM_PARTIALS, lambda given: norm_partials(*given), supports_partials),
+    implementation(NORM_APPLY, lambda given: norm_apply(*given), supports_apply),
+)

@@ -11,7 +11,6 @@ import ctypes
 import hashlib
 import logging
 import os
-import platform
 import shlex
 import shutil
 import subprocess
@@ -24,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+from fisedit_compile.operators.processor import processor_features
 from fisedit_compile.options import cache_folder
 
 logger = logging.getLogger(__name__)
@@ -67,17 +67,6 @@ def _compiler() -> list[str]:
         if found:
             return [found, *given[1:]]
     raise NotCompiledError(f"no C++ compiler was found (tried {', '.join(names)}; the variable CXX names another)")
-
-
-def _processor() -> str:
-    """What code made for this processor depends on."""
-    described = [platform.machine(), platform.processor()]
-    path = Path("/proc/cpuinfo")
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        first = lines[: lines.index("")] if "" in lines else lines
-        described += [line for line in first if line.partition("\t")[0] in ("model name", "flags", "Features")]
-    return "\n".join(described)
 
 
 def _run(command: Sequence[str]) -> str:
@@ -132,7 +121,7 @@ def load_library(name: str, *definitions: str) -> ctypes.CDLL:
     source = b"".join(folder.joinpath(*file).read_bytes() for file in (("native", "vectors.h"), (name, "native.cpp")))
     compiler = _compiler()
     command = [*compiler, *FLAGS, *(f"-D{definition}" for definition in definitions)]
-    described = "\0".join([*command, _run([*compiler, "--version"]), _processor()])
+    described = "\0".join([*command, _run([*compiler, "--version"]), processor_features()])
     key = hashlib.sha256(source + described.encode()).hexdigest()[:16]
     path = cache_folder() / "native" / f"{'_'.join((name, *definitions))}_{key}.so"
     if not _is_there(path):

@@ -11,7 +11,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fisedit_compile.operators.library import Implementation
 from fisedit_compile.operators.native.compiling import DTYPES, NotCompiledError, load_library, undisturbed
+from fisedit_compile.operators.products.spec import (
+    LINEAR_MAP,
+    LINEAR_ROWS,
+    PACK_MATRIX,
+    LinearMap,
+    LinearRows,
+    PackMatrix,
+    is_ordered,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -100,11 +110,6 @@ def order(weight: Tensor) -> Tensor:
     return _ordered(weight, library.panel())
 
 
-def is_ordered(weight: Tensor) -> bool:
-    """Whether a weight comes from :func:`order`: those of linear layers have two dimensions."""
-    return weight.dim() > 2
-
-
 def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A linear layer.
 
@@ -131,3 +136,26 @@ def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             f"expected rows [..., {inputs}] and a bias [{outputs}] of {weight.dtype}, got {' and '.join(described)}"
         )
     return _multiply(library, rows, weight, bias)
+
+
+def _orders(given: PackMatrix) -> str | None:
+    return None if supports(given.weight) else "compiled code does not multiply with this weight"
+
+
+def _ordered_weight(given: LinearRows) -> str | None:
+    return None if is_ordered(given.weight) else "the weight is not in the order of compiled code"
+
+
+def _ordered_map(given: LinearMap) -> str | None:
+    return None if is_ordered(given.packed) else "the weight is not in the order of compiled code"
+
+
+def _product_of_map(given: LinearMap) -> Tensor:
+    return product(given.map, given.packed, given.bias)
+
+
+IMPLEMENTATIONS = (
+    Implementation(LINEAR_ROWS, "compiled", lambda given: product(*given), _ordered_weight, rank=1),
+    Implementation(PACK_MATRIX, "compiled", lambda given: order(given.weight.detach().contiguous()), _orders, rank=2),
+    Implementation(LINEAR_MAP, "compiled", _product_of_map, _ordered_map, rank=1),
+)

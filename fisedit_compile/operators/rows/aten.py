@@ -1,16 +1,19 @@
-"""Rows: the active positions of a feature map, ``[B, N, *C]``; reading them from a map and writing them back.
-
-A map is ``[B, S, *C]`` with ``S`` positions, of any strides. An index is int64 ``[1 or B, N]``; batch 1 means the same
-positions in every sample. ``valid``, bool of the index's shape or None, is False for padding rows: they are computed
-like all others and never written.
-"""
+"""Rows by PyTorch: reading them from maps and writing them back (``spec.py`` says what they are)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fisedit_compile.operators.library import operator
+from fisedit_compile.operators.library import Implementation
+from fisedit_compile.operators.rows.spec import (
+    CONTIGUOUS_ROWS,
+    GATHER_ROWS,
+    SCATTER_ROWS,
+    ContiguousRows,
+    GatherRows,
+    ScatterRows,
+)
 
 
 def _flattens(tensor: Tensor) -> bool:
@@ -60,60 +63,25 @@ def keep_valid(rows: Tensor, old: Tensor, valid: Tensor | None) -> Tensor:
     return torch.where(valid.view(*valid.shape, *[1] * (rows.ndim - 2)), rows, old)
 
 
-def _gather_shape(map: Tensor, index: Tensor) -> Tensor:
-    return map.new_empty((map.shape[0], index.shape[1], *map.shape[2:]))
+def gather_rows(given: GatherRows) -> Tensor:
+    """Rows of a map."""
+    return select_rows(given.map, given.index)
 
 
-@operator("(Tensor map, Tensor index) -> Tensor", _gather_shape)
-def gather_rows(map: Tensor, index: Tensor) -> Tensor:
-    """Rows of a map at the positions of an index.
-
-    Args:
-        map: ``[B, S, *C]``, any dtype and strides.
-        index: int64 ``[1 or B, N]``.
-
-    Returns:
-        ``[B, N, *C]``, contiguous, dtype of ``map``.
-    """
-    return select_rows(map, index)
-
-
-def _scatter_shape(map: Tensor, rows: Tensor, index: Tensor, valid: Tensor | None) -> Tensor:
-    return torch.empty_like(map, dtype=rows.dtype)
-
-
-@operator("(Tensor map, Tensor rows, Tensor index, Tensor? valid) -> Tensor", _scatter_shape)
-def scatter_rows(map: Tensor, rows: Tensor, index: Tensor, valid: Tensor | None) -> Tensor:
-    """A copy of a map with the valid rows written.
-
-    Args:
-        map: ``[B, S, *C]``, any dtype and strides.
-        rows: ``[B, N, *C]``.
-        index: int64 ``[1 or B, N]``, positions distinct within a sample.
-        valid: bool ``[1 or B, N]``, or None when every row is.
-
-    Returns:
-        ``[B, S, *C]``, dtype of ``rows``, strides of ``map`` (contiguous when ``map`` has gaps or overlaps).
-    """
+def scatter(map: Tensor, rows: Tensor, index: Tensor, valid: Tensor | None) -> Tensor:
+    """A copy of a map with the valid rows written; arguments are those of the operator ``scatter_rows``."""
     result = map.to(rows.dtype, copy=True)
     write_rows(result, index, rows if valid is None else keep_valid(rows, select_rows(result, index), valid))
     return result
 
 
-def _contiguous_shape(rows: Tensor) -> Tensor:
-    return rows.new_empty(rows.shape)
+def scatter_rows(given: ScatterRows) -> Tensor:
+    """A map with rows written."""
+    return scatter(*given)
 
 
-@operator("(Tensor rows) -> Tensor", _contiguous_shape)
-def contiguous_rows(rows: Tensor) -> Tensor:
-    """A copy of all rows of a map, one after the other in memory.
-
-    Args:
-        rows: ``[B, S, *C]``, any dtype and strides.
-
-    Returns:
-        The same, contiguous.
-    """
+def in_order(rows: Tensor) -> Tensor:
+    """A contiguous copy of rows ``[B, S, *C]``."""
     if rows.ndim != 3 or rows.device.type != "cpu" or rows.stride(1) != 1:
         return rows.clone(memory_format=torch.contiguous_format)
     # Positions are neighbours in memory. PyTorch transposes matrices block by block, tensors of three dimensions not.
@@ -121,3 +89,15 @@ def contiguous_rows(rows: Tensor) -> Tensor:
     for sample, transposed in zip(rows, result, strict=True):
         transposed.copy_(sample)
     return result
+
+
+def contiguous_rows(given: ContiguousRows) -> Tensor:
+    """Rows one after the other."""
+    return in_order(given.rows)
+
+
+IMPLEMENTATIONS = (
+    Implementation(GATHER_ROWS, "aten", gather_rows),
+    Implementation(SCATTER_ROWS, "aten", scatter_rows),
+    Implementation(CONTIGUOUS_ROWS, "aten", contiguous_rows),
+)

@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisedit_compile.operators.convolution.triton import reads_cache
+from fisedit_compile.operators.convolution.spec import GATHER_TAPS, GatherTaps
+from fisedit_compile.operators.rows.spec import GATHER_ROWS, SCATTER_ROWS, GatherRows, ScatterRows
 from fisedit_compile.operators.triton.devices import on_device
 from fisedit_compile.operators.triton.launches import Launch
+from fisedit_compile.operators.triton.reads import reads_cache
+from fisedit_compile.operators.triton.working import implementation
 
 #: Types whose rows are moved; others are left to ATen.
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -57,9 +60,11 @@ def _plain(*tensors: Tensor) -> bool:
     return all(tensor.dtype in DTYPES and tensor.numel() > 0 for tensor in tensors)
 
 
-def supports_gather(map: Tensor, index: Tensor) -> bool:
-    """Whether the kernel gathers these rows; the arguments are those of the operator."""
-    return _plain(map) and index.numel() > 0 and map.ndim == 3 and index.stride(1) == 1
+def supports_gather(given: GatherRows) -> str | None:
+    """Why the kernel does not gather these rows; None when it does."""
+    if not _plain(given.map) or given.map.ndim != 3:
+        return "not a map of one channel dimension, or a dtype without kernels"
+    return None if given.index.numel() > 0 and given.index.stride(1) == 1 else "the index is empty or has gaps"
 
 
 def gather_launch(map: Tensor, index: Tensor, output: Tensor) -> Launch:
@@ -88,15 +93,16 @@ def gather_rows(map: Tensor, index: Tensor) -> Tensor:
     return output
 
 
-def supports_taps(rows: Tensor, recorded: Tensor, halo: Tensor, table: Tensor, fill: float) -> bool:
-    """Whether the kernel gathers these taps; the arguments are those of the operator."""
-    return (
-        _plain(rows, recorded)
-        and table.numel() > 0
-        and table.is_contiguous()
-        and flat_channels(rows) is not None
-        and flat_channels(recorded) is not None
-    )
+def supports_taps(given: GatherTaps) -> str | None:
+    """Why the kernel does not gather these taps; None when it does."""
+    rows, recorded, table = given.rows, given.recorded, given.table
+    if not _plain(rows, recorded):
+        return "rows or map are empty, or of a dtype without kernels"
+    if table.numel() == 0 or not table.is_contiguous():
+        return "the table is empty or has gaps"
+    if flat_channels(rows) is None or flat_channels(recorded) is None:
+        return "channels do not lie side by side"
+    return None
 
 
 def taps_launch(rows: Tensor, recorded: Tensor, reads: Tensor, fill: float, output: Tensor) -> Launch:
@@ -145,18 +151,16 @@ def _may_overlap(tensor: Tensor) -> bool:
     return False
 
 
-def supports_write(target: Tensor, rows: Tensor, index: Tensor, valid: Tensor | None) -> bool:
-    """Whether :func:`write_launch` takes a map ``[B, S, *C]``, rows ``[B, N, *C]`` of its dtype, and index and valid
-    of an operator."""
-    return (
-        _plain(target, rows)
-        and target.dtype == rows.dtype
-        and index.stride(1) == 1
-        and (valid is None or valid.stride(1) == 1)
-        and flat_channels(target) is not None
-        and flat_channels(rows) is not None
-        and not _may_overlap(target)
-    )
+def supports_write(target: Tensor, rows: Tensor, index: Tensor, valid: Tensor | None) -> str | None:
+    """Why :func:`write_launch` does not take a map ``[B, S, *C]``, rows ``[B, N, *C]`` of its dtype, and an operator's
+    index and valid; None when it does."""
+    if not _plain(target, rows) or target.dtype != rows.dtype:
+        return "map or rows are empty, of a dtype without kernels, or of two dtypes"
+    if index.stride(1) != 1 or (valid is not None and valid.stride(1) != 1):
+        return "the index has gaps"
+    if flat_channels(target) is None or flat_channels(rows) is None:
+        return "channels do not lie side by side"
+    return "elements of the map share memory" if _may_overlap(target) else None
 
 
 def write_launch(pairs: list[tuple[Tensor, Tensor, Tensor | None]], index: Tensor, valid: Tensor | None) -> Launch:
@@ -201,13 +205,16 @@ def flat_or_fail(tensor: Tensor) -> Tensor:
     return flat
 
 
-def supports_scatter(map: Tensor, rows: Tensor, index: Tensor, valid: Tensor | None) -> bool:
-    """Whether the kernel writes these rows; the arguments are those of the operator."""
+def supports_scatter(given: ScatterRows) -> str | None:
+    """Why the kernel does not write these rows; None when it does."""
+    map, rows, index, valid = given
     if rows.numel() == 0 or map.dtype not in DTYPES or rows.dtype not in DTYPES:
-        return False
+        return "there are no rows, or a dtype is without kernels"
+    if _may_overlap(map):
+        return "elements of the map share memory"
     # A copy keeps the map's strides unless elements share memory or lie apart.
     copy = map if map.dtype == rows.dtype else torch.empty_like(map, dtype=rows.dtype, device="meta")
-    return not _may_overlap(map) and supports_write(copy, rows, index, valid)
+    return supports_write(copy, rows, index, valid)
 
 
 def scatter_rows(map: Tensor, rows: Tensor, index: Tensor, valid: Tensor | None) -> Tensor:
@@ -216,3 +223,10 @@ def scatter_rows(map: Tensor, rows: Tensor, index: Tensor, valid: Tensor | None)
     with on_device(result):
         write_launch([(flat_or_fail(result), flat_or_fail(rows), None)], index, valid).run()
     return result
+
+
+IMPLEMENTATIONS = (
+    implementation(GATHER_ROWS, lambda given: gather_rows(*given), supports_gather),
+    implementation(GATHER_TAPS, lambda given: gather_taps(*given), supports_taps),
+    implementation(SCATTER_ROWS, lambda given: scatter_rows(*given), supports_scatter),
+)

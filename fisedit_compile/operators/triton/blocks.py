@@ -90,6 +90,38 @@ class ConvProblem:
         )
 
 
+def make_problem(
+    batch: int,
+    source_count: int,
+    positions: int,
+    inputs: int,
+    count: int,
+    taps: int,
+    outputs: int,
+    groups: int,
+    dtype: torch.dtype,
+) -> ConvProblem:
+    """A problem from what a sample has: ``source_count`` rows on a map of so many ``positions``, ``count`` targets."""
+    # Targets for each source position: 1/4 for stride 2, 4 for a transposed convolution of stride 2.
+    dense_total = round(batch * positions * count / max(1, source_count))
+    return ConvProblem(
+        total=batch * count,
+        dense_total=max(batch * count, dense_total),
+        source_total=batch * min(positions, source_count + count),
+        inputs=inputs,
+        outputs=outputs,
+        taps=taps,
+        groups=groups,
+        dtype=dtype,
+        tensor_float=tensor_float(),
+    )
+
+
+def tensor_float() -> bool:
+    """Whether PyTorch multiplies float32 of convolutions as TF32."""
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+
+
 @dataclass(frozen=True)
 class ConvBlocks:
     """Block sizes.
@@ -132,7 +164,7 @@ class ConvBlocks:
 
 
 @dataclass(frozen=True)
-class ConvChoice:
+class BlockChoice:
     """What was chosen and why.
 
     Attributes:
@@ -312,7 +344,7 @@ def estimate_dense(problem: ConvProblem, chip: Chip) -> float:
     return 4 * LAUNCH + max(operations / peak, moved / chip.bandwidth) + around / chip.bandwidth
 
 
-def choose(problem: ConvProblem, chip: Chip) -> ConvChoice:
+def choose(problem: ConvProblem, chip: Chip) -> BlockChoice:
     """The candidate of the least estimated time.
 
     Raises:
@@ -321,4 +353,4 @@ def choose(problem: ConvProblem, chip: Chip) -> ConvChoice:
     if not chip.supports(problem.dtype):
         raise ValueError(f"{chip} does not compute in {problem.dtype}")
     blocks = min(candidates(problem, chip), key=lambda blocks: estimate(problem, blocks, chip))
-    return ConvChoice(blocks, estimate(problem, blocks, chip), estimate_dense(problem, chip))
+    return BlockChoice(blocks, estimate(problem, blocks, chip), estimate_dense(problem, chip))

@@ -13,8 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fisedit_compile.operators.choosing import call, choose, compute
 from fisedit_compile.operators.convolution import triton as conv
+from fisedit_compile.operators.convolution.spec import CONV_CHOICE, CONV_ROWS, ConvChoice, ConvRows
 from fisedit_compile.operators.group_norm import triton as norm
+from fisedit_compile.operators.group_norm.spec import (
+    NORM_APPLY,
+    NORM_PARTIALS,
+    NORM_TOTALS,
+    NormApply,
+    NormPartials,
+    NormTotals,
+)
+from fisedit_compile.operators.library import Operator
 from fisedit_compile.operators.triton import devices
 from fisedit_compile.operators.triton.pointwise import (
     CURRENT,
@@ -25,14 +36,13 @@ from fisedit_compile.operators.triton.pointwise import (
     operand_kind,
     operator_name,
 )
-from fisedit_compile.operators.triton.providers import dispatching, provider_of
 
 logger = logging.getLogger(__name__)
 
-aten, fisedit = torch.ops.aten, torch.ops.fisedit
+aten = torch.ops.aten
 
-#: Convolutions that take what follows into their kernel, and how many arguments they have. The first six are alike.
-CONVOLUTIONS: dict[Any, int] = {fisedit.conv_rows.default: 7, fisedit.conv_choice.default: 13}
+#: Convolutions that take what follows into their kernel.
+CONVOLUTIONS: dict[Any, Operator[Any]] = {operator.overload: operator for operator in (CONV_ROWS, CONV_CHOICE)}
 
 
 def fuse(graph_module: fx.GraphModule) -> fx.GraphModule:
@@ -43,9 +53,9 @@ def fuse(graph_module: fx.GraphModule) -> fx.GraphModule:
     for node in list(graph_module.graph.nodes):
         if node.target in CONVOLUTIONS:
             count += _fuse_conv(node)
-        elif node.target is fisedit.norm_apply.default:
+        elif node.target is NORM_APPLY.overload:
             count += _fuse_activation(node)
-        elif node.target is fisedit.norm_totals.default:
+        elif node.target is NORM_TOTALS.overload:
             count += _fuse_statistics(node)
     logger.debug("fused %d times", count)
     return graph_module
@@ -81,7 +91,8 @@ def _step(user: fx.Node, current: fx.Node, operands: list[fx.Node]) -> Step | No
 
 
 def _fuse_conv(node: fx.Node) -> int:
-    if not _positional(node, CONVOLUTIONS[node.target]):
+    operator = CONVOLUTIONS[node.target]
+    if not _positional(node, len(operator.arguments._fields)):
         return 0
     current, steps, replaced = node, [], []
     operands: list[fx.Node] = []
@@ -96,7 +107,7 @@ def _fuse_conv(node: fx.Node) -> int:
         current = user
     if not steps:
         return 0
-    function = fused_conv(node.target, tuple(steps), tuple((_operator(user), dict(user.kwargs)) for user in replaced))
+    function = fused_conv(operator, tuple(steps), tuple((_operator(user), dict(user.kwargs)) for user in replaced))
     _replace(current, function, (*node.args, *operands), [*reversed(replaced), node])
     return 1
 
@@ -121,28 +132,23 @@ def _replace(last: fx.Node, function: Callable[..., Any], arguments: Sequence[An
 Replaced = tuple[tuple[Callable[..., Any], dict[str, Any]], ...]
 
 
-def fused_conv(overload: Any, steps: tuple[Step, ...], replaced: Replaced) -> Callable[..., Tensor]:
+def fused_conv(convolution: Operator[Any], steps: tuple[Step, ...], replaced: Replaced) -> Callable[..., Tensor]:
     """A function of a convolution's arguments and the operands of what follows it.
 
     Args:
-        overload: the convolution, one of ``CONVOLUTIONS``.
+        convolution: one of ``CONVOLUTIONS``.
         steps: what follows, for the kernel.
         replaced: the same as operators and keyword arguments.
     """
-    plain, count = dispatching(overload), CONVOLUTIONS[overload]
-    chooses = overload is fisedit.conv_choice.default
+    count = len(convolution.arguments._fields)
 
     def conv_rows_and_more(*arguments: Any) -> Tensor:
-        own, operands = arguments[:count], arguments[count:]
-        kinds = _kinds(own, operands)
-        if kinds is not None and provider_of(overload, *own).name == "triton":
-            rows, recorded, halo, table, weight, bias = own[:6]
-            if not chooses or not conv.prefers_dense(rows, recorded, table, weight):
-                chain, groups = Chain(steps, kinds), 1 if chooses else own[6]
-                return conv.conv_rows_fused(rows, recorded, halo, table, weight, bias, groups, chain, operands)
-            value = conv.conv_whole_map(rows, recorded, bias, *own[8:])
-        else:
-            value = plain(*own)
+        given, operands = convolution.arguments(*arguments[:count]), arguments[count:]
+        chosen, kinds = choose(convolution, given), _kinds(given, operands)
+        if chosen.name == "triton" and kinds is not None:
+            own: ConvRows = given.by_rows() if isinstance(given, ConvChoice) else given
+            return conv.conv_rows_fused(*own, epilogue=Chain(steps, kinds), operands=operands)
+        value: Tensor = compute(chosen, given)
         for step, (operator, keywords) in zip(steps, replaced, strict=True):
             parts = [operands[part.number] if isinstance(part, Operand) else part for part in step.arguments]
             value = operator(*[value if part is CURRENT else part for part in parts], **keywords)
@@ -151,10 +157,10 @@ def fused_conv(overload: Any, steps: tuple[Step, ...], replaced: Replaced) -> Ca
     return conv_rows_and_more
 
 
-def _kinds(own: Sequence[Any], operands: Sequence[Any]) -> tuple[str, ...] | None:
+def _kinds(given: ConvRows | ConvChoice, operands: Sequence[Any]) -> tuple[str, ...] | None:
     """How the operands broadcast to the convolution's result; None when a kernel cannot read them all."""
-    rows, table, weight = own[0], own[3], own[4]
-    shape = rows.shape[0], table.shape[1], weight.shape[0]
+    rows = given.rows
+    shape = rows.shape[0], given.table.shape[1], given.weight.shape[0]
     kinds = []
     for tensor in operands:
         kind = operand_kind(tensor, *shape) if isinstance(tensor, Tensor) else None
@@ -177,15 +183,16 @@ def _fuse_activation(node: fx.Node) -> int:
 
 def norm_apply_and_silu(*arguments: Any) -> Tensor:
     """SiLU of the operator ``norm_apply``."""
-    if provider_of(fisedit.norm_apply.default, *arguments).name == "triton":
-        rows, center, totals, weight, bias, eps, count = arguments
-        return norm.norm_apply(rows, center, totals, weight, bias, eps, count, silu=True)
-    return torch.nn.functional.silu(dispatching(fisedit.norm_apply.default)(*arguments))
+    given = NormApply(*arguments)
+    chosen = choose(NORM_APPLY, given)
+    if chosen.name == "triton":
+        return norm.norm_apply(*given, silu=True)
+    return torch.nn.functional.silu(compute(chosen, given))
 
 
 def _fuse_statistics(node: fx.Node) -> int:
     partials = node.args[2] if _positional(node, 5) else None
-    if not isinstance(partials, fx.Node) or partials.target is not fisedit.norm_partials.default:
+    if not isinstance(partials, fx.Node) or partials.target is not NORM_PARTIALS.overload:
         return 0
     if len(partials.users) != 1 or not _positional(partials, 2):
         return 0
@@ -198,8 +205,10 @@ def totals_of_rows(
     rows: Tensor, center: Tensor, totals: Tensor, recorded: Tensor, index: Tensor, valid: Tensor | None
 ) -> Tensor:
     """The operator ``norm_totals`` of the operator ``norm_partials``."""
-    runs = provider_of(fisedit.norm_partials.default, rows, center).name == "triton"
-    if runs and norm.supports_update(rows, center, totals, recorded, index, valid):
+    given = NormPartials(rows, center)
+    chosen = choose(NORM_PARTIALS, given)
+    if chosen.name == "triton" and norm.supports_update(rows, center, totals, recorded, index, valid):
         return norm.norm_update(rows, center, totals, recorded, index, valid)[0]
-    partials = dispatching(fisedit.norm_partials.default)(rows, center)
-    return dispatching(fisedit.norm_totals.default)(totals, recorded, partials, index, valid)
+    partials = compute(chosen, given)
+    updated: Tensor = call(NORM_TOTALS, NormTotals(totals, recorded, partials, index, valid))
+    return updated

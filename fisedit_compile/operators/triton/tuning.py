@@ -1,25 +1,23 @@
-"""Block choices that were measured, kept in a file, and preferred to the model's.
+"""Block choices that were measured, kept with all other measurements, and preferred to the model's.
 
-``FISEDIT_AUTOTUNE=1`` measures each new kind of convolution once, on a GPU only; the file ``blocks.json`` in the cache
-folder keeps the result by chip and by problem, sizes rounded up to powers of two.
+``FISEDIT_AUTOTUNE=1`` measures each new kind of convolution once, on a GPU only; a record keeps the result by chip and
+by problem, sizes rounded up to powers of two.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from fisedit_compile.operators.records import Record, costs, dtype_name
 from fisedit_compile.operators.triton.blocks import (
+    BlockChoice,
     ConvBlocks,
-    ConvChoice,
     ConvProblem,
     candidates,
     choose,
@@ -28,78 +26,62 @@ from fisedit_compile.operators.triton.blocks import (
 )
 from fisedit_compile.operators.triton.chips import Chip
 from fisedit_compile.operators.triton.devices import one_capture
-from fisedit_compile.operators.triton.sources import write_atomically
-from fisedit_compile.options import cache_folder
 
 logger = logging.getLogger(__name__)
 
+#: Under which names measured choices are kept.
+OPERATOR, IMPLEMENTATION = "conv_rows", "triton"
 #: Candidates that are measured, the most promising ones by the model.
 MEASURED = 16
 #: Calls before timing, in a row while timing, and how often these are timed.
 WARM_UP, CALLS, REPEATS = 3, 20, 5
 
 
-def problem_key(problem: ConvProblem, chip: Chip) -> str:
-    """What measured choices are kept by."""
-    sizes = problem.bucket()
-    dtype = str(problem.dtype).removeprefix("torch.") + ("-tf32" if problem.tensor_float else "")
-    return (
-        f"{chip.name}|{dtype}|{sizes.inputs}->{sizes.outputs}|taps {sizes.taps}|groups {sizes.groups}"
-        f"|rows {sizes.total} of {sizes.dense_total} from {sizes.source_total}"
-    )
+class KernelCase(NamedTuple):
+    """What measured choices are kept by, with sizes that depend on the mask rounded up to powers of two.
+
+    Attributes:
+        inputs, outputs, taps, groups: of the convolution.
+        rows, positions, sources: target rows and positions of all samples, and distinct source positions.
+        dtype: of rows and weights.
+        tensor_float: whether float32 is multiplied as TF32.
+    """
+
+    inputs: int
+    outputs: int
+    taps: int
+    groups: int
+    rows: int
+    positions: int
+    sources: int
+    dtype: str
+    tensor_float: bool
+
+    @staticmethod
+    def of(problem: ConvProblem) -> KernelCase:
+        """The case of a problem."""
+        sizes = problem.bucket()
+        return KernelCase(
+            sizes.inputs,
+            sizes.outputs,
+            sizes.taps,
+            sizes.groups,
+            sizes.total,
+            sizes.dense_total,
+            sizes.source_total,
+            dtype_name(problem.dtype),
+            problem.tensor_float,
+        )
 
 
-class BlockTable:
-    """Measured choices by :func:`problem_key`, in a file that several processes may write."""
-
-    def __init__(self, path: Path) -> None:
-        """``path``: of the file; it need not exist."""
-        self.path = path
-        self._lock = threading.Lock()
-        self._entries: dict[str, dict[str, Any]] | None = None
-
-    def _read(self) -> dict[str, dict[str, Any]]:
-        try:
-            entries = json.loads(self.path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return {}
-        except ValueError:
-            logger.warning("%s is no JSON file; its block choices are not used", self.path)
-            return {}
-        return entries if isinstance(entries, dict) else {}
-
-    def get(self, key: str) -> tuple[ConvBlocks, float] | None:
-        """The measured blocks and their seconds, or None."""
-        with self._lock:
-            if self._entries is None:
-                self._entries = self._read()
-            entry = self._entries.get(key)
-        if entry is None:
-            return None
-        return ConvBlocks(**entry["blocks"]), float(entry["seconds"])
-
-    def put(self, key: str, blocks: ConvBlocks, seconds: float) -> None:
-        """Keep a measured choice; what other processes wrote since is kept too."""
-        with self._lock:
-            self._entries = self._read() | {key: {"blocks": asdict(blocks), "seconds": seconds}}
-            write_atomically(self.path, json.dumps(self._entries, indent=1, sort_keys=True) + "\n")
-
-
-_tables: dict[Path, BlockTable] = {}
 # What each convolution of this process uses; another mask is other problems, so it does not grow for ever.
-_choices: dict[tuple[ConvProblem, Chip], ConvChoice] = {}
+_choices: dict[tuple[ConvProblem, Chip], BlockChoice] = {}
 KEPT = 16384
-
-
-def block_table() -> BlockTable:
-    """The table of the cache folder."""
-    path = cache_folder() / "blocks.json"
-    return _tables.setdefault(path, BlockTable(path))
 
 
 def best_choice(
     problem: ConvProblem, chip: Chip, work: Callable[[ConvBlocks], Callable[[], Any]] | None = None
-) -> ConvChoice:
+) -> BlockChoice:
     """The measured choice for a problem if there is one, else the model's.
 
     Args:
@@ -123,19 +105,33 @@ def _measures() -> bool:
 
 
 def forget_choices() -> None:
-    """Look at the file and the model again, for instance after measuring."""
+    """Look at the records and the model again, for instance after measuring."""
     _choices.clear()
-    _tables.clear()
 
 
-def _find(problem: ConvProblem, chip: Chip, work: Callable[[ConvBlocks], Callable[[], Any]] | None) -> ConvChoice:
-    table, key = block_table(), problem_key(problem, chip)
-    known = table.get(key)
+def keep(problem: ConvProblem, chip: Chip, blocks: ConvBlocks, seconds: float) -> None:
+    """Keep a measured choice."""
+    case = KernelCase.of(problem)._asdict()
+    costs.add([Record(OPERATOR, case, IMPLEMENTATION, seconds, chip.name, asdict(blocks))])
+
+
+def measured(problem: ConvProblem, chip: Chip) -> tuple[ConvBlocks, float] | None:
+    """The fastest blocks that were measured and still are candidates, and their seconds; None where there are none."""
+    records = costs.records(OPERATOR, KernelCase.of(problem), chip.name)
+    if not records:
+        return None
+    known = [(blocks, asdict(blocks)) for blocks in candidates(problem, chip)]
+    found = [(blocks, one.seconds) for one in records for blocks, given in known if given == one.parameters]
+    return min(found, key=lambda choice: choice[1], default=None)
+
+
+def _find(problem: ConvProblem, chip: Chip, work: Callable[[ConvBlocks], Callable[[], Any]] | None) -> BlockChoice:
+    known = measured(problem, chip)
     if known is None and work is not None and _measures():
         known = tune(problem, chip, lambda blocks: gpu_seconds([work(blocks)]))
-        table.put(key, *known)
-    if known is not None and known[0] in candidates(problem, chip):
-        return ConvChoice(known[0], known[1], estimate_dense(problem, chip), "measured")
+        keep(problem, chip, *known)
+    if known is not None:
+        return BlockChoice(known[0], known[1], estimate_dense(problem, chip), "measured")
     return choose(problem, chip)
 
 

@@ -47,7 +47,7 @@ def test_compiles_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_compiler
 def test_another_processor_or_compiler_is_another_library(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load("attention")
-    monkeypatch.setattr(compiling, "_processor", lambda: "another")
+    monkeypatch.setattr(compiling, "processor_features", lambda: "another")
     load("attention")
     monkeypatch.setattr(compiling, "FLAGS", (*compiling.FLAGS, "-O2"))
     load("attention")

@@ -18,10 +18,14 @@ from fisedit_compile.operators.products import native as products
 pytestmark = pytest.mark.usefixtures("compiler")
 #: How each module checks its code anew.
 CHECKS: dict[str, Callable[[], object]] = {
-    f"{module.__name__.rpartition('.')[2]} {dtype}": lambda module=module, dtype=dtype: check(module, dtype)
+    f"{module.__name__.split('.')[-2]} {dtype}": lambda module=module, dtype=dtype: check(module, dtype)
     for module in (attention, norm, products)
     for dtype in DTYPES
 } | {"tiles": lambda: tiles._library.__wrapped__()}
+
+
+def test_every_module_has_checks_of_its_own() -> None:
+    assert len(CHECKS) == 3 * len(DTYPES) + 1
 
 
 def check(module: ModuleType, dtype: torch.dtype) -> object:

@@ -12,10 +12,13 @@ from torch.nn import functional
 
 from fisedit_compile.operators import pack_conv_weight
 from fisedit_compile.operators.convolution import triton as conv
-from fisedit_compile.operators.convolution.triton import ConvCall, conv_rows_fused, resolve_reads, run_conv
+from fisedit_compile.operators.convolution.spec import ConvRows
+from fisedit_compile.operators.convolution.triton import ConvCall, conv_rows_fused, run_conv
 from fisedit_compile.operators.triton import naive
+from fisedit_compile.operators.triton import reads as reads_module
 from fisedit_compile.operators.triton.blocks import ConvBlocks
 from fisedit_compile.operators.triton.pointwise import CURRENT, FORMULAS, Chain, Operand, Step, add_bias, apply_chain
+from fisedit_compile.operators.triton.reads import resolve_reads
 from fisedit_compile.runtime.spec import Domain
 from support.kernel_cases import DEVICE, FACTORS, conv_tensors, normal
 from support.sparse_maps import Case, masks, window
@@ -178,7 +181,7 @@ def test_norm_and_activation_of_rows_on_their_way_in(inputs: int, activation: bo
 
 
 def test_reads_are_resolved_once_for_a_table_and_again_when_it_changes() -> None:
-    cache = conv.ReadsCache()
+    cache = reads_module.ReadsCache()
     halo, table = torch.tensor([[5, 8]]), torch.tensor([[[0, 2, 3], [4, 1, 2]]])
     reads = cache.get(halo, table, 2)
     assert reads.tolist() == [[[0, 2 + 5, 2 + 8], [-1, 1, 2 + 5]]] and reads.dtype == torch.int32
@@ -193,8 +196,8 @@ def test_reads_are_resolved_once_for_a_table_and_again_when_it_changes() -> None
 
 def test_reads_that_somebody_captures_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before a replay there is nothing in their memory; a capture of its own keeps them until it ends."""
-    cache, halo, table = conv.ReadsCache(), torch.tensor([[5, 8]]), torch.tensor([[[0, 2, 3]]])
-    monkeypatch.setattr(conv, "captured", lambda tensor: True)
+    cache, halo, table = reads_module.ReadsCache(), torch.tensor([[5, 8]]), torch.tensor([[[0, 2, 3]]])
+    monkeypatch.setattr(reads_module, "captured", lambda tensor: True)
     assert cache.get(halo, table, 2) is not cache.get(halo, table, 2) and len(cache) == 0
     with cache.fresh():
         assert cache.get(halo, table, 2) is cache.get(halo, table, 2)
@@ -205,4 +208,5 @@ def test_reads_that_somebody_captures_are_not_kept(monkeypatch: pytest.MonkeyPat
 def test_biases_with_gaps_are_left_to_aten() -> None:
     *others, bias, groups = conv_tensors()
     wide = torch.stack((bias, bias), 1)[:, 0]
-    assert conv.supports_conv(*others, bias, groups) and not conv.supports_conv(*others, wide, groups)
+    assert conv.supports_conv(ConvRows(*others, bias, groups)) is None
+    assert "bias" in (conv.supports_conv(ConvRows(*others, wide, groups)) or "")

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor, fx
 from torch.nn import functional
 
-from fisedit_compile.operators import pack_conv_weight
-from fisedit_compile.operators.convolution import choice as paths
+from fisedit_compile.operators import choosing, conv_choice, pack_conv_weight
+from fisedit_compile.operators.convolution import aten as by_aten
 from fisedit_compile.operators.convolution import triton as conv
-from fisedit_compile.operators.triton import fusion
-from fisedit_compile.operators.triton.blocks import ConvChoice, ConvProblem, choose
+from fisedit_compile.operators.convolution.spec import CONV_CHOICE, ConvChoice
+from fisedit_compile.operators.triton import devices, fusion
+from fisedit_compile.operators.triton.blocks import BlockChoice, ConvProblem, choose
 from fisedit_compile.operators.triton.chips import KNOWN_CHIPS
-from fisedit_compile.operators.triton.providers import implementation, provider_of
 from fisedit_compile.runtime.spec import Domain
 from support.kernel_cases import DEVICE
 from support.sparse_maps import Case, masks, window
@@ -74,9 +74,9 @@ def verdict(patch: pytest.MonkeyPatch, dense: bool) -> list[ConvProblem]:
     """Make every choice say so; the problems that were asked about."""
     asked: list[ConvProblem] = []
 
-    def best(problem: ConvProblem, chip: Any, work: Any = None) -> ConvChoice:
+    def best(problem: ConvProblem, chip: Any, work: Any = None) -> BlockChoice:
         asked.append(problem)
-        return ConvChoice(choose(problem, chip).blocks, 2.0 if dense else 1.0, 1.5)
+        return BlockChoice(choose(problem, chip).blocks, 2.0 if dense else 1.0, 1.5)
 
     patch.setattr(conv, "best_choice", best)
     return asked
@@ -85,14 +85,15 @@ def verdict(patch: pytest.MonkeyPatch, dense: bool) -> list[ConvProblem]:
 @pytest.mark.parametrize("dense_from", [0.0, 2.0])
 @given(data=st.data())
 def test_without_kernels_the_density_decides(data: st.DataObject, dense_from: float) -> None:
-    setting, called = Setting(data), []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(paths, "DENSE_FROM", dense_from)
-        dense = paths.conv_dense
-        patch.setattr(paths, "conv_dense", lambda *given: called.append(1) or dense(*given))
-        # Not through the dispatcher, which finds the kernels on a GPU.
-        setting.check(paths.conv_choice(*setting.arguments()))
-    assert bool(called) == (dense_from == 0.0)
+    setting, expected = Setting(data), "dense" if dense_from == 0.0 else "rows"
+    given_arguments = ConvChoice(*setting.arguments())
+    with pytest.MonkeyPatch.context() as patch, choosing.taken.apart() as counts:
+        patch.setattr(by_aten, "DENSE_FROM", dense_from)
+        # On a GPU there are kernels.
+        patch.setattr(devices, "runs_on", lambda tensor: False)
+        assert choosing.choose(CONV_CHOICE, given_arguments).name == expected
+        setting.check(conv_choice(*given_arguments))
+    assert counts == {f"convolution: {expected}": 2}
 
 
 @pytest.mark.usefixtures("kernels_run")
@@ -101,12 +102,12 @@ def test_without_kernels_the_density_decides(data: st.DataObject, dense_from: fl
 def test_by_kernels_the_verdict_decides(data: st.DataObject, dense: bool) -> None:
     setting, launched = Setting(data), []
     arguments = setting.arguments()
-    assert provider_of(fisedit.conv_choice.default, *arguments).name == "triton"
     with pytest.MonkeyPatch.context() as patch:
         asked = verdict(patch, dense)
         run = conv.run_conv
         patch.setattr(conv, "run_conv", lambda *given: launched.append(1) or run(*given))
-        setting.check(implementation(fisedit.conv_choice.default)(*arguments))
+        assert choosing.choose(CONV_CHOICE, ConvChoice(*arguments)).name == ("dense" if asked and dense else "triton")
+        setting.check(choosing.lowered(CONV_CHOICE)(*arguments))
     rows = arguments[3].shape[1]
     assert bool(launched) == (not dense or rows == 0)
     assert not asked or asked[0].total == arguments[0].shape[0] * rows
@@ -142,7 +143,7 @@ def test_what_follows_is_fused_or_runs_after_the_dense_convolution(data: st.Data
 def test_choices_of_a_processor_are_not_for_kernels(data: st.DataObject) -> None:
     arguments = list(Setting(data).arguments())
     arguments[6] = [torch.zeros(1, 1, dtype=torch.int64)] * 4
-    assert not conv.supports_choice(*arguments)
+    assert "for processors" in (conv.supports_choice(ConvChoice(*arguments)) or "")
 
 
 @pytest.mark.parametrize("chip", [(8, 0), (9, 0)])
@@ -157,7 +158,10 @@ def test_the_verdict_is_sparse_for_small_edits_and_dense_for_whole_pictures(
             rows = torch.empty(2, count, channels, dtype=torch.float16)
             recorded, table = torch.empty(2, 4096, channels), torch.empty(1, count, 9, dtype=torch.int64)
             weight = torch.empty(channels, 9 * channels, dtype=torch.float16)
-        return conv.prefers_dense(rows, recorded, table, weight)
+            whole = torch.empty(channels, channels, 3, 3, dtype=torch.float16)
+            index = torch.empty(1, count, dtype=torch.int64)
+        arguments = (rows, recorded, index, table, weight, None, [], [], index, None, whole, 64, 64)
+        return conv.prefers_dense(ConvChoice(*arguments))
 
     assert not dense(200) and dense(4096)
     assert not dense(0)

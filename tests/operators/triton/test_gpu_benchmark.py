@@ -14,13 +14,14 @@ import torch
 from fisedit_compile.bench.conv_shapes import ConvShape
 from fisedit_compile.bench.edit import Result, Settings
 from support.kernel_cases import DEVICE
+from support.tree import ROOT
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="goes through the program on a processor, with kernels")
 
 
 @pytest.fixture
 def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    path = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
+    path = ROOT / "benchmarks" / "gpu.py"
     specification = importlib.util.spec_from_file_location("gpu_benchmark", path)
     assert specification is not None and specification.loader is not None
     module = importlib.util.module_from_spec(specification)
@@ -35,7 +36,8 @@ def test_convolutions_alone(
     benchmark.main(["convolutions", "--dry-run"])
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 4 to 8 | 64 |")]
     assert [row.split(" | ")[2] for row in rows] == ["square", "ragged"]
-    monkeypatch.setattr(benchmark.conv, "conv_rows", lambda *call: 1.1 * benchmark.conv_rows_aten(*call))
+    aten, arguments = benchmark.conv_rows_aten, benchmark.ConvRows
+    monkeypatch.setattr(benchmark.conv, "conv_rows", lambda *call: 1.1 * aten(arguments(*call)))
     with pytest.raises(SystemExit, match="a convolution is off by 0.1"):
         benchmark.main(["convolutions", "--dry-run"])
 
@@ -95,7 +97,7 @@ def test_sanitizing_ends_the_program_where_something_is_found(
 
     monkeypatch.setattr(benchmark.shutil, "which", lambda name: f"/opt/{name}")
     monkeypatch.setattr(benchmark.subprocess, "run", run)
-    folder = Path(__file__).parents[2]
+    folder = ROOT
     if failing is None:
         benchmark.sanitize()
         assert [command[2] for command in commands] == ["memcheck", "racecheck"]

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fisedit_compile.operators.group_norm import triton as norm
+from fisedit_compile.operators.group_norm.spec import NormApply, NormPartials
 from fisedit_compile.operators.triton import naive
 from support.kernel_cases import DTYPES, flags, normal, positions
 from support.tolerances import assert_near
@@ -99,12 +100,13 @@ def test_what_is_left_to_aten() -> None:
     rows, center = normal(2, 4, 8), normal(2, 2)
     totals, recorded = normal(2, 2, 2), normal(2, 9, 2, 2)
     index = positions(1, 4, 9)
-    assert norm.supports_partials(rows, center)
-    assert not norm.supports_partials(rows.double(), center)
-    assert not norm.supports_partials(rows.transpose(0, 1).transpose(1, 2).contiguous().transpose(1, 2), center)
-    assert not norm.supports_partials(rows[:, :0], center)
-    assert not norm.supports_partials(normal(1, 1, 4096), normal(1, 1))
+    assert norm.supports_partials(NormPartials(rows, center)) is None
+    gaps = rows.transpose(0, 1).transpose(1, 2).contiguous().transpose(1, 2)
+    for other in (rows.double(), gaps, rows[:, :0]):
+        assert "no rows" in (norm.supports_partials(NormPartials(other, center)) or "")
+    assert "channels" in (norm.supports_partials(NormPartials(normal(1, 1, 4096), normal(1, 1))) or "")
     assert norm.supports_update(rows, center, totals, recorded, index, None)
     assert not norm.supports_update(rows, center, totals, recorded.double(), index, None)
-    assert norm.supports_apply(rows, center, totals, None, normal(8), 1e-5, 9)
-    assert not norm.supports_apply(rows, center, totals, None, normal(8).double(), 1e-5, 9)
+    given = NormApply(rows, center, totals, None, normal(8), 1e-5, 9)
+    assert norm.supports_apply(given) is None
+    assert "bias" in (norm.supports_apply(given._replace(bias=normal(8).double())) or "")

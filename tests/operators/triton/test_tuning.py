@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from fisedit_compile.operators.records import CostTable
 from fisedit_compile.operators.triton import tuning
 from fisedit_compile.operators.triton.blocks import ConvBlocks, ConvProblem, candidates, choose
 from fisedit_compile.operators.triton.chips import KNOWN_CHIPS
-from fisedit_compile.operators.triton.tuning import BlockTable, best_choice, problem_key, tune
+from fisedit_compile.operators.triton.tuning import KernelCase, best_choice, keep, tune
 
 CHIP = KNOWN_CHIPS[8, 0]
 PROBLEM = ConvProblem(400, 8192, 500, 320, 320, 9)
@@ -20,45 +20,54 @@ PROBLEM = ConvProblem(400, 8192, 500, 320, 320, 9)
 
 @pytest.fixture(autouse=True)
 def own_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("FISEDIT_CACHE_DIR", str(tmp_path))
+    path = tmp_path / "measured.jsonl"
+    look_again(monkeypatch, path)
+    return path
+
+
+def look_again(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    """As another process finds the records."""
+    monkeypatch.setattr(tuning, "costs", CostTable(path))
     tuning.forget_choices()
-    return tmp_path / "blocks.json"
 
 
-def test_a_measured_choice_is_preferred_and_outlives_the_process(own_table: Path) -> None:
+def test_a_measured_choice_is_preferred_and_outlives_the_process(
+    own_table: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert best_choice(PROBLEM, CHIP) == choose(PROBLEM, CHIP)
     other = next(blocks for blocks in candidates(PROBLEM, CHIP) if blocks != choose(PROBLEM, CHIP).blocks)
-    BlockTable(own_table).put(problem_key(PROBLEM, CHIP), other, 1.25e-5)
-    tuning.forget_choices()
+    keep(PROBLEM, CHIP, other, 1.25e-5)
+    look_again(monkeypatch, own_table)
     found = best_choice(PROBLEM, CHIP)
     assert (found.blocks, found.seconds, found.source) == (other, 1.25e-5, "measured")
     assert str(found).endswith("(measured)")
 
 
-def test_it_holds_for_sizes_nearby_and_one_chip(own_table: Path) -> None:
+def test_the_fastest_of_several_records_counts(own_table: Path) -> None:
+    first, second, third = candidates(PROBLEM, CHIP)[:3]
+    for blocks, seconds in ((first, 3e-6), (second, 1e-6), (third, 2e-6), (second, 4e-6)):
+        keep(PROBLEM, CHIP, blocks, seconds)
+    assert tuning.measured(PROBLEM, CHIP) == (second, 1e-6)
+    assert tuning.measured(PROBLEM, KNOWN_CHIPS[8, 6]) is None
+
+
+def test_it_holds_for_sizes_nearby_and_one_chip() -> None:
     near, far = ConvProblem(300, 8192, 400, 320, 320, 9), ConvProblem(3000, 8192, 400, 320, 320, 9)
-    assert problem_key(near, CHIP) == problem_key(PROBLEM, CHIP) != problem_key(far, CHIP)
-    assert problem_key(PROBLEM, CHIP) != problem_key(PROBLEM, KNOWN_CHIPS[8, 6])
+    keep(PROBLEM, CHIP, choose(PROBLEM, CHIP).blocks, 1e-6)
+    assert KernelCase.of(near) == KernelCase.of(PROBLEM) != KernelCase.of(far)
+    assert best_choice(near, CHIP).source == "measured"
+    assert best_choice(far, CHIP).source == best_choice(PROBLEM, KNOWN_CHIPS[8, 6]).source == "model"
 
 
-def test_a_choice_that_is_no_candidate_any_more_is_not_used(own_table: Path) -> None:
-    BlockTable(own_table).put(problem_key(PROBLEM, CHIP), ConvBlocks(1024, 1024, 64), 1e-6)
+def test_a_choice_that_is_no_candidate_any_more_is_not_used() -> None:
+    keep(PROBLEM, CHIP, ConvBlocks(1024, 1024, 64), 1e-6)
     assert best_choice(PROBLEM, CHIP).source == "model"
-
-
-def test_what_others_wrote_stays(own_table: Path) -> None:
-    first, second = BlockTable(own_table), BlockTable(own_table)
-    assert first.get("a") is None and second.get("a") is None
-    first.put("a", ConvBlocks(16, 16, 16), 1.0)
-    second.put("b", ConvBlocks(32, 16, 16), 2.0)
-    assert sorted(json.loads(own_table.read_text())) == ["a", "b"]
-    assert second.get("a") == (ConvBlocks(16, 16, 16), 1.0)
 
 
 def test_a_broken_file_is_said_and_ignored(own_table: Path, caplog: pytest.LogCaptureFixture) -> None:
     own_table.write_text("{")
     assert best_choice(PROBLEM, CHIP).source == "model"
-    assert "is no JSON file" in caplog.text
+    assert "1 of 1 lines" in caplog.text and "no measured times" in caplog.text
 
 
 def test_the_fastest_of_the_promising_wins() -> None:

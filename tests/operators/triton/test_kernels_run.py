@@ -1,4 +1,4 @@
-"""Who computes an operator, and whole edits through the kernels."""
+"""Which operators kernels compute, and whole edits through them."""
 
 from __future__ import annotations
 
@@ -13,32 +13,50 @@ from torch import nn
 
 import fisedit_compile as fisedit
 from fisedit_compile import backend
-from fisedit_compile.operators import IMPLEMENTATIONS
+from fisedit_compile.operators import choosing
+from fisedit_compile.operators.choosing import choose, compute, lowered
 from fisedit_compile.operators.convolution import triton as conv
+from fisedit_compile.operators.convolution.spec import CONV_ROWS, ConvRows
 from fisedit_compile.operators.group_norm import triton as norm
-from fisedit_compile.operators.triton import devices, implementation, providers
-from fisedit_compile.operators.triton.providers import PROVIDERS, Provider, provider_of, register
+from fisedit_compile.operators.library import OPERATORS
+from fisedit_compile.operators.triton import devices, working
 from support.harness import Case, MaskRecipe, compile_network, recipes
-from support.kernel_cases import DEVICE, conv_tensors, normal, positions
+from support.kernel_cases import DEVICE, conv_tensors, normal
 from support.networks import ATTENTION, CONVOLUTIONS, NORMS, Network
 from support.tape import TapeCapturer
 from support.tolerances import assert_near
 
-CONV = torch.ops.fisedit.conv_rows.default
 on_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="about tensors that no kernel takes")
+#: Operators that kernels compute.
+COMPUTED = {
+    *("attention_rows", "conv_choice", "conv_rows", "gather_rows", "gather_taps", "norm_apply", "norm_partials"),
+    "scatter_rows",
+}
+
+
+def who(tensors: tuple) -> str:
+    return choose(CONV_ROWS, ConvRows(*tensors)).name
+
+
+def by_aten(tensors: tuple) -> torch.Tensor:
+    (usual, *_) = CONV_ROWS.implementations
+    result: torch.Tensor = compute(usual, ConvRows(*tensors))
+    return result
 
 
 @on_cpu
 def test_aten_computes_on_the_cpu() -> None:
-    assert implementation(CONV) is IMPLEMENTATIONS[CONV] or torch.cuda.is_available()
-    assert provider_of(CONV, *conv_tensors()).name == "aten"
+    assert who(conv_tensors()) == "aten"
 
 
 def test_triton_computes_where_it_runs(kernels_run: None) -> None:
-    assert provider_of(CONV, *conv_tensors()).name == "triton"
-    assert implementation(CONV) is not IMPLEMENTATIONS[CONV]
-    totals = torch.ops.fisedit.norm_totals.default
-    assert totals not in PROVIDERS and implementation(totals) is IMPLEMENTATIONS[totals]
+    assert who(conv_tensors()) == "triton"
+    assert lowered(CONV_ROWS) is choosing.function(CONV_ROWS)
+
+
+def test_kernels_are_asked_first() -> None:
+    found = {operator.name for operator in OPERATORS.values() if operator.implementations[-1].name == "triton"}
+    assert found == COMPUTED
 
 
 def test_what_no_kernel_takes_falls_back(kernels_run: None) -> None:
@@ -49,39 +67,31 @@ def test_what_no_kernel_takes_falls_back(kernels_run: None) -> None:
     )
     wider = conv_tensors(dtype=torch.float16, recorded_dtype=torch.float32)
     for tensors in (depthwise, double, wider):
-        assert provider_of(CONV, *tensors).name == "aten"
-        assert_near(implementation(CONV)(*tensors), IMPLEMENTATIONS[CONV](*tensors))
+        assert who(tensors) == "aten"
+        assert_near(lowered(CONV_ROWS)(*tensors), by_aten(tensors))
     with torch.autocast(DEVICE, torch.bfloat16):
-        assert provider_of(CONV, *conv_tensors()).name == "aten"
+        assert who(conv_tensors()) == "aten"
+    apart = (*conv_tensors()[:1], torch.empty(2, 30, 20, device="meta"), *conv_tensors()[2:])
+    assert working.refusal(apart) == "tensors are on several devices" and who(apart) == "aten"
 
 
-def test_the_first_provider_that_supports_the_arguments_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(providers, "PROVIDERS", {})
-    operator = torch.ops.fisedit.gather_rows.default
-    register(operator, Provider("first", lambda map, index: map.shape[0] == 1, lambda map, index: "first"))
-    register(operator, Provider("second", lambda map, index: map.shape[0] < 3, lambda map, index: "second"))
-    names = [provider_of(operator, normal(batch, 4, 2), positions(1, 2, 4)).name for batch in (1, 2, 3)]
-    assert names == ["first", "second", "aten"]
-    with pytest.raises(KeyError, match="is no operator of fisedit"):
-        register(torch.ops.aten.add.Tensor, Provider("none", lambda *_: True, lambda *_: None))
-
-
-def test_the_dispatcher_knows_the_kernels() -> None:
+def test_the_dispatcher_finds_the_kernels(kernels_run: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs compiled by inductor call operators through it."""
-    for overload in PROVIDERS:
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(overload.name(), "CUDA")
-    others = set(IMPLEMENTATIONS) - set(PROVIDERS)
-    assert others and not any(
-        torch._C._dispatch_has_kernel_for_dispatch_key(overload.name(), "CUDA") for overload in others
-    )
+    launched, run = [], conv.run_conv
+    monkeypatch.setattr(conv, "run_conv", lambda *given: launched.append(1) or run(*given))
+    tensors = conv_tensors()
+    assert_near(torch.ops.fisedit.conv_rows(*tensors), by_aten(tensors))
+    assert launched == [1]
 
 
 def test_nothing_imports_triton_early() -> None:
     program = (
         "import sys, torch\n"
-        "from fisedit_compile.operators.triton import implementation\n"
-        "implementation(torch.ops.fisedit.conv_rows.default)\n"
-        "assert 'triton' not in sys.modules\n"
+        "from fisedit_compile.operators.choosing import lowered\n"
+        "from fisedit_compile.operators.convolution.spec import CONV_ROWS\n"
+        "lowered(CONV_ROWS)\n"
+        # Importing these is what imports Triton for kernels; PyTorch may import it for itself.
+        "assert not [name for name in sys.modules if name.endswith('_kernels')]\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -89,7 +99,7 @@ def test_nothing_imports_triton_early() -> None:
 
 def test_without_triton_aten_computes(monkeypatch: pytest.MonkeyPatch, kernels_run: None) -> None:
     monkeypatch.setattr(devices, "triton_installed", lambda: False)
-    assert implementation(CONV) is IMPLEMENTATIONS[CONV]
+    assert lowered(CONV_ROWS) is not choosing.function(CONV_ROWS)
 
 
 def no_compiler(*arguments: object) -> torch.Tensor:
@@ -111,18 +121,18 @@ def something_else(map: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 def test_kernels_are_used_where_a_small_one_works(
     gather: object, reason: str | None, kernels_run: None, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    monkeypatch.setattr(providers, "_working", {})
+    monkeypatch.setattr(working, "_working", {})
     tensor = normal(1)
     if gather is not None:
-        monkeypatch.setattr(providers.rows, "gather_rows", gather)
-    assert [providers.kernels_work(tensor) for _ in range(2)] == [reason is None] * 2
+        monkeypatch.setattr(working, "small_kernel", gather)
+    assert [working.kernels_work(tensor) for _ in range(2)] == [reason is None] * 2
     assert [record.message.partition(": ")[2] for record in caplog.records] == ([] if reason is None else [reason])
 
 
 def test_nothing_is_tried_while_somebody_captures(kernels_run: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(providers, "_working", {})
+    monkeypatch.setattr(working, "_working", {})
     monkeypatch.setattr(devices, "captured", lambda tensor: True)
-    assert not providers.kernels_work(normal(1)) and not providers._working
+    assert not working.kernels_work(normal(1)) and not working._working
 
 
 @on_cpu
