@@ -19,7 +19,6 @@ from support.fake_network import FakeNetwork, inputs, left_half, run
 
 OF_RUNTIMES = (
     "tokens=",
-    "content=",
     "dynamic=False",
     "packing",
     "Runtime(",
