@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from fisedit_compile import private
 from fisedit_compile.operators import conv_rows, linear_map, linear_rows, pack_conv_weight, pack_matrix
 from fisedit_compile.operators.choosing import taken
 from fisedit_compile.operators.native.compiling import DTYPES as NATIVE
+from fisedit_compile.operators.products import aten as packed_products
 from fisedit_compile.operators.products import native as products
 from fisedit_compile.operators.products.aten import packs
 from fisedit_compile.operators.products.spec import MEASURED, MOST_ROWS, ProductCase, outputs_of
@@ -70,7 +70,7 @@ def test_a_weight_that_stays_plain_is_neither_packed_nor_copied(monkeypatch: pyt
     favour(monkeypatch, "plain", runs=False)
     weight = torch.nn.Parameter(torch.randn(5, 20))
     with monkeypatch.context() as patched:
-        patched.setattr(private, "pack_weight", None)
+        patched.setattr(packed_products, "pack_weight", None)
         matrix = pack_matrix(weight, 40)
         assert matrix.data_ptr() == weight.data_ptr() and not matrix.requires_grad
         assert torch.equal(pack_matrix(weight.detach().t(), 40), weight.t())

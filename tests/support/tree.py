@@ -64,7 +64,7 @@ def imports(module: str, path: Path) -> Iterator[Import]:
 PRIVATE = re.compile(r"(?:[a-z]\w*\.)*_[a-z]\w*(?:\.\w+)*", re.IGNORECASE)
 """What reads as a private name, or a path to one."""
 
-NAMED_TUPLE = frozenset({"_asdict", "_fields", "_make", "_replace"})
+NAMED_TUPLE = frozenset({"_asdict", "_field_defaults", "_fields", "_make", "_replace"})
 """Documented names of Python's named tuples, with an underscore so that they differ from fields."""
 
 OPERATORS = ("aten", "torch.ops.aten")

@@ -27,7 +27,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     if not triton_installed():
         pytest.skip("Triton is not installed")
     folder = tmp_path_factory.mktemp("compiled")
-    script, output = Path(__file__).with_name("compiling.py"), folder / "resources.json"
+    script, output = Path(__file__).parents[2] / "support" / "compiling.py", folder / "resources.json"
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder / "triton")}
     command = [sys.executable, str(script), str(output), *(["--all"] if THOROUGH else [])]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
