@@ -25,7 +25,7 @@ class FisEditError(Exception):
         self.advice = advice
         if self.explained:
             # A note and no part of the message: the command line and sessions show the message alone.
-            self.add_note(f"What causes a {type(self).__name__} and what to do: {catalogue_entry(type(self))}")
+            self.add_note(f"About {type(self).__name__}, what causes it and what to do: {catalogue_entry(type(self))}")
 
     def reword(self, fact: str, advice: str) -> None:
         """Say the same in other words."""
