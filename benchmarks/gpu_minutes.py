@@ -106,10 +106,8 @@ def works(device: str, folder: Path, dry: bool) -> list[Work]:
         return _fisedit("bench", "unet", *shown, "--densities", densities, *counts, *on, *more)
 
     def edit(model: str, tier: str) -> tuple[str, ...]:
-        shown = ("scenes", "2", "2") if dry else (model, "50", "50")
-        names = ("--model", "--steps", "--timed-steps")
-        sizes = [part for pair in zip(names, shown, strict=True) for part in pair]
-        return _fisedit("bench", "edit", *sizes, "--tier", tier, "--repeats", "1" if dry else "2", *on)
+        sizes = ("--model", model, "--steps", "50", "--timed-steps", "50", "--repeats", "2")
+        return _fisedit("bench", "edit", *sizes, "--tier", tier, *on)
 
     checks = (sys.executable, str(FOLDER / "benchmarks" / "kernel_checks.py"), "--device", device)
     checks += ("--output", "{output}", "--seconds", "120", *(("--dry-run",) if dry else ()))
@@ -136,7 +134,7 @@ def works(device: str, folder: Path, dry: bool) -> list[Work]:
         Work("edit_host", "The same with recordings in the host's memory", 80, edit("sd15", "host"), edit_lines),
     ]
     if dry:
-        return [work for work in found if work.name in ("kernels", "sd15", "edit")]
+        return [work for work in found if work.name in ("kernels", "sd15")]
     return [
         *found,
         Work("replay", "Tests of CUDA graphs and tiers", 60, _tests(*GPU_TESTS["semantics"]), no_lines),

@@ -1,4 +1,7 @@
-"""Options of the backend: what a user may pass to ``torch.compile(..., backend="fisedit", options={...})``."""
+"""Options of the backend: what a user may pass to ``torch.compile(..., backend="fisedit", options={...})``.
+
+docs/options.md lists all options, also those of sessions, of the command line and of the environment.
+"""
 
 from __future__ import annotations
 

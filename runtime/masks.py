@@ -1,4 +1,7 @@
-"""Masks of a picture: what may change. Preparing any input, reducing to a resolution, tiling over a batch."""
+"""Masks of a picture: what may change. Preparing any input, reducing to a resolution, tiling over a batch.
+
+``plans.py`` makes the indices of active positions from them.
+"""
 
 from __future__ import annotations
 

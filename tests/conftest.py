@@ -67,9 +67,16 @@ def poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Nothing that was measured on this machine before has a part in the tests, and they leave nothing behind."""
+    """Nothing that was measured on this machine before has a part in the tests, and they leave nothing behind.
+
+    Libraries are compiled once for all workers and the processes that tests start.
+    """
+    folder, base = tmp_path_factory.mktemp("cache"), tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "native"
+    shared.mkdir(exist_ok=True)
+    (folder / "native").symlink_to(shared)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FISEDIT_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("FISEDIT_CACHE_DIR", str(folder))
         yield
 
 

@@ -5,6 +5,6 @@ used. Supported are PyTorch 2.11 and newer.
 
 * ``tensors``, ``operators``, ``modules``, ``cuda``: objects of PyTorch. Cheap to import.
 * ``graphs``: tracing to functional graphs, fake tensors, symbols, dispatch modes. ``dynamo``: PyTorch's compiler.
-  ``inductor``: its code generator. They take seconds to import.
+  ``inductor``: its code generator. They take seconds to import. ``onednn``: its products with packed weights.
 * ``diffusers``: pipelines and networks of diffusers. ``accelerate``: hooks that move networks between devices.
 """

@@ -2,7 +2,7 @@
 
 Why: tiles of 2x2 positions need less than half of the products of four rows, when they are full; and with most
 positions active the dense operator is the cheapest. Which way is the fastest is measured, or estimated for a chip, when
-the mask is known; it is not decided here.
+the mask is known: it is decided not here, but in ``operators/choosing.py``, for the operator ``conv_choice``.
 
 Before: ``y = conv_rows(rows, recorded, halo, table, pack_conv_weight(w), b, 1)``
 After:  ``y = conv_choice(rows, recorded, halo, table, pack_conv_weight(w), b, [tile plan], [tile weights], index,

@@ -134,6 +134,17 @@ def test_a_failure_does_not_keep_others_from_being_done(tmp_path: Path, monkeypa
     assert "## Bad\n\nfailed: exit status 3" in text and "## Good\n\ndone" in text
 
 
+def test_whole_edits_are_a_table_of_stages(tmp_path: Path) -> None:
+    path = tmp_path / "edit.json"
+    path.write_text(json.dumps({"seconds": {"dense": {"steps": 2.0, "total": 3.0}, "fisedit": {"total": 0.5}}}))
+    assert gpu_minutes.edit_lines(path) == [
+        "| stage | dense | fisedit |",
+        "| --- | --- | --- |",
+        "| steps | 2.000 s |  |",
+        "| total | 3.000 s | 0.500 s |",
+    ]
+
+
 def test_the_tests_that_a_gpu_runs_are_there() -> None:
     for paths in gpu_minutes.GPU_TESTS.values():
         assert all((gpu_minutes.FOLDER / path.removeprefix("--deselect=")).exists() for path in paths)
@@ -145,8 +156,8 @@ def test_the_dry_run_goes_through_everything(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = {work["name"]: work for work in json.loads((tmp_path / "gpu.json").read_text())["work"]}
-    assert {name: work["state"] for name, work in found.items()} == dict.fromkeys(("kernels", "sd15", "edit"), "done")
+    assert {name: work["state"] for name, work in found.items()} == dict.fromkeys(("kernels", "sd15"), "done")
     assert all(last["state"] == "right" for last in found["kernels"]["result"])
     assert found["sd15"]["result"]["sparse"][0]["seconds"] > 0
     text = (tmp_path / "gpu.md").read_text()
-    assert f"{len(MAKERS)} of {len(MAKERS)} right." in text and "| fisedit, 5 % |" in text and "| decode |" in text
+    assert f"{len(MAKERS)} of {len(MAKERS)} right." in text and "| fisedit, 5 % |" in text

@@ -77,7 +77,7 @@ def test_an_implementation_without_its_file(tmp_path: Path, files: list[str], go
             shutil.copyfile(path, tmp_path / name)
     for file in files:
         (tmp_path / "fisedit_compile" / "operators" / file).unlink()
-    environment = os.environ | {"PYTHONPATH": str(tmp_path), "FISEDIT_CACHE_DIR": str(tmp_path / "cache")}
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     command = [sys.executable, "-c", f"{PROGRAM}\nassert fisedit_compile.__file__.startswith({str(tmp_path)!r})"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -187,14 +187,20 @@ def expected(program: Program) -> tuple[torch.Tensor, torch.Tensor]:
     return small_edit(program, small_unet()[0])
 
 
+def test_the_small_network_has_work_for_most_families(program: Program) -> None:
+    names = ("conv", "norm", "attention", "linear", "layout", "pointwise")
+    assert (
+        all(program.report.matches[f"sparsify_{name}"] > 0 for name in names) and program.report.matches["resample"] > 0
+    )
+
+
 @pytest.mark.parametrize("name", OPTIONAL)
 def test_a_disabled_pass_leaves_its_operators_dense_and_results_right(program: Program, expected, name: str) -> None:
     builder, output = small_unet()
     built = compile_graph(builder, output, options=Options(disabled_passes=frozenset({name})))
     assert name not in built.report.seconds and built.report.matches[name] == 0
-    before = ("expand_layers", "join_slices", "normalise_attention", "undo_merges", "unfold_windows")
-    if name in (*before, "sparsify_complex"):
-        return  # The small network has nothing for them to do.
+    if program.report.matches[name] == 0 and name not in ("choose_convolution", "convolve_maps"):
+        return  # The small network has nothing for it to do.
     if name in ("pack_weights", "hoist_invariants", "choose_convolution", "convolve_maps", "multiply_maps"):
         # Its maps are small.
         assert program.report.matches[name] > 0 or name in ("choose_convolution", "convolve_maps")

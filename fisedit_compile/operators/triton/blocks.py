@@ -2,7 +2,8 @@
 
 The model counts rounds of programs over the chip's processors. A step of a program takes as long as its arithmetic,
 its reads from the second-level cache, or the wait for memory that too few loads in flight leave open, whichever is
-longest. Measured choices (``tuning.py``) take the place of what it says where there are any.
+longest. Measured choices (``tuning.py``) take the place of what it says where there are any. Kernels of norms and rows
+have fixed rules for theirs, in the ``triton.py`` of their folders.
 """
 
 from __future__ import annotations
