@@ -4,8 +4,8 @@ Recorded are, per position and group, the sums over the group's channels of ``x 
 where ``center`` is the recorded mean: small numbers, so that subtracting the old and adding the new ones stays exact
 even when the mean is far from zero. Statistics are float32 whatever the map's dtype.
 
-An edit updates them by ``norm_partials`` of the new rows and ``norm_totals``; ``passes/sparsify/norm.py`` puts both into
-graphs.
+An edit updates them by ``norm_partials`` of the new rows and ``norm_totals``; ``passes/sparsify/norm.py`` puts both
+into graphs.
 """
 
 from __future__ import annotations
