@@ -18,7 +18,15 @@ SOURCES = sorted(
     for path in (ROOT / folder).rglob("*.py")
     if "__pycache__" not in path.parts
 )
-MOST_LINES = 600
+MOST_LINES = 400
+#: Files that a reader looks for one thing in, which splitting would spread: how many lines each may have.
+LONGER = {
+    "fisedit_compile/executing/executable.py": 420,  # what a graph does inside record and edit
+    "fisedit_compile/operators/convolution/spec.py": 460,  # all convolutions, their arguments and cases
+    "fisedit_compile/tracing/trace.py": 410,  # from Dynamo's graph to ATen
+    "passes/domains/geometry/movement.py": 410,  # one rule after the other
+    "runtime/phases.py": 460,  # what a graph asks during record and edit
+}
 
 
 def read_project() -> dict[str, Any]:
@@ -34,7 +42,7 @@ def test_all_sources_are_found() -> None:
 def test_files_are_short_and_finished(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     lines = len(text.splitlines())
-    assert lines <= MOST_LINES, f"{lines} lines"
+    assert lines <= LONGER.get(str(path.relative_to(ROOT)), MOST_LINES), f"{lines} lines"
     if path != Path(__file__):
         assert not re.search(r"\b(TODO|FIXME|XXX)\b", text)
     assert not re.search(r"^\s*(import pickle|from pickle)", text, re.MULTILINE)
