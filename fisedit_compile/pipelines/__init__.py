@@ -3,7 +3,7 @@
 from fisedit_compile.errors import MissingPackageError
 
 try:
-    from fisedit_compile.pipelines.masks.finding import AutomaticMask
+    from fisedit_compile.pipelines.masks.settings import AutomaticMask
     from fisedit_compile.pipelines.picture import Picture
     from fisedit_compile.pipelines.report import Report, SeamError
     from fisedit_compile.pipelines.session import EditSession

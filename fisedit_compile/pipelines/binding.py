@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
@@ -15,11 +16,11 @@ from torch import Tensor
 
 from fisedit_compile.errors import PipelineError
 from fisedit_compile.pipelines.backend_options import BackendOptions
-from fisedit_compile.pipelines.compiling import CompiledNetwork
+from fisedit_compile.pipelines.compiling import CompiledNetwork, Structure
 from fisedit_compile.pipelines.decoding.autoencoder import AutoencoderCall
 from fisedit_compile.pipelines.families import Family
 from fisedit_compile.pipelines.random_numbers import PROMPTS, RandomNumbers
-from fisedit_compile.pipelines.steps import StepFollower, followed_scheduler
+from fisedit_compile.pipelines.steps import StepFollower, followed_scheduler, watch_predictions
 from fisedit_compile.pipelines.timing import StageClock
 from fisedit_compile.pipelines.twin import Cancellation, check_untouched, twin_of, uncompiled, unmarked
 from fisedit_compile.private.accelerate import is_offloaded
@@ -147,6 +148,7 @@ class PipelineBinding:
             restore.enter_context(NETWORK_RELAY.using(self._runtime))
             restore.enter_context(compiled.following(follower.trajectory.compiled))
             if twin.scheduler is not pipe.scheduler:
+                watch_predictions(twin.scheduler, follower.trajectory.memory)
                 numbers.follow_scheduler(twin.scheduler)
             if "callback_on_step_end" not in inspect.signature(type(pipe).__call__).parameters:
                 restore.enter_context(followed_scheduler(twin, follower))
@@ -159,6 +161,18 @@ class PipelineBinding:
             yield twin
             follower.check_finished(twin)
             follower.check_obeyed(twin)
+            follower.trajectory.memory.close(Structure(self.module))
+
+    def called_alone(self, arguments: Mapping[str, Any]) -> Any:
+        """What the pipeline's network itself makes of arguments, by name; neither recorded nor edited.
+
+        Args:
+            arguments: as they were bound; a group of further positional or named ones has the name of its parameter.
+        """
+        signature = inspect.signature(self.module.forward)
+        bound = inspect.BoundArguments(signature, OrderedDict(arguments))
+        with torch.no_grad():
+            return uncompiled(self.module)(*bound.args, **bound.kwargs)
 
     def _compile(self, tokens: tuple[Domain, ...], clock: StageClock) -> CompiledNetwork:
         """The compiled network; made anew where it is another one than before, or takes other tokens."""
@@ -179,18 +193,22 @@ class PipelineBinding:
         call: _Call | None = getattr(self._local, "call", None)
         if call is None:
             return
-        calls = call.follower.trajectory.calls
+        calls, memory = call.follower.trajectory.calls, call.follower.trajectory.memory
         call.numbers.begin_loop()
-        calls.add(self.module, positional, named)
+        arguments = inspect.signature(self.module.forward).bind_partial(*positional, **named).arguments
+        calls.add(arguments)
         calls.check_map(self._pipe)
         if self._tokens:
             calls.check_tokens(self._pipe, {domain.size for domain in self._tokens})
+        with call.numbers.paused():
+            memory.begin_call(arguments)
         call.clock.begin_call()
         call.resume.enter_context(call.numbers.paused())
 
-    def _after_call(self, *_: Any) -> None:
+    def _after_call(self, module: torch.nn.Module, given: Any, output: Any) -> None:
         call: _Call | None = getattr(self._local, "call", None)
         if call is not None:
+            call.follower.trajectory.memory.end_call(output)
             call.resume.close()
 
 

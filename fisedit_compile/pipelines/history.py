@@ -12,6 +12,7 @@ from fisedit_compile.pipelines.decoding.decoding import DecodeRecord
 from fisedit_compile.pipelines.network_state import NetworkState
 from fisedit_compile.pipelines.noise import NoiseSource
 from fisedit_compile.pipelines.picture import Picture
+from fisedit_compile.pipelines.probing.probes import Floor
 from fisedit_compile.pipelines.random_numbers import RandomNumbers
 from fisedit_compile.pipelines.steps import Trajectory
 
@@ -32,6 +33,7 @@ class Entry:
         dense_seconds: total of the dense run the history began with, without its set-up.
         decode: what its decode left for edits; None: it had none.
         encodes: what the generation's input pictures became.
+        floor: of scores of probes, for the history.
     """
 
     picture: Picture
@@ -44,6 +46,7 @@ class Entry:
     dense_seconds: float
     decode: DecodeRecord | None
     encodes: EncodeMemory
+    floor: Floor
 
 
 def taking_turns(method: Method) -> Method:

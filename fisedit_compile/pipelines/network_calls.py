@@ -7,11 +7,9 @@ one for the other.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fisedit_compile.errors import PipelineError
@@ -45,13 +43,17 @@ class NetworkCalls:
         self._start: tuple[str, Tensor] | None = None
         self._other_inputs = False
 
-    def add(self, module: torch.nn.Module, positional: tuple[Any, ...], named: Mapping[str, Any]) -> None:
-        """The network is about to be called.
+    @property
+    def latents(self) -> tuple[str, ...]:
+        """What the network may call the latents that it is given."""
+        return self._latents
+
+    def add(self, arguments: Mapping[str, Any]) -> None:
+        """The network is about to be called with these arguments.
 
         Raises:
             PipelineError: the recorded run called it with other shapes, or less often.
         """
-        arguments = inspect.signature(module.forward).bind_partial(*positional, **named).arguments
         forms = dict(_forms(arguments))
         number = len(self._forms)
         self._forms.append(forms)

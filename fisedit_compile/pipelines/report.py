@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -30,6 +30,32 @@ class SeamError:
 
 
 @dataclass(frozen=True)
+class MaskCost:
+    """What finding a mask cost, and how it came about.
+
+    Attributes:
+        method: ``probe`` or ``fisedit``.
+        dense_steps: what it cost in dense scheduler steps; half a batch counts half.
+        probes: network calls for it beside the run; 0 with ``fisedit``.
+        floor_steps: dense steps spent on the floor, which is measured at the first find of a history.
+        score: with ``probe``, the greatest change of the guided prediction, over the deviation of the recorded one;
+            None: nothing that decides the prediction is changed.
+        floor: the same number for the old prompt run again; None: it was not needed.
+        share: share of the picture that was found; None with ``fisedit``.
+        everything: whether it was so great that the mask of a picture became everything.
+    """
+
+    method: str
+    dense_steps: float = 0.0
+    probes: int = 0
+    floor_steps: float = 0.0
+    score: float | None = None
+    floor: float | None = None
+    share: float | None = None
+    everything: bool = False
+
+
+@dataclass(frozen=True)
 class Report:
     """What a generation or an edit cost and did.
 
@@ -39,7 +65,7 @@ class Report:
             is tracing, compiling, packing weights and making index plans (a phase of a single call cannot be split,
             its set-up stays in the phase), and tracing and compiling the decoder; ``dense`` and ``sparse``: network
             calls and scheduler steps of that phase;
-            ``mask``: finding the automatic mask, without its dense steps; ``decode``: decoding and what follows;
+            ``mask``: finding the automatic mask, with its probes, and without dense steps of the run; ``decode``: decoding and what follows;
             ``total``.
         scheduler_steps: number of scheduler steps.
         dense_calls, sparse_calls: number of network calls in each phase.
@@ -52,6 +78,7 @@ class Report:
         decoder_density: active share of the latents' cells in the decode, the halo included; None: it was dense.
         decoder_bytes: bytes that the recorded decode of this picture refers to; 0: there is none.
         encodes_reused: how many encodes of input pictures were taken from the generation.
+        finding: what finding the mask cost; None: it was given, or there is none.
         seam: the seam error of an edit that was decoded and pasted, otherwise None.
         notes: sentences on what was out of the ordinary, such as an empty mask.
     """
@@ -68,6 +95,7 @@ class Report:
     decoder_density: float | None = None
     decoder_bytes: int = 0
     encodes_reused: int = 0
+    finding: MaskCost | None = None
     seam: SeamError | None = None
     notes: tuple[str, ...] = ()
 
@@ -94,6 +122,10 @@ class Report:
         rows.append(("scheduler steps", str(self.scheduler_steps)))
         rows.append(("dense network calls", str(self.dense_calls)))
         rows.append(("sparse network calls", str(self.sparse_calls)))
+        if self.finding is not None:
+            rows.append(("dense steps to find the mask", f"{self.finding.dense_steps:g}"))
+            if self.finding.floor_steps:
+                rows.append(("dense steps for the floor", f"{self.finding.floor_steps:g}"))
         rows.extend((f"active at {resolution}", f"{share:.1%}") for resolution, share in self.density.items())
         if self.dense_seconds is not None:
             rows.append(("speed-up", f"{self.speed_up:.2f}x"))
@@ -127,6 +159,7 @@ class Report:
             "decoder_density": self.decoder_density,
             "decoder_bytes": self.decoder_bytes,
             "encodes_reused": self.encodes_reused,
+            "finding": None if self.finding is None else asdict(self.finding),
             "seam": None if self.seam is None else {"greatest": self.seam.greatest, "mean": self.seam.mean},
             "notes": list(self.notes),
         }
@@ -143,12 +176,32 @@ def finest_first(density: Mapping[str, float]) -> dict[str, float]:
     return dict(sorted(density.items(), key=lambda item: -math.prod(map(int, item[0].split()[0].split("x")))))
 
 
-def notes_on(mask: Tensor, sparse_calls: int) -> tuple[str, ...]:
-    """What a reader of the report should know about an unusual mask."""
+def notes_on(mask: Tensor, sparse_calls: int, finding: MaskCost | None = None) -> tuple[str, ...]:
+    """What a reader of the report should know about an unusual mask.
+
+    Args:
+        mask: bool, of the edit.
+        sparse_calls: how many network calls were sparse.
+        finding: how the mask came about; None: it was given.
+    """
     if not bool(mask.any()):
-        return ("the mask is empty: nothing was found to change, so the picture is the one that was edited",)
+        return (_why_empty(finding),)
+    if finding is not None and finding.everything:
+        found = f"the change covers {finding.share:.0%} of the picture, which is a change of all of it"
+        if bool(mask.all()):
+            return (f"{found}: the mask became everything, all steps ran densely, and nothing was kept of the picture",)
+        return (f"{found}, on an average of the pictures: the masks of those that change most became everything",)
     if bool(mask.all()):
         return ("the mask covers the whole picture, so all steps ran densely",)
     if not sparse_calls:
         return ("the mask was known only after the last step, so no step ran sparsely",)
     return ()
+
+
+def _why_empty(finding: MaskCost | None) -> str:
+    empty = "the mask is empty: nothing was found to change, so the picture is the one that was edited"
+    if finding is None or finding.method != "probe":
+        return empty
+    if finding.score is None:
+        return f"{empty} (the network is given what it was given before; what a callback changes needs a mask)"
+    return f"{empty} (the predictions differ by no more than rounding)"

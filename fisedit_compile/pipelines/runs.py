@@ -17,14 +17,15 @@ from fisedit_compile.pipelines.families import Family
 from fisedit_compile.pipelines.families.prompts import PromptLengths
 from fisedit_compile.pipelines.families.schedulers import describe_scheduler, steps_for_calls
 from fisedit_compile.pipelines.history import Entry
-from fisedit_compile.pipelines.masks.finding import AutomaticMask
+from fisedit_compile.pipelines.masks.settings import AutomaticMask
 from fisedit_compile.pipelines.masks.pasting import paste_picture
 from fisedit_compile.pipelines.network_calls import NetworkCalls
 from fisedit_compile.pipelines.network_state import NetworkState
 from fisedit_compile.pipelines.noise import Generators, NoiseSource
 from fisedit_compile.pipelines.picture import Picture, as_pixels
+from fisedit_compile.pipelines.probing.probes import Floor
 from fisedit_compile.pipelines.random_numbers import RandomNumbers
-from fisedit_compile.pipelines.report import Report, SeamError, finest_first, notes_on
+from fisedit_compile.pipelines.report import MaskCost, Report, SeamError, finest_first, notes_on
 from fisedit_compile.pipelines.safety import Flagged, flagged_note
 from fisedit_compile.pipelines.steps import EditFollower, MaskReceiver, StepFollower, Trajectory
 from fisedit_compile.pipelines.timing import StageClock
@@ -131,6 +132,7 @@ class Run:
         density: Mapping[str, float] | None = None,
         seam: SeamError | None = None,
         notes: tuple[str, ...] = (),
+        finding: MaskCost | None = None,
     ) -> Report:
         clock, decoder, autoencoder = self._clock, self._tools.decoder, self._autoencoder
         decoding = autoencoder.outcome
@@ -148,6 +150,7 @@ class Run:
             decoder_density=None if decoding is None or decoding.mask is None else float(decoding.mask.float().mean()),
             decoder_bytes=0 if recorded is None else decoder.runtime.bytes_of(recorded),
             encodes_reused=autoencoder.encodes_reused,
+            finding=finding,
             seam=seam,
             notes=(*notes, *self._steps.trajectory.compiled.notes),
         )
@@ -202,6 +205,7 @@ class Generation(Run):
             dense_seconds=seconds["total"] - seconds["setup"],
             decode=self._autoencoder.job.made,
             encodes=self._autoencoder.encodes,
+            floor=Floor(self._steps.trajectory.memory),
         )
 
 
@@ -212,8 +216,9 @@ class Edit(Run):
         tools, name, given, clock: as for :class:`Run`.
         base: of the picture that is edited.
         mask: bool ``[B or 1, height, width]`` at the latents' resolution; None: to be found.
-        settings: how to find it.
+        settings: how to find it in the first steps.
         keep: whether later edits may start from the picture.
+        finding: what a mask that was found before has cost.
     """
 
     def __init__(
@@ -226,6 +231,7 @@ class Edit(Run):
         mask: Tensor | None,
         settings: AutomaticMask,
         keep: bool,
+        finding: MaskCost | None = None,
     ) -> None:
         numbers = RandomNumbers(base.numbers)
         follower = EditFollower(
@@ -239,7 +245,7 @@ class Edit(Run):
         job = DecodeJob(name, keep, base.decode, lambda: follower.mask, base.picture.pixels)
         autoencoder = AutoencoderCall(tools.decoder, job, base.encodes, generation=False)
         super().__init__(tools, name, given, clock, follower, autoencoder, numbers)
-        self._base, self._follower = base, follower
+        self._base, self._follower, self._finding = base, follower, finding
 
     @property
     def early_mask(self) -> Tensor | None:
@@ -265,10 +271,11 @@ class Edit(Run):
             everything = outcome is None or outcome.mask is None
             pasted = paste_picture(self.pixels, base, mask, decoder.halo, everything, self.flagged)
             self.pixels, pixel_mask, seam = pasted.pixels, pasted.mask, pasted.seam
-        notes = notes_on(mask, clock.calls("sparse"))
+        finding = self._finding or self._follower.finding
+        notes = notes_on(mask, clock.calls("sparse"), finding)
         clock.lap("decode")
         density = finest_first(self._tools.runtime.stats.density) if clock.calls("sparse") else {}
-        report = self._report(clock.seconds(), self._base.dense_seconds, density, seam, notes)
+        report = self._report(clock.seconds(), self._base.dense_seconds, density, seam, notes, finding)
         if self.flagged is not None and any(self.flagged):
             report = replace(report, notes=(*report.notes, flagged_note(self.flagged)))
         return replace(

@@ -20,9 +20,10 @@ from fisedit_compile.pipelines.families.prompts import check_prompt_tokens
 from fisedit_compile.pipelines.families.schedulers import describe_scheduler, scheduler_difference
 from fisedit_compile.pipelines.history import Entry, taking_turns
 from fisedit_compile.pipelines.masks.cells import check_aspect
-from fisedit_compile.pipelines.masks.finding import AutomaticMask
+from fisedit_compile.pipelines.masks.settings import AutomaticMask
 from fisedit_compile.pipelines.noise import Generators, NoiseSource
 from fisedit_compile.pipelines.picture import Picture
+from fisedit_compile.pipelines.probing.search import FoundMask, MaskSearch
 from fisedit_compile.pipelines.runs import Edit, Generation, Tools
 from fisedit_compile.pipelines.safety import check_unflagged
 from fisedit_compile.pipelines.timing import StageClock
@@ -177,8 +178,8 @@ class EditSession:
     ) -> Picture:
         """Edit the last picture of the history: same noise, new prompt, and only the masked region is computed.
 
-        Without a mask the first steps run densely to find it (see :class:`AutomaticMask`); with one all steps are
-        sparse.  Outside the mask, latents are those of the edited picture from then on, and pixels are bit-identical.
+        Without a mask it is found, by a few calls of the network or in the first steps (see :class:`AutomaticMask`).
+        Outside the mask, latents are those of the edited picture, and pixels are bit-identical.
 
         Args:
             prompt: the new prompt; None keeps the old one (for an edit that only changes other arguments).
@@ -202,14 +203,17 @@ class EditSession:
             WeightsChangedError: the network's weights are not those of the recorded run.
             BudgetError: keeping the edit would exceed the budget; drop older pictures or use ``keep=False``.
         """
-        base = self._editable()
-        changes = changes if prompt is None else {**changes, "prompt": prompt}
-        given = self._arguments.merge(base.arguments, {name: keep_value(value) for name, value in changes.items()})
+        base, given = self._edited(prompt, changes)
         clock = StageClock(self._tools.binding.device)
         cells, latents = base.trajectory.cells, base.trajectory.latents[-1]
         latent_mask = cells.given_mask(mask, latents, white_threshold, automatic_mask)
-        settings = automatic_mask or self.automatic_mask
-        run = Edit(self._tools, self._new_name("edit"), given, clock, base, latent_mask, settings, keep)
+        settings, finding = automatic_mask or self.automatic_mask, None
+        if latent_mask is None and settings.method == "probe":
+            found = MaskSearch(self._tools, given, base, settings).find()
+            latent_mask, finding = found.mask, found.cost
+            clock.lap("mask")
+            clock.move("mask", "text", found.text_seconds)
+        run = Edit(self._tools, self._new_name("edit"), given, clock, base, latent_mask, settings, keep, finding)
         with ExitStack() as undo:
             undo.callback(self._drop, run.name)
             saved = run.name if keep else None
@@ -223,6 +227,38 @@ class EditSession:
         if keep:
             self._entries.append(entry)
         return entry.picture
+
+    @session_words()
+    @taking_turns
+    def find_mask(
+        self,
+        prompt: str | list[str] | None = None,
+        *,
+        automatic_mask: AutomaticMask | None = None,
+        **changes: Any,
+    ) -> FoundMask:
+        """Find where an edit would change the last picture of the history, without editing it.
+
+        Args:
+            prompt: as for :meth:`edit`.
+            automatic_mask: how to find the mask; None: as the session was told.
+            **changes: as for :meth:`edit`.
+
+        Returns:
+            The mask, which :meth:`edit` takes, the scores it was made of, and what it cost.
+
+        Raises:
+            PipelineError, MaskError, WeightsChangedError: as :meth:`edit` raises.
+            OptionError: the settings ask for FISEdit's method, which finds masks during an edit.
+        """
+        settings = automatic_mask or self.automatic_mask
+        if settings.method != "probe":
+            raise OptionError(
+                "find_mask needs AutomaticMask(method='probe'): with method='fisedit' a mask is found by the first steps "
+                "of an edit, so there is none without editing"
+            )
+        base, given = self._edited(prompt, changes)
+        return MaskSearch(self._tools, given, base, settings).find()
 
     def check_mask_size(self, rows: int, columns: int, /, **arguments: Any) -> None:
         """Refuse a mask of another shape than the picture will have, before that is generated.
@@ -263,6 +299,17 @@ class EditSession:
         for runtime in (self.runtime, self._decoder.runtime):
             if name in runtime.bases:
                 runtime.drop(name)
+
+    def _edited(self, prompt: str | list[str] | None, changes: dict[str, Any]) -> tuple[Entry, dict[str, Any]]:
+        """The last entry of the history, and the arguments of an edit of it.
+
+        Raises:
+            PipelineError: there is none to edit, or a change would break the correspondence with its recorded run.
+        """
+        base = self._editable()
+        changes = changes if prompt is None else {**changes, "prompt": prompt}
+        kept = {name: keep_value(value) for name, value in changes.items()}
+        return base, self._arguments.merge(base.arguments, kept)
 
     def _new_name(self, kind: str) -> str:
         self._named += 1

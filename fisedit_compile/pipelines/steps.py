@@ -20,7 +20,9 @@ from fisedit_compile.pipelines.masks.cells import LatentCells
 from fisedit_compile.pipelines.masks.finding import AutomaticMask, MaskFinder
 from fisedit_compile.pipelines.masks.pasting import paste_latents
 from fisedit_compile.pipelines.network_calls import NetworkCalls
+from fisedit_compile.pipelines.probing.memory import CallMemory
 from fisedit_compile.pipelines.random_numbers import RandomNumbers
+from fisedit_compile.pipelines.report import MaskCost
 from fisedit_compile.pipelines.timing import StageClock
 from fisedit_compile.pipelines.twin import Cancellation
 from fisedit_compile.runtime import Domain
@@ -46,6 +48,7 @@ class Trajectory:
         timesteps: the scheduler's, on the host.
         output: with ``output_type="latent"`` what the pipeline returned; None otherwise.
         compiled: in which form the network ran.
+        memory: what probes need of the network's calls.
     """
 
     tokens: tuple[Domain, ...] = ()
@@ -56,6 +59,7 @@ class Trajectory:
     timesteps: Tensor | None = None
     output: Tensor | None = None
     compiled: CompiledRun = field(default_factory=CompiledRun)
+    memory: CallMemory = field(default_factory=CallMemory)
 
     @property
     def cells(self) -> LatentCells:
@@ -115,6 +119,7 @@ class StepFollower:
         self._clock.turn(self.stage, last)
         self._check_cancelled(pipe, call + 1)
         self.trajectory.calls.end_turn()
+        self.trajectory.memory.end_turn(_turns(pipe))
         if self._numbers is not None:
             self._numbers.end_turn(last)
         self.check_obeyed(pipe)
@@ -243,6 +248,18 @@ def followed_scheduler(pipe: Any, follower: StepFollower) -> Iterator[None]:
         yield
 
 
+def watch_predictions(scheduler: Any, memory: CallMemory) -> None:
+    """Note what a scheduler that belongs to one run alone is given."""
+    original = scheduler.step
+
+    @wraps(original)
+    def step(*positional: Any, **named: Any) -> Any:
+        memory.predicted(positional[0] if positional else named.get("model_output"))
+        return original(*positional, **named)
+
+    vars(scheduler)["step"] = step
+
+
 def _check_outputs(outputs: Any) -> dict[str, Any]:
     """A copy of what the user's callback returned."""
     if not isinstance(outputs, dict):
@@ -259,6 +276,9 @@ class EditFollower(StepFollower):
         mask: bool ``[B or 1, height, width]`` at the latents' resolution, or None to find it.
         settings: how to find it.
         numbers: that the run draws at random.
+
+    Attributes:
+        finding: what finding the mask cost; None: it is given, or not found yet.
     """
 
     def __init__(
@@ -281,6 +301,7 @@ class EditFollower(StepFollower):
         self._cells = recorded.cells
         self._sparse = mask is not None and not bool(mask.all())
         self._finder = MaskFinder(settings) if mask is None else None
+        self.finding: MaskCost | None = None
         self._calls_by_step: list[int] = []
 
     @property
@@ -343,6 +364,7 @@ class EditFollower(StepFollower):
         if call + 1 == self._calls_by_step[-1]:
             self._clock.lap("dense")
             self.mask = self._cells.expand(finder.mask())
+            self.finding = MaskCost("fisedit", dense_steps=len(self._calls_by_step))
             self._finder = None
             if call + 1 < total and not bool(self.mask.all()):
                 if self.run is None:

@@ -81,6 +81,11 @@ class StageClock:
         """Say that so many seconds of a stage were set-up."""
         self._known_setup[stage] += seconds
 
+    def move(self, source: str, stage: str, seconds: float) -> None:
+        """Say that so many seconds that were counted to ``source`` belong to another stage."""
+        self._stages[source] -= seconds
+        self._stages[stage] += seconds
+
     def calls(self, stage: str) -> int:
         """Number of network calls counted in ``dense`` or ``sparse``."""
         return self._calls[stage]

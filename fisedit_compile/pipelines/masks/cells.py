@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fisedit_compile.errors import MaskError, PipelineError
-from fisedit_compile.pipelines.masks.finding import AutomaticMask
+from fisedit_compile.pipelines.masks.settings import AutomaticMask
 from fisedit_compile.runtime import Domain
 from fisedit_compile.runtime.masks import WHITE_THRESHOLD, MaskLike, prepare_mask, reduce_mask
 
