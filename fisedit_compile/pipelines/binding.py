@@ -18,6 +18,7 @@ from fisedit_compile.errors import PipelineError
 from fisedit_compile.pipelines.backend_options import BackendOptions
 from fisedit_compile.pipelines.compiling import CompiledNetwork, Structure
 from fisedit_compile.pipelines.decoding.autoencoder import AutoencoderCall
+from fisedit_compile.pipelines.encoders import EncoderMemory
 from fisedit_compile.pipelines.families import Family
 from fisedit_compile.pipelines.random_numbers import PROMPTS, RandomNumbers
 from fisedit_compile.pipelines.steps import StepFollower, followed_scheduler, watch_predictions
@@ -67,6 +68,7 @@ class PipelineBinding:
         self._pipe, self._family = pipe, family
         self._runtime = runtime
         self._options = options
+        self._encoders = EncoderMemory()
         self._compiled: CompiledNetwork | None = None
         self._compiled_from: tuple[torch.nn.Module, Any] | None = None
         self._tokens: tuple[Domain, ...] = ()
@@ -87,8 +89,8 @@ class PipelineBinding:
     def calling(
         self, clock: StageClock, autoencoder: AutoencoderCall, follower: StepFollower, numbers: RandomNumbers
     ) -> Iterator[Any]:
-        """The pipeline to call: a twin of the user's with the compiled network, a timed text encoding and the session's
-        autoencoder. The user's own stays as it is, for whoever calls it meanwhile.
+        """The pipeline to call: a twin of the user's with the compiled network, a timed text encoding, encoders that
+        remember, and the session's autoencoder. The user's own stays as it is, for whoever calls it meanwhile.
 
         Args:
             clock: counts the seconds by stage.
@@ -114,6 +116,7 @@ class PipelineBinding:
             family.network: compiled.stand_in,
             family.autoencoder: autoencoder.view(getattr(pipe, family.autoencoder), follower, numbers),
         }
+        ours |= self._encoders.views(pipe, numbers)
         encode, prepare = (getattr(twin, name, None) for name in (family.encode_prompt, family.prepare_latents))
         if callable(encode):
             padded = follower.trajectory.prompts.padding(encode, family.prompt_limit_of(pipe))

@@ -67,6 +67,11 @@ class RandomNumbers:
         self._loop_draws = False
         self._follows_steps = False
 
+    @property
+    def drawn(self) -> int:
+        """How often something was drawn, or drawn again, so far."""
+        return sum(map(len, self._draws.values())) + sum(self._used.values())
+
     @contextmanager
     def running(self) -> Iterator[None]:
         """Follow what this thread draws inside."""

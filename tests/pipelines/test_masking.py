@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -11,14 +13,10 @@ from hypothesis.extra.numpy import arrays
 
 from fisedit_compile.errors import MaskError, OptionError
 from fisedit_compile.pipelines.masks.cells import grow_mask, same_aspect, to_latents, to_pixels
-from fisedit_compile.pipelines.masks.finding import (
-    AutomaticMask,
-    MaskFinder,
-    find_region,
-    open_region,
-    otsu_threshold,
-)
+from fisedit_compile.pipelines.masks.finding import MaskFinder
 from fisedit_compile.pipelines.masks.pasting import paste_pixels
+from fisedit_compile.pipelines.masks.regions import find_region, grow_region, open_region, otsu_threshold
+from fisedit_compile.pipelines.masks.settings import PROBE_GROWTH_PIXELS, AutomaticMask
 
 LEVELS = 257
 levels = st.integers(0, 64).map(lambda level: level / 64)
@@ -73,10 +71,62 @@ def test_opening_removes_single_cells_and_growth_adds_a_border() -> None:
     assert grown.sum() == 16 and grown[3:7, 3:7].all()
 
 
-def test_found_masks_grow_by_one_cell_unless_said_otherwise() -> None:
-    difference = np.zeros((8, 8))
-    difference[4:6, 4:6] = 1.0
-    assert np.array_equal(find_region(difference, AutomaticMask()), find_region(difference, AutomaticMask(growth=1)))
+def test_growth_in_pixels_adds_all_cells_that_have_a_pixel_so_near() -> None:
+    difference = np.zeros((11, 11))
+    difference[5, 5] = 1.0
+    found = {
+        pixels: find_region(difference, AutomaticMask(growth_pixels=pixels, opening=0), pixels_per_cell=8)
+        for pixels in (0, 1, 8, 9, 12, 16)
+    }
+    assert [int(region.sum()) for region in found.values()] == [1, 9, 9, 21, 25, 25]
+    assert found[9][3].tolist() == [False] * 4 + [True] * 3 + [False] * 4, "corners are round"
+    # Coarser cells hold more pixels each.
+    assert find_region(difference, AutomaticMask(growth_pixels=16, opening=0), pixels_per_cell=16).sum() == 9
+
+
+@given(arrays(bool, st.tuples(st.integers(2, 7), st.integers(2, 7))), st.integers(0, 20), st.integers(1, 9))
+def test_growth_in_pixels_by_its_definition(region: np.ndarray, pixels: int, per_cell: int) -> None:
+    def apart(first: int, second: int) -> int:
+        return max(abs(first - second) - 1, 0) * per_cell
+
+    cells = list(np.ndindex(region.shape))
+    expected = [
+        region[cell]
+        or any(region[other] and np.hypot(apart(cell[0], other[0]), apart(cell[1], other[1])) < pixels for other in cells)
+        for cell in cells
+    ]
+    grown = grow_region(region, AutomaticMask(growth_pixels=pixels), per_cell)
+    assert grown.flatten().tolist() == [bool(one) for one in expected]
+
+
+def test_a_mask_grows_as_its_method_does_unless_said_otherwise() -> None:
+    difference = np.zeros((40, 40))
+    difference[20:22, 20:22] = 1.0
+    fisedit = AutomaticMask(method="fisedit")
+    assert np.array_equal(find_region(difference, fisedit), find_region(difference, AutomaticMask(growth=1)))
+    pixels = AutomaticMask(growth_pixels=PROBE_GROWTH_PIXELS)
+    assert np.array_equal(find_region(difference, AutomaticMask()), find_region(difference, pixels))
+    assert find_region(difference, AutomaticMask()).sum() > 4
+
+
+def test_holes_are_filled_and_a_lonely_speck_is_kept() -> None:
+    ring = np.zeros((9, 9))
+    ring[2:7, 2:7] = 1.0
+    ring[4, 4] = 0.0
+    assert find_region(ring, AutomaticMask(growth=0, opening=0)).sum() == 25
+    assert find_region(ring, AutomaticMask(growth=0, opening=0, fill_holes=False)).sum() == 24
+    assert find_region(ring, AutomaticMask(method="fisedit", growth=0, opening=0)).sum() == 24
+    speck = np.zeros((9, 9))
+    speck[3, 3] = 1.0
+    assert find_region(speck, AutomaticMask(growth=0)).sum() == 1
+    assert find_region(speck, AutomaticMask(method="fisedit", growth=0)).sum() == 0
+
+
+def test_hysteresis_takes_what_is_connected_with_the_certain() -> None:
+    values = np.array([[1.0, 0.3, 0.3, 0.0, 0.3]])
+    found = find_region(values, AutomaticMask(threshold=0.5, hysteresis=0.5, opening=0, growth=0))
+    assert found.tolist() == [[True, True, True, False, False]]
+    assert find_region(values, AutomaticMask(threshold=0.5, opening=0, growth=0)).sum() == 1
 
 
 def test_growing_a_mask_reaches_diagonal_cells_and_each_sample_alone() -> None:
@@ -146,23 +196,32 @@ def test_the_finder_refuses_nan_and_no_steps() -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"steps": 0},
-        {"steps": 51},
-        {"out_of": 0},
+        {"method": "fisedit", "steps": 0},
+        {"method": "fisedit", "steps": 51},
+        {"method": "fisedit", "out_of": 0},
+        {"steps": 10},
+        {"out_of": 50},
+        {"method": "fisedit", "global_share": 0.5},
+        {"method": "guess"},
+        {"growth": 1, "growth_pixels": 8},
+        {"growth_pixels": -8},
+        {"hysteresis": 0.0},
+        {"hysteresis": 1.5},
+        {"global_share": 0.0},
         {"threshold": 1.0},
         {"threshold": -0.1},
         {"opening": -1},
         {"growth": -1},
     ],
 )
-def test_settings_out_of_range_are_refused(settings: dict[str, float]) -> None:
+def test_settings_out_of_range_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match="automatic mask"):
-        AutomaticMask(**settings)  # type: ignore[arg-type]
+        AutomaticMask(**settings)
 
 
 @pytest.mark.parametrize(("steps", "expected"), [(50, 10), (20, 4), (19, 4), (4, 1), (1, 1), (100, 20)])
 def test_steps_are_scaled_to_the_run(steps: int, expected: int) -> None:
-    assert AutomaticMask().scaled_steps(steps) == expected
+    assert AutomaticMask(method="fisedit").scaled_steps(steps) == expected
 
 
 @given(samples, st.integers(1, 3), st.integers(1, 3))

@@ -17,13 +17,9 @@ from fisedit_compile.pipelines.steps import StepFollower, Trajectory, followed_s
 from fisedit_compile.pipelines.timing import StageClock
 
 
-class Network(torch.nn.Module):
-    def forward(self, hidden_states: Any, prompt: Any, extra: Any = None) -> None: ...
-
-
 def call(calls: NetworkCalls, tokens: int = 9, batch: int = 1, size: int = 8, **extra: Any) -> None:
     picture = torch.empty(batch, 4, size, size)
-    calls.add(Network(), (picture,), {"prompt": torch.empty(batch, tokens, 3), **extra})
+    calls.add({"hidden_states": picture, "prompt": torch.empty(batch, tokens, 3), **extra})
 
 
 def recorded(*tokens: int) -> NetworkCalls:
@@ -77,7 +73,7 @@ def test_a_turn_of_another_number_of_calls_is_told() -> None:
 def test_tokens_of_other_pictures_are_refused() -> None:
     calls = NetworkCalls(latents=["hidden_states"], tokens="hidden_states")
     calls.check_tokens(None, {140})
-    calls.add(Network(), (torch.empty(1, 560, 4), torch.empty(1, 9, 3)), {})
+    calls.add({"hidden_states": torch.empty(1, 560, 4), "prompt": torch.empty(1, 9, 3)})
     calls.check_tokens(None, {140, 560})
     with pytest.raises(PipelineError, match="str gives its network 560 tokens, .* Generate without these others"):
         calls.check_tokens("a pipeline", {140})

@@ -125,7 +125,7 @@ def test_latents_are_those_that_the_pipeline_returns(kind: str) -> None:
     mask = torch.zeros(HEIGHT, WIDTH)
     mask[8:20, 8:16] = 1
     # All steps of the second edit are dense: its mask is found behind the last one.
-    found = AutomaticMask(steps=50, out_of=50, threshold=0.5, opening=0)
+    found = AutomaticMask(method="fisedit", steps=50, out_of=50, threshold=0.5, opening=0)
     for changes in ({"mask": mask, **prompt(kind, 2)}, {"automatic_mask": found, **prompt(kind, 3)}):
         before = session.history[-1].images
         edited = session.edit(**changes)

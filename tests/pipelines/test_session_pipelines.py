@@ -12,13 +12,15 @@ from PIL import Image
 
 from fisedit_compile.errors import PipelineError
 from fisedit_compile.pipelines import EditSession, Picture
-from fisedit_compile.pipelines.masks.finding import AutomaticMask, MaskFinder
+from fisedit_compile.pipelines.masks.finding import MaskFinder
+from fisedit_compile.pipelines.masks.settings import AutomaticMask
 from fisedit_compile.pipelines.picture import as_pixels
 from support.tiny_pipelines import CLASSES, HEIGHT, SCALE, WIDTH, picture_arguments, tiny_pipeline
 
 BASE, FIRST, SECOND = "a red ball on grass", "a blue ball on grass", "a blue box on sand"
 STEPS = 5
 TOLERANCE = 1e-4
+FISEDIT = AutomaticMask(method="fisedit")
 
 
 def noise() -> torch.Generator:
@@ -57,10 +59,10 @@ def test_every_pipeline_class(kind: str) -> None:
     torch.testing.assert_close(base.pixels, wanted, atol=TOLERANCE, rtol=0)
     assert base.mask is None and base.report.sparse_calls == 0 and base.report.dense_calls == len(recorded)
 
-    edited = session.edit(FIRST)
+    edited = session.edit(FIRST, automatic_mask=FISEDIT)
     assert edited.pixels is not None and edited.mask is not None
     # The mask is the one the dense trajectories lead to, from one of five steps.
-    finder = MaskFinder(AutomaticMask())
+    finder = MaskFinder(FISEDIT)
     finder.add(trajectory[0], recorded[0])
     assert torch.equal(edited.mask, finder.mask()) and 0 < int(edited.mask.sum()) < edited.mask.numel()
     assert (edited.report.dense_calls, edited.report.sparse_calls) == (1, len(recorded) - 1)

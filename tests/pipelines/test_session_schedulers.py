@@ -48,7 +48,7 @@ def test_every_scheduler(session: EditSession, name: str) -> None:
     assert (base.report.scheduler_steps, base.report.dense_calls) == (STEPS, calls)
 
     # Two of six steps find the mask.
-    edited = session.edit(FIRST)
+    edited = session.edit(FIRST, automatic_mask=AutomaticMask(method="fisedit"))
     dense = DENSE_CALLS.get(name, 2)
     assert (edited.report.scheduler_steps, edited.report.dense_calls) == (STEPS, dense)
     assert edited.report.sparse_calls == calls - dense
@@ -95,7 +95,7 @@ def test_noise_drawn_at_every_step_is_drawn_again(session: EditSession) -> None:
 def test_a_prompt_that_changes_nothing_gives_an_empty_mask(session: EditSession) -> None:
     session.pipe.scheduler = make_scheduler("ddim", session.pipe.scheduler)
     base = generate(session)
-    edited = session.edit(BASE, keep=False, automatic_mask=AutomaticMask(threshold=0.999999, opening=9))
+    edited = session.edit(BASE, keep=False, automatic_mask=AutomaticMask(method="fisedit", threshold=0.999999, opening=9))
     assert not edited.mask.any() and torch.equal(edited.pixels, base.pixels)
     assert "empty" in edited.report.notes[0] and edited.report.sparse_calls == STEPS - 2
 
@@ -103,7 +103,7 @@ def test_a_prompt_that_changes_nothing_gives_an_empty_mask(session: EditSession)
 def test_a_mask_found_to_be_full_goes_on_densely(session: EditSession) -> None:
     session.pipe.scheduler = make_scheduler("ddim", session.pipe.scheduler)
     generate(session)
-    everywhere = AutomaticMask(growth=12)
+    everywhere = AutomaticMask(method="fisedit", growth=12)
     edited = session.edit(FIRST, automatic_mask=everywhere)
     assert edited.mask.all() and edited.report.dense_calls == STEPS
     assert "whole picture" in edited.report.notes[0]
@@ -116,7 +116,7 @@ def test_a_mask_found_to_be_full_goes_on_densely(session: EditSession) -> None:
 def test_a_single_step_finds_its_mask_too_late(session: EditSession) -> None:
     session.pipe.scheduler = make_scheduler("ddim", session.pipe.scheduler)
     base = generate(session, num_inference_steps=1)
-    edited = session.edit(FIRST, keep=False)
+    edited = session.edit(FIRST, keep=False, automatic_mask=AutomaticMask(method="fisedit"))
     assert edited.report.sparse_calls == 0 and "only after the last step" in edited.report.notes[0]
     assert outside_is_kept(edited, base)
 
