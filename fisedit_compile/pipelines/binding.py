@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fisedit_compile.errors import PipelineError
 from fisedit_compile.pipelines.backend_options import BackendOptions
-from fisedit_compile.pipelines.compiling import CompiledNetwork, Structure
+from fisedit_compile.pipelines.compiling import CompiledNetwork
 from fisedit_compile.pipelines.decoding.autoencoder import AutoencoderCall
 from fisedit_compile.pipelines.encoders import EncoderMemory
 from fisedit_compile.pipelines.families import Family
@@ -164,7 +164,7 @@ class PipelineBinding:
             yield twin
             follower.check_finished(twin)
             follower.check_obeyed(twin)
-            follower.trajectory.memory.close(Structure(self.module))
+            follower.trajectory.memory.close()
 
     def called_alone(self, arguments: Mapping[str, Any]) -> Any:
         """What the pipeline's network itself makes of arguments, by name; neither recorded nor edited.

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 
-from fisedit_compile.errors import OptionError, PipelineError, WeightsChangedError
+from fisedit_compile.errors import CallMismatchError, OptionError, PipelineError, WeightsChangedError
 from fisedit_compile.pipelines import AutomaticMask, EditSession
 from fisedit_compile.pipelines.binding import PipelineBinding
 from fisedit_compile.pipelines.families.schedulers import make_scheduler
@@ -60,6 +60,12 @@ def generate(session: EditSession, prompt: Any = BASE, kind: str = "text-to-imag
     return session.generate(prompt, generator=noise(), **given)
 
 
+def timesteps(session: EditSession) -> list[int]:
+    scheduler = make_scheduler("ddim", session.pipe.scheduler)
+    scheduler.set_timesteps(len(session._entries[-1].trajectory.latents))
+    return [int(one) for one in scheduler.timesteps]
+
+
 def embeddings(pipe: Any, prompt: str) -> torch.Tensor:
     """Of the empty negative prompt and of the prompt."""
     made = pipe.encode_prompt(prompt, "cpu", 1, True, "")
@@ -70,7 +76,7 @@ def test_scores_are_what_the_guided_prediction_changes_by(session: EditSession, 
     base, pipe, scale = generate(session), session.pipe, 7.5
     found = session.find_mask(FIRST)
     latents = torch.randn(base.latents.shape, generator=noise()) * pipe.scheduler.init_noise_sigma
-    timestep = pipe.scheduler.timesteps[0]
+    timestep = timesteps(session)[0]
     with torch.no_grad():
         before, now = (
             pipe.unet(torch.cat([latents] * 2), timestep, embeddings(pipe, prompt), return_dict=False)[0].chunk(2)
@@ -127,9 +133,9 @@ def test_long_runs_are_probed_three_times_in_their_first_half(session: EditSessi
     generate(session, num_inference_steps=MANY)
     found = session.find_mask(FIRST)
     assert found.cost.probes == 3 and found.cost.dense_steps == 1.5 and found.cost.floor_steps == 0.5
-    timesteps = session.pipe.scheduler.timesteps
+    times = timesteps(session)
     # The first call is that of the floor.
-    assert [int(arguments["timestep"]) for arguments in probed[1:]] == [int(timesteps[turn]) for turn in (0, 4, 10)]
+    assert [int(arguments["timestep"]) for arguments in probed[1:]] == [times[turn] for turn in (0, 4, 10)]
     probed.clear()
     both = session.find_mask(FIRST, negative_prompt="sand")
     assert both.cost.dense_steps == 1.0 and [len(arguments["sample"]) for arguments in probed] == [2]
@@ -203,7 +209,7 @@ def test_without_words_a_middle_call_is_probed(
 ) -> None:
     generate(session, prompt)
     assert session.find_mask(FIRST).mask.any()
-    assert int(probed[-1]["timestep"]) == int(session.pipe.scheduler.timesteps[turn])
+    assert int(probed[-1]["timestep"]) == timesteps(session)[turn]
 
 
 def test_two_calls_a_step(session: EditSession, probed: list[Any]) -> None:
@@ -216,17 +222,16 @@ def test_two_calls_a_step(session: EditSession, probed: list[Any]) -> None:
     assert 0 < int(edited.mask.sum()) < edited.mask.numel()
 
 
-def test_settings_of_the_network_count_as_changes(session: EditSession, probed: list[Any]) -> None:
+def test_another_setting_of_the_network_is_refused_before_a_probe(session: EditSession, probed: list[Any]) -> None:
     generate(session)
-    processor = session.pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1
-    processor.scale, before = 2 * processor.scale, processor.scale
+    block = session.pipe.unet.mid_block.resnets[0]
+    block.output_scale_factor, before = 2 * block.output_scale_factor, block.output_scale_factor
     try:
-        found = session.find_mask(BASE)
-        assert [len(arguments["sample"]) for arguments in probed] == [2]
-        assert found.mask.any() and found.cost.floor == 0
+        with pytest.raises(CallMismatchError, match="a number of the network"):
+            session.find_mask(FIRST)
     finally:
-        processor.scale = before
-    assert not session.find_mask(BASE).mask.any()
+        block.output_scale_factor = before
+    assert not probed and not session.find_mask(BASE).mask.any()
 
 
 def test_fisedits_method_finds_no_mask_without_an_edit(session: EditSession) -> None:
@@ -287,7 +292,8 @@ def test_callbacks_are_called_by_the_edit_alone(session: EditSession) -> None:
 @pytest.mark.parametrize("kind", ["xl", "inpaint-9"])
 def test_added_conditions_and_inputs(kind: str, probed: list[Any]) -> None:
     session = EditSession(tiny_pipeline(kind), automatic_mask=LOCAL)
-    generate(session, kind=kind, num_inference_steps=MANY)
+    # Three quarters of the steps, where there is a picture to begin with.
+    generate(session, kind=kind, num_inference_steps=MANY + 8)
     found = session.find_mask(FIRST)
     assert found.cost.probes == 3 and found.cost.dense_steps == 1.5 and found.mask.any()
     assert all(len(arguments["sample"]) == 1 for arguments in probed)
@@ -304,7 +310,9 @@ def test_added_conditions_and_inputs(kind: str, probed: list[Any]) -> None:
 def controlled_pipeline() -> Any:
     pipe = tiny_pipeline()
     torch.manual_seed(1)
-    controlnet = ControlNetModel.from_unet(pipe.unet, conditioning_channels=3).eval()
+    # Its embedding of pictures makes one cell of 8x8 pixels; here a cell has 2x2.
+    controlnet = ControlNetModel.from_unet(pipe.unet, conditioning_channels=3, load_weights_from_unet=False).eval()
+    controlnet.controlnet_cond_embedding = torch.nn.Conv2d(3, 8, 2, stride=2)
     for parameter in controlnet.parameters():
         if not parameter.any():  # what is added is zero in the beginning
             torch.nn.init.normal_(parameter, std=0.05)
@@ -316,12 +324,12 @@ def controlled_pipeline() -> Any:
 
 def test_what_depends_on_call_and_prompt_is_known_of_the_first_call(probed: list[Any]) -> None:
     session = EditSession(controlled_pipeline(), automatic_mask=LOCAL)
-    picture = picture_arguments("image-to-image")["image"].resize((32, 32))
-    arguments = {"num_inference_steps": MANY, "height": 32, "width": 32, "image": picture}
+    picture = picture_arguments("image-to-image")["image"]
+    arguments = {"num_inference_steps": MANY, **picture_arguments("text-to-image"), "image": picture}
     session.generate(BASE, generator=noise(), **arguments)
     found = session.find_mask(FIRST)
     assert found.cost.probes == 1 and found.mask.any()
-    old, new = (arguments["down_block_additional_residuals"][0] for arguments in probed)
+    old, new = (arguments["mid_block_additional_residual"] for arguments in probed)
     assert not torch.equal(old, new), "the residuals are those of the new prompt"
     assert not session.find_mask(BASE).mask.any()
 

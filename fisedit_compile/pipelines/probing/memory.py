@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor
 
 from fisedit_compile.pipelines.arguments import keep_value
-from fisedit_compile.pipelines.compiling import Structure
 from fisedit_compile.pipelines.probing.parts import Place, parts_of, same_part
 from fisedit_compile.private.tensors import NOT_COUNTED, version_of
 
@@ -55,13 +54,11 @@ class CallMemory:
     Attributes:
         turns: that may be probed, by number.
         varied: for every role, the parts of the arguments that were not the same in all turns.
-        structure: what the network consisted of.
     """
 
     def __init__(self) -> None:
         self.turns: dict[int, KeptTurn] = {}
         self.varied: list[set[Place]] = []
-        self.structure: Structure | None = None
         self._first: list[dict[Place, Any]] = []
         self._given: list[dict[Place, tuple[Any, int]]] = []
         self._turn = self._role = 0
@@ -110,9 +107,8 @@ class CallMemory:
         self._total = total
         self._turn, self._role = self._turn + 1, 0
 
-    def close(self, structure: Structure) -> None:
-        """The run is over, and the network consists of this."""
-        self.structure = structure
+    def close(self) -> None:
+        """The run is over."""
         self._first, self._given = [], []
 
 

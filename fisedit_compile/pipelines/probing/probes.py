@@ -43,7 +43,7 @@ class RoleChange:
 
 
 def changes_of(
-    recorded: CallMemory, rehearsed: KeptTurn, latents: Sequence[str], everything: bool
+    recorded: CallMemory, rehearsed: KeptTurn, latents: Sequence[str]
 ) -> tuple[RoleChange, ...]:
     """What an edit changes, role by role, decided by the bits of the arguments of the first turn.
 
@@ -51,19 +51,18 @@ def changes_of(
         recorded: of the picture that is edited.
         rehearsed: the first turn of the edit.
         latents: what the network calls its latents; a probe is given the recorded ones.
-        everything: whether the network itself was changed, so that all samples count as changed.
     """
     pairs = zip(recorded.turns[0].calls, rehearsed.calls, recorded.varied, strict=True)
     return tuple(
-        _change(before, now, {place[0] for place in varied}, latents, everything) for before, now, varied in pairs
+        _change(before, now, {place[0] for place in varied}, latents) for before, now, varied in pairs
     )
 
 
 def _change(
-    before: KeptCall, now: KeptCall, varied: set[str | int], latents: Sequence[str], everything: bool
+    before: KeptCall, now: KeptCall, varied: set[str | int], latents: Sequence[str]
 ) -> RoleChange:
     batch, missing = _batch(before, latents), object()
-    samples, names = [everything] * batch, set()
+    samples, names = [False] * batch, set()
     old, new = parts_of(before.arguments), parts_of(now.arguments)
     for place in {**old, **new}:
         apart = differing_samples(old.get(place, missing), new.get(place, missing), batch)

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from fisedit_compile.errors import MaskError, PipelineError
-from fisedit_compile.pipelines.compiling import Structure
 from fisedit_compile.pipelines.families.schedulers import steps_for_calls
 from fisedit_compile.pipelines.history import Entry
 from fisedit_compile.pipelines.masks.regions import find_region, to_unit_range
@@ -90,14 +89,13 @@ class MaskSearch:
         began = time.perf_counter()
         memory = self._base.trajectory.memory
         first = self._rehearsal.first_turn()
-        exchanged = memory.structure is None or not memory.structure.same(Structure(self._tools.binding.module))
-        changes = changes_of(memory, first, self._base.trajectory.calls.latents, exchanged)
+        changes = changes_of(memory, first, self._base.trajectory.calls.latents)
         prober = Prober(self._network, memory, changes)
         weights = self._new_weights(first)
         cost = MaskCost("probe")
         maps: list[Tensor] = []
         if any(change.samples for change in changes):
-            floor, floor_share = (0.0, 0.0) if exchanged else self._base.floor.measured(self._network, changes, self._scores)
+            floor, floor_share = self._base.floor.measured(self._network, changes, self._scores)
             maps = [self._probed(prober, turn, weights) for turn in self._turns(prober, changes)]
             cost = replace(cost, floor=floor, floor_steps=floor_share * self._steps_per_turn)
         elif weights is not None:
