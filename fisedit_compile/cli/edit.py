@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +13,8 @@ from fisedit_compile.errors import MaskError, OptionError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from fisedit_compile.pipelines import AutomaticMask
 
 
 def edit(
@@ -46,11 +48,27 @@ def edit(
     tier: Annotated[
         options.Tier, typer.Option(help="Where feature maps are kept: on the device, or in the host's memory.")
     ] = options.Tier.DEVICE,
-    mask_steps: Annotated[int, typer.Option(help="Of 50 steps, how many run densely to find the mask.", min=1)] = 10,
+    mask_method: Annotated[
+        options.MaskMethod,
+        typer.Option(help="Find the mask by probes of recorded steps, or as FISEdit does in the first steps."),
+    ] = options.MaskMethod.PROBE,
+    mask_steps: Annotated[
+        int | None,
+        typer.Option(help="With the method fisedit, how many of 50 steps run densely to find the mask; 10.", min=1),
+    ] = None,
     mask_threshold: Annotated[
         float | None, typer.Option(help="Threshold of the mask from 0 to 1; Otsu's method when left out.")
     ] = None,
-    mask_growth: Annotated[int, typer.Option(help="Grow the found mask by so many latent cells.", min=0)] = 1,
+    mask_growth: Annotated[
+        int | None, typer.Option(help="Grow the found mask by so many latent cells.", min=0)
+    ] = None,
+    mask_growth_pixels: Annotated[
+        int | None, typer.Option(help="Grow the found mask by so many pixels of the picture.", min=0)
+    ] = None,
+    global_share: Annotated[
+        float | None,
+        typer.Option(help="With the method probe, the share of the picture from which on everything is edited."),
+    ] = None,
     decoder: Annotated[
         options.Decoder, typer.Option(help="How the edit is decoded; auto takes the cheapest.")
     ] = options.Decoder.AUTO,
@@ -63,14 +81,21 @@ def edit(
     painted = None
     if mask is not None:
         painted = read_mask(mask, white_threshold)
+    automatic = automatic_mask(
+        method=mask_method.value,
+        steps=mask_steps,
+        threshold=mask_threshold,
+        growth=mask_growth,
+        growth_pixels=mask_growth_pixels,
+        global_share=global_share,
+    )
     pipe = options.load_model(model, scheduler, device, precision)
     import torch
     from rich.console import Console
 
     from fisedit_compile.cli import pictures, tables
-    from fisedit_compile.pipelines import AutomaticMask, EditSession
+    from fisedit_compile.pipelines import EditSession
 
-    automatic = AutomaticMask(steps=mask_steps, threshold=mask_threshold, growth=mask_growth)
     session = EditSession(
         pipe,
         storage=None if storage is None else getattr(torch, storage.value),
@@ -98,6 +123,20 @@ def edit(
     for note in tables.notes(reports):
         typer.echo(f"note: {note}")
     typer.echo(f"pictures and report in {output}")
+
+
+def automatic_mask(**settings: Any) -> AutomaticMask:
+    """How the mask is found.
+
+    Raises:
+        typer.BadParameter: settings out of their ranges, or of different methods.
+    """
+    from fisedit_compile.pipelines import AutomaticMask
+
+    try:
+        return AutomaticMask(**settings)
+    except OptionError as error:
+        raise typer.BadParameter(str(error), param_hint="--mask-...") from error
 
 
 def read_mask(path: Path, white_threshold: float) -> Tensor:

@@ -66,6 +66,13 @@ class Norm(StrEnum):
     CACHED = "cached"
 
 
+class MaskMethod(StrEnum):
+    """How the mask of an edit is found."""
+
+    PROBE = "probe"
+    FISEDIT = "fisedit"
+
+
 class ShortType(StrEnum):
     """Types of weights and recordings, as benchmarks name them."""
 

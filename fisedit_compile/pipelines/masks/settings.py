@@ -14,7 +14,7 @@ FISEDIT_STEPS, FISEDIT_OUT_OF = 10, 50
 """How many of how many scheduler steps run densely with FISEdit's method, unless it is said."""
 FISEDIT_GROWTH = 1
 """Latent cells by which a mask grows that was found with FISEdit's method, unless it is said."""
-PROBE_GROWTH_PIXELS = 16
+PROBE_GROWTH_PIXELS = 8
 """Pixels by which a mask grows that was found by probes, unless it is said."""
 GLOBAL_SHARE = 0.55
 """From which share of the picture on a change is one of the whole picture, unless it is said."""
@@ -39,7 +39,7 @@ class AutomaticMask:
         growth: by how many latent cells, in every direction, the mask is grown in the end. What differs in the first
             steps is smaller than what differs in the end; docs/pipelines.md has what growth brings and costs.
         growth_pixels: the same in pixels of the picture, in place of ``growth``: all cells that have a pixel so near
-            belong to the mask. None for both: 16 pixels with ``"probe"``, one cell with ``"fisedit"``.
+            belong to the mask. None for both: 8 pixels with ``"probe"``, one cell with ``"fisedit"``.
         global_share: with ``"probe"``, a mask of a greater share of the picture becomes everything, and the edit runs
             densely: what changes so much is the whole picture, such as the time of day. 1 leaves it out; None: 0.55.
 

@@ -39,13 +39,23 @@ class KeptTurn:
     prediction: Tensor | None = None
 
 
+def probed_turns(turns: int) -> tuple[int, int]:
+    """The turns of a loop that are probed: the first one, and one in the first half."""
+    return 0, 3 * turns // 10
+
+
+def middle_turn(turns: int) -> int:
+    """The turn of a loop that is probed where the recorded prompt says nothing."""
+    return turns // 2
+
+
 def kept_turns(turns: int | None) -> tuple[int, ...]:
-    """The turns of a loop that may be probed: at the beginning, and twice in the first half.
+    """The turns of a loop of which everything is kept that probes may need.
 
     Args:
         turns: of the loop; None: not known yet.
     """
-    return (0,) if turns is None else tuple(sorted({0, turns // 5, turns // 2}))
+    return (0,) if turns is None else tuple(sorted({*probed_turns(turns), middle_turn(turns)}))
 
 
 class CallMemory:

@@ -20,7 +20,7 @@ from fisedit_compile.pipelines.families.schedulers import steps_for_calls
 from fisedit_compile.pipelines.history import Entry
 from fisedit_compile.pipelines.masks.regions import find_region, to_unit_range
 from fisedit_compile.pipelines.masks.settings import AutomaticMask
-from fisedit_compile.pipelines.probing.memory import KeptTurn, kept_turns
+from fisedit_compile.pipelines.probing.memory import KeptTurn, middle_turn, probed_turns
 from fisedit_compile.pipelines.probing.mixture import weights_of
 from fisedit_compile.pipelines.probing.parts import same_part
 from fisedit_compile.pipelines.probing.probes import (
@@ -99,12 +99,9 @@ class MaskSearch:
             maps = [self._probed(prober, turn, weights) for turn in self._turns(prober, changes)]
             cost = replace(cost, floor=floor, floor_steps=floor_share * self._steps_per_turn)
         elif weights is not None:
-            turns = [prober.turn(number) for number in kept_turns(self._turn_count)]
-            maps = [
-                self._scores(turn, recorded_mix(turn), replace(recorded_mix(turn), weights=weights))
-                for turn in turns
-                if turn is not None
-            ]
+            turns = [prober.turn(number) for number in probed_turns(self._turn_count)]
+            mixes = [(turn, recorded_mix(turn)) for turn in turns if turn is not None]
+            maps = [self._scores(turn, mix, replace(mix, weights=weights)) for turn, mix in mixes]
         cost = replace(cost, probes=prober.calls, dense_steps=prober.share * self._steps_per_turn)
         return self._made(maps, cost, began)
 
@@ -142,18 +139,23 @@ class MaskSearch:
         return None if near else now.weights
 
     def _turns(self, prober: Prober, changes: tuple[RoleChange, ...]) -> list[KeptTurn]:
-        """The turns to probe."""
+        """The turns to probe; at least one."""
         price = prober.share_of_one * self._steps_per_turn * (2 if self._edited else 1)
-        numbers = [number for number in kept_turns(self._turn_count) if prober.turn(number) is not None]
+        numbers = probed_turns(self._turn_count)
+        most = 1 if self._steps < FEW_STEPS else max(1, int(MOST_DENSE_STEPS / price))
         if not all(change.every_turn for change in changes):
             numbers = numbers[:1]
         elif without_words(self._base.arguments):
             # The first call then says next to nothing of where.
-            numbers = numbers[-1:]
-        elif self._steps < FEW_STEPS:
-            numbers = numbers[:1]
-        numbers = numbers[: max(1, int(MOST_DENSE_STEPS / price))]
-        return [turn for number in numbers if (turn := prober.turn(number)) is not None]
+            numbers = (middle_turn(self._turn_count),)
+        turns = [turn for number in numbers[:most] if (turn := prober.turn(number)) is not None]
+        if not turns:
+            raise PipelineError(
+                f"{type(self._tools.pipe).__name__} gives its scheduler nothing that a mask could be found from by "
+                "probes, or calls the network otherwise in the first step; give a mask, or "
+                "AutomaticMask(method='fisedit')"
+            )
+        return turns
 
     def _probed(self, prober: Prober, turn: KeptTurn, weights: Tensor | None) -> Tensor:
         """The scores of a turn, ``[B, height, width]``, for which the network is called."""
