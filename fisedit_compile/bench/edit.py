@@ -19,9 +19,9 @@ from fisedit_compile.bench.pipelines import build_pipeline
 from fisedit_compile.bench.timing import synchronise
 from fisedit_compile.bench.unet import DTYPES, BenchmarkError, describe_machine
 from fisedit_compile.errors import OptionError
-from fisedit_compile.pipelines import AutomaticMask, EditSession, Picture
+from fisedit_compile.pipelines import EditSession, Picture
 from fisedit_compile.pipelines.decoding.decoding import DECODERS
-from fisedit_compile.pipelines.masks.finding import MaskFinder
+from fisedit_compile.pipelines.probing.search import FEW_STEPS, FoundMask
 
 BASE_PROMPT = "a lake in the mountains"
 EDIT_PROMPT = "a lake in the mountains with a sailing boat on it"
@@ -87,7 +87,7 @@ class Result:
     Attributes:
         settings, machine: what was measured, and on what.
         seconds: by variant, then by stage and ``total``.
-        dense_steps: of the automatic variant.
+        dense_steps: that the probes of the automatic variant cost.
         active: share of the mask's active cells.
         decoder, decoder_reason: how edits were decoded, and why.
         generation: seconds of the recorded run as it was, without its set-up.
@@ -100,7 +100,7 @@ class Result:
     settings: Settings
     machine: dict[str, str]
     seconds: dict[str, dict[str, float]] = field(default_factory=dict)
-    dense_steps: int = 0
+    dense_steps: float = 0.0
     active: float = 0.0
     decoder: str = ""
     decoder_reason: str = ""
@@ -156,8 +156,9 @@ class _DenseRun:
 def run_edit(settings: Settings, progress: Callable[[str], object] = lambda step: None) -> Result:
     """Measure whole edits with random weights.
 
-    The automatic variant is composed: random weights lead to no mask worth finding, so it is the dense steps that
-    finding takes by default, the finding itself, and the sparse steps that are left, with the given mask.
+    The automatic variant is composed: random weights lead to no mask worth finding, so a mask is found, by probes of the
+    recorded steps, and the edit then takes the given one. Runs of many steps are probed twice; where few of them are
+    timed, one search is run and counted twice.
 
     Args:
         settings: what to measure.
@@ -192,23 +193,28 @@ def run_edit(settings: Settings, progress: Callable[[str], object] = lambda step
     progress("checking an edit")
     edited = session.edit(EDIT_PROMPT, mask=mask, keep=False)
     _check(base, edited)
+    # The first search of a history measures the floor as well, which later ones do not.
+    session.find_mask(EDIT_PROMPT)
     runs: dict[str, list[dict[str, float]]] = {DENSE: [], USER: []}
+    searches = []
     for repeat in range(settings.repeats):
+        # A text that the session has not encoded yet, but for the negative one.
+        prompt = f"{EDIT_PROMPT}, number {repeat}"
         for name in (DENSE, USER) if repeat % 2 == 0 else (USER, DENSE):
             progress(f"{name}, run {repeat + 1} of {settings.repeats}")
             if name == DENSE:
                 runs[name].append(
-                    _DenseRun(pipe, device).seconds(EDIT_PROMPT, {**arguments, "generator": _noise(settings)})
+                    _DenseRun(pipe, device).seconds(prompt, {**arguments, "generator": _noise(settings)})
                 )
             else:
-                edited = session.edit(EDIT_PROMPT, mask=mask, keep=False)
+                edited = session.edit(prompt, mask=mask, keep=False)
                 runs[name].append(_stages(edited))
+                searches.append(session.find_mask(prompt))
     report = edited.report
     result.decoder, result.decoder_reason = report.decoder or "", report.decoder_reason
     result.cache_bytes, result.decoder_bytes = report.cache_bytes, base.report.decoder_bytes
     result.seam = None if report.seam is None else report.seam.greatest
-    finding = _seconds_to_find(base, edited)
-    _compose(result, {name: _medians(several) for name, several in runs.items()}, finding)
+    _compose(result, {name: _medians(several) for name, several in runs.items()}, *_search_of(settings, searches))
     return result
 
 
@@ -243,28 +249,30 @@ def _medians(runs: list[dict[str, float]]) -> dict[str, float]:
     return {stage: statistics.median(run[stage] for run in runs) for stage in runs[0]}
 
 
-def _seconds_to_find(base: Picture, edited: Picture) -> float:
-    """Seconds of making one mask of two latents."""
-    began = time.perf_counter()
-    finder = MaskFinder(AutomaticMask())
-    finder.add(edited.latents, base.latents)
-    finder.mask()
-    return time.perf_counter() - began
+def _search_of(settings: Settings, searches: list[FoundMask]) -> tuple[float, float]:
+    """Seconds and dense steps of finding the mask of a whole edit, as often as it is probed then."""
+    times = 2 if settings.timed_steps < FEW_STEPS <= settings.steps else 1
+    seconds = statistics.median(found.seconds - found.text_seconds for found in searches)
+    return times * seconds, times * searches[0].cost.dense_steps
 
 
-def _compose(result: Result, measured: Mapping[str, Mapping[str, float]], finding: float) -> None:
-    """Scale the steps, and put the automatic variant together."""
+def _compose(
+    result: Result, measured: Mapping[str, Mapping[str, float]], finding: float, dense_steps: float
+) -> None:
+    """Scale the steps, and put the automatic variant together.
+
+    Args:
+        result: to fill.
+        measured: seconds by variant and stage, of the timed steps.
+        finding: seconds of finding the mask of a whole edit.
+        dense_steps: that it costs.
+    """
     settings = result.settings
     scale = settings.steps / settings.timed_steps
     names = ("dense steps", "sparse steps")
     for name, stages in measured.items():
         result.seconds[name] = {stage: value * (scale if stage in names else 1.0) for stage, value in stages.items()}
-    dense_steps = result.dense_steps = AutomaticMask().scaled_steps(settings.steps)
-    share = dense_steps / settings.steps
-    user = result.seconds[USER]
-    # A mask of everything runs densely from the start, with or without finding it.
-    sparse = user["sparse steps"] * (1 - share)
-    dense = result.seconds[DENSE]["dense steps"] * share + user["dense steps"] * (1 - share)
-    result.seconds[AUTOMATIC] = {**user, "mask": finding * dense_steps, "dense steps": dense, "sparse steps": sparse}
+    result.dense_steps = dense_steps
+    result.seconds[AUTOMATIC] = {**result.seconds[USER], "mask": finding}
     for stages in result.seconds.values():
         stages["total"] = sum(stages.values())

@@ -179,8 +179,8 @@ def edit_summary(result: EditResult) -> list[str]:
         machine_line(result.machine),
         f"{settings.timed_steps} steps were run and timed; U-Net steps are extrapolated to {settings.steps}, all other "
         f"stages are as measured; medians of {settings.repeats} runs, taking turns",
-        f"the automatic variant is composed: {result.dense_steps} dense steps, finding a mask, and "
-        f"{settings.steps - result.dense_steps} sparse steps with the given mask",
+        f"the automatic variant is composed: finding a mask by probes, for {result.dense_steps:g} dense steps, and "
+        f"{settings.steps} steps with the given mask",
         f"decoder: {result.decoder} ({result.decoder_reason}); greatest difference at the seam {seam}",
         f"before, once: {result.generation:.2f} s for the recorded run of {settings.timed_steps} steps, "
         f"{result.generation_setup:.2f} s for tracing and compiling; {result.cache_bytes / 2**20:.0f} MiB recorded, "

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fisedit_compile as fisedit
 from fisedit_compile.errors import PipelineError
-from fisedit_compile.pipelines import EditSession
+from fisedit_compile.pipelines import AutomaticMask, EditSession
 from fisedit_compile.pipelines.families import family_of
 from fisedit_compile.pipelines.families.packing import packed_resolutions
 from fisedit_compile.pipelines.masks.cells import LatentCells
@@ -94,7 +94,9 @@ def test_every_pipeline_class(kind: str) -> None:
     same = session.edit(mask=box(), keep=False)
     assert_near(same.latents, edited.latents, "the same prompt again")
 
-    found = session.edit(**{name: 1 - value if name == "prompt_embeds" else value for name, value in changes.items()})
+    fisedit = AutomaticMask(method="fisedit")
+    others = {name: 1 - value if name == "prompt_embeds" else value for name, value in changes.items()}
+    found = session.edit(automatic_mask=fisedit, **others)
     assert found.mask is not None and found.pixels is not None and found.report.dense_calls == calls
     assert found.mask.shape == (1, 2 * ROWS, 2 * COLUMNS)
     outside = ~found.pixel_mask.unsqueeze(1).expand_as(found.pixels)
