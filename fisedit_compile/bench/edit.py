@@ -203,9 +203,7 @@ def run_edit(settings: Settings, progress: Callable[[str], object] = lambda step
         for name in (DENSE, USER) if repeat % 2 == 0 else (USER, DENSE):
             progress(f"{name}, run {repeat + 1} of {settings.repeats}")
             if name == DENSE:
-                runs[name].append(
-                    _DenseRun(pipe, device).seconds(prompt, {**arguments, "generator": _noise(settings)})
-                )
+                runs[name].append(_DenseRun(pipe, device).seconds(prompt, {**arguments, "generator": _noise(settings)}))
             else:
                 edited = session.edit(prompt, mask=mask, keep=False)
                 runs[name].append(_stages(edited))
@@ -256,9 +254,7 @@ def _search_of(settings: Settings, searches: list[FoundMask]) -> tuple[float, fl
     return times * seconds, times * searches[0].cost.dense_steps
 
 
-def _compose(
-    result: Result, measured: Mapping[str, Mapping[str, float]], finding: float, dense_steps: float
-) -> None:
+def _compose(result: Result, measured: Mapping[str, Mapping[str, float]], finding: float, dense_steps: float) -> None:
     """Scale the steps, and put the automatic variant together.
 
     Args:

@@ -59,9 +59,7 @@ def edit(
     mask_threshold: Annotated[
         float | None, typer.Option(help="Threshold of the mask from 0 to 1; Otsu's method when left out.")
     ] = None,
-    mask_growth: Annotated[
-        int | None, typer.Option(help="Grow the found mask by so many latent cells.", min=0)
-    ] = None,
+    mask_growth: Annotated[int | None, typer.Option(help="Grow the found mask by so many latent cells.", min=0)] = None,
     mask_growth_pixels: Annotated[
         int | None, typer.Option(help="Grow the found mask by so many pixels of the picture.", min=0)
     ] = None,

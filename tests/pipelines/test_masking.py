@@ -92,7 +92,9 @@ def test_growth_in_pixels_by_its_definition(region: np.ndarray, pixels: int, per
     cells = list(np.ndindex(region.shape))
     expected = [
         region[cell]
-        or any(region[other] and np.hypot(apart(cell[0], other[0]), apart(cell[1], other[1])) < pixels for other in cells)
+        or any(
+            region[other] and np.hypot(apart(cell[0], other[0]), apart(cell[1], other[1])) < pixels for other in cells
+        )
         for cell in cells
     ]
     grown = grow_region(region, AutomaticMask(growth_pixels=pixels), per_cell)

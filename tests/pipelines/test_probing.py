@@ -84,9 +84,7 @@ def test_scores_are_what_the_guided_prediction_changes_by(session: EditSession, 
         )
     guided = before[0] + scale * (before[1] - before[0])
     score = (scale * (now[1] - before[1])).abs().mean(dim=1) / guided.std()
-    torch.testing.assert_close(
-        found.scores, (score - score.min()) / (score.max() - score.min()), atol=2e-3, rtol=0
-    )
+    torch.testing.assert_close(found.scores, (score - score.min()) / (score.max() - score.min()), atol=2e-3, rtol=0)
     assert found.cost.score == pytest.approx(float(score.max()), rel=1e-3)
     # The conditional half alone: once with the new prompt, and once with the old one, for the floor.
     assert [len(arguments["sample"]) for arguments in probed] == [1, 1]
@@ -204,9 +202,7 @@ def test_pictures_of_a_batch_have_masks_of_their_own(session: EditSession, probe
 
 
 @pytest.mark.parametrize(("prompt", "turn"), [("", 2), (BASE, 0)])
-def test_without_words_a_middle_call_is_probed(
-    session: EditSession, probed: list[Any], prompt: str, turn: int
-) -> None:
+def test_without_words_a_middle_call_is_probed(session: EditSession, probed: list[Any], prompt: str, turn: int) -> None:
     generate(session, prompt)
     assert session.find_mask(FIRST).mask.any()
     assert int(probed[-1]["timestep"]) == timesteps(session)[turn]

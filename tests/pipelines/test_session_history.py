@@ -306,7 +306,7 @@ def test_an_interrupted_run_is_not_kept(session: EditSession) -> None:
 
 def test_reports(session: EditSession) -> None:
     base = generate(session)
-    edited = session.edit(FIRST)
+    edited = session.edit(FIRST, automatic_mask=AutomaticMask(method="fisedit"))
     for report in (base.report, edited.report):
         parts = [seconds for stage, seconds in report.seconds.items() if stage != "total"]
         assert all(seconds >= 0 for seconds in parts) and sum(parts) == pytest.approx(report.seconds["total"])

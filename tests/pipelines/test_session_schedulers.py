@@ -95,7 +95,9 @@ def test_noise_drawn_at_every_step_is_drawn_again(session: EditSession) -> None:
 def test_a_prompt_that_changes_nothing_gives_an_empty_mask(session: EditSession) -> None:
     session.pipe.scheduler = make_scheduler("ddim", session.pipe.scheduler)
     base = generate(session)
-    edited = session.edit(BASE, keep=False, automatic_mask=AutomaticMask(method="fisedit", threshold=0.999999, opening=9))
+    edited = session.edit(
+        BASE, keep=False, automatic_mask=AutomaticMask(method="fisedit", threshold=0.999999, opening=9)
+    )
     assert not edited.mask.any() and torch.equal(edited.pixels, base.pixels)
     assert "empty" in edited.report.notes[0] and edited.report.sparse_calls == STEPS - 2
 

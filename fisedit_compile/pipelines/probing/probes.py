@@ -42,9 +42,7 @@ class RoleChange:
         return {name: value for name, value in {**recorded, **self.arguments}.items() if name not in self.left_out}
 
 
-def changes_of(
-    recorded: CallMemory, rehearsed: KeptTurn, latents: Sequence[str]
-) -> tuple[RoleChange, ...]:
+def changes_of(recorded: CallMemory, rehearsed: KeptTurn, latents: Sequence[str]) -> tuple[RoleChange, ...]:
     """What an edit changes, role by role, decided by the bits of the arguments of the first turn.
 
     Args:
@@ -53,14 +51,10 @@ def changes_of(
         latents: what the network calls its latents; a probe is given the recorded ones.
     """
     pairs = zip(recorded.turns[0].calls, rehearsed.calls, recorded.varied, strict=True)
-    return tuple(
-        _change(before, now, {place[0] for place in varied}, latents) for before, now, varied in pairs
-    )
+    return tuple(_change(before, now, {place[0] for place in varied}, latents) for before, now, varied in pairs)
 
 
-def _change(
-    before: KeptCall, now: KeptCall, varied: set[str | int], latents: Sequence[str]
-) -> RoleChange:
+def _change(before: KeptCall, now: KeptCall, varied: set[str | int], latents: Sequence[str]) -> RoleChange:
     batch, missing = _batch(before, latents), object()
     samples, names = [False] * batch, set()
     old, new = parts_of(before.arguments), parts_of(now.arguments)
