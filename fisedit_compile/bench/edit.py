@@ -156,9 +156,9 @@ class _DenseRun:
 def run_edit(settings: Settings, progress: Callable[[str], object] = lambda step: None) -> Result:
     """Measure whole edits with random weights.
 
-    The automatic variant is composed: random weights lead to no mask worth finding, so a mask is found, by probes of the
-    recorded steps, and the edit then takes the given one. Runs of many steps are probed twice; where few of them are
-    timed, one search is run and counted twice.
+    The automatic variant is composed: random weights lead to no mask worth finding, so a mask is found, by probes of
+    the recorded steps, and the edit then takes the given one. Runs of many steps are probed twice; where few of them
+    are timed, one search is run and counted twice.
 
     Args:
         settings: what to measure.

@@ -1,7 +1,8 @@
 """Encoders of texts and of pictures given as prompts: what they made of the same input before is used again.
 
 Most edits change one of several texts (the prompt, and not the negative one), and finding a mask calls the pipeline
-once more. So a session remembers the last results of each encoder, and looks at inputs, weights and settings bit by bit.
+once more. So a session remembers the last results of each encoder, and compares inputs, weights and settings bit by
+bit.
 """
 
 from __future__ import annotations

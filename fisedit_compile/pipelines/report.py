@@ -64,9 +64,8 @@ class Report:
             ``setup``: what the first network call of a phase took beyond the average of the phase's other calls, that
             is tracing, compiling, packing weights and making index plans (a phase of a single call cannot be split,
             its set-up stays in the phase), and tracing and compiling the decoder; ``dense`` and ``sparse``: network
-            calls and scheduler steps of that phase;
-            ``mask``: finding the automatic mask, with its probes, and without dense steps of the run; ``decode``: decoding and what follows;
-            ``total``.
+            calls and scheduler steps of that phase; ``mask``: finding the automatic mask, with its probes, but without
+            dense steps of the run; ``decode``: decoding and what follows; ``total``.
         scheduler_steps: number of scheduler steps.
         dense_calls, sparse_calls: number of network calls in each phase.
         density: active share of each resolution, such as ``{"64x64": 0.1}``, finest first; empty for a generation.

@@ -17,8 +17,8 @@ from fisedit_compile.pipelines.families import Family
 from fisedit_compile.pipelines.families.prompts import PromptLengths
 from fisedit_compile.pipelines.families.schedulers import describe_scheduler, steps_for_calls
 from fisedit_compile.pipelines.history import Entry
-from fisedit_compile.pipelines.masks.settings import AutomaticMask
 from fisedit_compile.pipelines.masks.pasting import paste_picture
+from fisedit_compile.pipelines.masks.settings import AutomaticMask
 from fisedit_compile.pipelines.network_calls import NetworkCalls
 from fisedit_compile.pipelines.network_state import NetworkState
 from fisedit_compile.pipelines.noise import Generators, NoiseSource
@@ -103,6 +103,7 @@ class Run:
         given = {**self.given, **{name: value for name, value in ours.items() if arguments.accepts(name)}}
         given = follower.with_own_callback(given)
         with self._tools.binding.calling(self._clock, self._autoencoder, follower, self._numbers) as pipe:
+            self._prepare(pipe)
             output = pipe(**given)
         flagged, images = (getattr(output, name, None) for name in ("nsfw_content_detected", "images"))
         if asked == "latent":
@@ -110,6 +111,9 @@ class Run:
         else:
             self.pixels = as_pixels(images)
         self.flagged = None if flagged is None else tuple(bool(one) for one in flagged)
+
+    def _prepare(self, pipe: Any) -> None:
+        """What is done to the twin of the pipeline before it is called."""
 
     def _picture(self, mask: Tensor | None, pixel_mask: Tensor | None, report: Report) -> Picture:
         return Picture(

@@ -254,8 +254,8 @@ class EditSession:
         settings = automatic_mask or self.automatic_mask
         if settings.method != "probe":
             raise OptionError(
-                "find_mask needs AutomaticMask(method='probe'): with method='fisedit' a mask is found by the first steps "
-                "of an edit, so there is none without editing"
+                "find_mask needs AutomaticMask(method='probe'): with method='fisedit' a mask is found by the first "
+                "steps of an edit, so there is none without editing"
             )
         base, given = self._edited(prompt, changes)
         return MaskSearch(self._tools, given, base, settings).find()

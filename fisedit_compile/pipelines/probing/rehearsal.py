@@ -71,6 +71,11 @@ class Rehearsal(Run):
         """Whether the user asked for the end of the edit."""
         return self._steps.cancellation is not None and self._steps.cancellation.asked
 
+    def _prepare(self, pipe: Any) -> None:
+        """Show no progress of what is not computed."""
+        if callable(getattr(pipe, "set_progress_bar_config", None)):
+            pipe.set_progress_bar_config(disable=True)
+
     def first_turn(self) -> KeptTurn:
         """What the edit gives the network in its first turn, and what the pipeline makes of the recorded predictions.
 

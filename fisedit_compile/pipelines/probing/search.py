@@ -21,7 +21,6 @@ from fisedit_compile.pipelines.history import Entry
 from fisedit_compile.pipelines.masks.regions import find_region, to_unit_range
 from fisedit_compile.pipelines.masks.settings import AutomaticMask
 from fisedit_compile.pipelines.probing.memory import KeptTurn, middle_turn, probed_turns
-from fisedit_compile.pipelines.probing.mixture import weights_of
 from fisedit_compile.pipelines.probing.parts import same_part
 from fisedit_compile.pipelines.probing.probes import (
     Mixed,
