@@ -245,6 +245,7 @@ class Edit(Run):
             mask=mask,
             settings=settings,
             numbers=numbers,
+            pixels=base.trajectory.cells.pixels_per_position(tools.pipe, base.picture.pixels),
         )
         job = DecodeJob(name, keep, base.decode, lambda: follower.mask, base.picture.pixels)
         autoencoder = AutoencoderCall(tools.decoder, job, base.encodes, generation=False)

@@ -276,6 +276,7 @@ class EditFollower(StepFollower):
         mask: bool ``[B or 1, height, width]`` at the latents' resolution, or None to find it.
         settings: how to find it.
         numbers: that the run draws at random.
+        pixels: of the picture, that a position of the latents has in each direction.
 
     Attributes:
         finding: what finding the mask cost; None: it is given, or not found yet.
@@ -290,6 +291,7 @@ class EditFollower(StepFollower):
         mask: Tensor | None,
         settings: AutomaticMask,
         numbers: RandomNumbers | None = None,
+        pixels: int = 1,
     ) -> None:
         calls, prompts = NetworkCalls(recorded.calls), PromptLengths(recorded=recorded.prompts)
         own = Trajectory(recorded.tokens, recorded.side, calls, prompts)
@@ -300,7 +302,7 @@ class EditFollower(StepFollower):
         self._recorded = recorded
         self._cells = recorded.cells
         self._sparse = mask is not None and not bool(mask.all())
-        self._finder = MaskFinder(settings) if mask is None else None
+        self._finder = MaskFinder(settings, pixels) if mask is None else None
         self.finding: MaskCost | None = None
         self._calls_by_step: list[int] = []
 

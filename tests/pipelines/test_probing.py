@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -228,6 +229,21 @@ def test_another_setting_of_the_network_is_refused_before_a_probe(session: EditS
     finally:
         block.output_scale_factor = before
     assert not probed and not session.find_mask(BASE).mask.any()
+
+
+def test_growth_is_in_pixels_of_the_picture_with_either_method(session: EditSession) -> None:
+    base = generate(session)
+    # A latent cell has two pixels in each direction.
+    for method in ("probe", "fisedit"):
+        pixels, cells = (
+            session.edit(
+                FIRST, keep=False, automatic_mask=AutomaticMask(method, threshold=0.8, opening=0, **growth)
+            ).mask
+            for growth in ({"growth_pixels": 4}, {"growth": 2})
+        )
+        assert torch.equal(pixels, cells) and 0 < int(pixels.sum()) < pixels.numel()
+    cells = session._entries[-1].trajectory.cells
+    assert cells.pixels_per_position(session.pipe, base.pixels) == cells.pixels_per_position(session.pipe, None) == 2
 
 
 def test_fisedits_method_finds_no_mask_without_an_edit(session: EditSession) -> None:

@@ -81,6 +81,16 @@ class LatentCells:
         """Cells of a token in each direction; 1 for maps."""
         return 1 if self.tokens is None else self.domain.height // self.tokens.height
 
+    def pixels_per_position(self, pipe: Any, pixels: Tensor | None) -> int:
+        """Pixels that a position of :meth:`maps` has in each direction.
+
+        Args:
+            pipe: it has these latents.
+            pixels: a picture of it ``[B, 3, height, width]``; None: latents were wanted, so the pipeline tells.
+        """
+        scale = getattr(pipe, "vae_scale_factor", 1) if pixels is None else pixels.shape[-2] // self.domain.height
+        return int(scale) * self.side
+
     def maps(self, latents: Tensor) -> Tensor:
         """Latents as ``[B, C, height, width]``; a position is a token where they are packed."""
         if self.tokens is None:

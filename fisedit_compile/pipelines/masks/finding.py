@@ -26,7 +26,7 @@ class MaskFinder:
         pixels_per_cell: pixels of the picture that a position of the latents has in each direction.
     """
 
-    def __init__(self, settings: AutomaticMask, pixels_per_cell: int = 8) -> None:
+    def __init__(self, settings: AutomaticMask, pixels_per_cell: int = 1) -> None:
         self.settings = settings
         self._pixels_per_cell = pixels_per_cell
         self._sum: Tensor | None = None

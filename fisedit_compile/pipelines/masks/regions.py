@@ -16,7 +16,7 @@ AROUND = np.ones((3, 3), dtype=bool)
 
 
 def find_region(
-    difference: NDArray[np.floating], settings: AutomaticMask, pixels_per_cell: int = 8
+    difference: NDArray[np.floating], settings: AutomaticMask, pixels_per_cell: int = 1
 ) -> NDArray[np.bool_]:
     """Where a map of differences is great.
 

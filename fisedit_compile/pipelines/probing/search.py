@@ -171,6 +171,7 @@ class MaskSearch:
     def _made(self, maps: list[Tensor], cost: MaskCost, began: float) -> FoundMask:
         cells, latents = self._base.trajectory.cells, self._base.trajectory.latents[-1]
         scores = torch.zeros_like(cells.maps(latents)[:, 0], dtype=torch.float32)
+        pixels = cells.pixels_per_position(self._tools.pipe, self._base.picture.pixels)
         region = np.zeros(tuple(scores.shape), dtype=bool)
         if maps:
             greatest = torch.stack([found.amax(dim=(1, 2)) for found in maps]).amax(dim=0)
@@ -179,7 +180,7 @@ class MaskSearch:
             scores = to_unit_range(torch.stack([to_unit_range(found) for found in maps]).amax(dim=0))
             real = (greatest > 0) & (greatest >= ABOVE_FLOOR * (cost.floor or 0.0))
             for number in real.nonzero().flatten().tolist():
-                region[number] = find_region(scores[number].cpu().numpy(), self._settings, self._pixels_per_position)
+                region[number] = find_region(scores[number].cpu().numpy(), self._settings, pixels)
             cost = replace(cost, score=float(greatest.max()))
         shares = region.reshape(len(region), -1).mean(axis=1)
         everything = shares > self._settings.most_local
@@ -187,14 +188,6 @@ class MaskSearch:
         cost = replace(cost, share=float(shares.mean()), everything=bool(everything.any()))
         mask = cells.expand(torch.from_numpy(region).to(latents.device))
         return FoundMask(mask, scores, time.perf_counter() - began, self._rehearsal.text_seconds, cost)
-
-    @property
-    def _pixels_per_position(self) -> int:
-        """Pixels of the picture that a position of the scores has in each direction."""
-        cells, pixels = self._base.trajectory.cells, self._base.picture.pixels
-        if pixels is not None:
-            return int(pixels.shape[-2]) // cells.domain.height * cells.side
-        return int(getattr(self._tools.pipe, "vae_scale_factor", 8)) * cells.side
 
 
 def without_words(arguments: Mapping[str, Any]) -> bool:
