@@ -235,12 +235,9 @@ def test_growth_is_in_pixels_of_the_picture_with_either_method(session: EditSess
     base = generate(session)
     # A latent cell has two pixels in each direction.
     for method in ("probe", "fisedit"):
-        pixels, cells = (
-            session.edit(
-                FIRST, keep=False, automatic_mask=AutomaticMask(method, threshold=0.8, opening=0, **growth)
-            ).mask
-            for growth in ({"growth_pixels": 4}, {"growth": 2})
-        )
+        settings = AutomaticMask(method, threshold=0.8, opening=0)
+        several = (replace(settings, growth_pixels=4), replace(settings, growth=2))
+        pixels, cells = (session.edit(FIRST, keep=False, automatic_mask=one).mask for one in several)
         assert torch.equal(pixels, cells) and 0 < int(pixels.sum()) < pixels.numel()
     cells = session._entries[-1].trajectory.cells
     assert cells.pixels_per_position(session.pipe, base.pixels) == cells.pixels_per_position(session.pipe, None) == 2
