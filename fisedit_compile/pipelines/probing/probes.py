@@ -121,10 +121,10 @@ class Prober:
             changed: with what the edit gives the network; else with what the recorded run gave it.
         """
         outputs = [self._output(call, change, changed) for call, change in zip(turn.calls, self._changes, strict=True)]
-        return predictions_of(outputs, _known(turn.prediction))
+        return predictions_of(outputs, known(turn.prediction))
 
     def _output(self, call: KeptCall, change: RoleChange, changed: bool) -> Tensor:
-        recorded = _known(call.output)
+        recorded = known(call.output)
         if not change.samples:
             return recorded
         arguments = change.applied(call.arguments) if changed else dict(call.arguments)
@@ -134,11 +134,11 @@ class Prober:
         self.calls += 1
         self.share += len(change.samples) / self._batch
         result = recorded.clone()
-        result[list(change.samples)] = _known(made)
+        result[list(change.samples)] = known(made)
         return result
 
 
-def _known(prediction: Tensor | None) -> Tensor:
+def known(prediction: Tensor | None) -> Tensor:
     """A prediction that must be there.
 
     Raises:
@@ -167,16 +167,22 @@ class Mixed:
 
 def recorded_mix(turn: KeptTurn) -> Mixed:
     """The predictions of a turn as they were recorded, and how the pipeline mixed them."""
-    guided = _known(turn.prediction)
-    predictions = predictions_of([_known(call.output) for call in turn.calls], guided)
+    guided = known(turn.prediction)
+    predictions = predictions_of([known(call.output) for call in turn.calls], guided)
     return Mixed(predictions, weights_of(predictions, guided))
 
 
-def differences(turn: KeptTurn, before: Mixed, after: Mixed) -> Tensor:
-    """How far two guided predictions of a turn are apart, ``[B, ...]``: absolute, over the deviation of the recorded
-    one."""
-    guided = _known(turn.prediction)
-    apart = (mixed(after.predictions, after.weights) - mixed(before.predictions, before.weights)).abs()
+def mixed_difference(turn: KeptTurn, before: Mixed, after: Mixed) -> Tensor:
+    """How far two guided predictions of a turn are apart, as :func:`relative_difference`."""
+    guided = [mixed(one.predictions, one.weights) for one in (before, after)]
+    return relative_difference(turn, *guided)
+
+
+def relative_difference(turn: KeptTurn, before: Tensor, after: Tensor) -> Tensor:
+    """How far two guided predictions of a turn are apart, of their form ``[B, ...]``: absolute, over the deviation of
+    the recorded one."""
+    guided = known(turn.prediction)
+    apart = (after.flatten(1).double() - before.flatten(1).double()).abs()
     deviation = guided.flatten(1).double().std(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     return (apart / deviation).float().reshape(guided.shape)
 

@@ -27,8 +27,10 @@ from fisedit_compile.pipelines.probing.probes import (
     Prober,
     RoleChange,
     changes_of,
-    differences,
+    known,
+    mixed_difference,
     recorded_mix,
+    relative_difference,
 )
 from fisedit_compile.pipelines.probing.rehearsal import Rehearsal
 from fisedit_compile.pipelines.report import MaskCost
@@ -98,9 +100,9 @@ class MaskSearch:
             maps = [self._probed(prober, turn, weights) for turn in self._turns(prober, changes)]
             cost = replace(cost, floor=floor, floor_steps=floor_share * self._steps_per_turn)
         elif weights is not None:
-            turns = [prober.turn(number) for number in probed_turns(self._turn_count)]
-            mixes = [(turn, recorded_mix(turn)) for turn in turns if turn is not None]
-            maps = [self._scores(turn, mix, replace(mix, weights=weights)) for turn, mix in mixes]
+            # What the pipeline makes of the recorded predictions tells, whatever its guidance is.
+            recorded = memory.turns[0]
+            maps = [self._mean(relative_difference(recorded, known(recorded.prediction), known(first.prediction)))]
         cost = replace(cost, probes=prober.calls, dense_steps=prober.share * self._steps_per_turn)
         return self._made(maps, cost, began)
 
@@ -166,7 +168,11 @@ class MaskSearch:
 
     def _scores(self, turn: KeptTurn, before: Mixed, after: Mixed) -> Tensor:
         """How far two guided predictions of a turn are apart in each position, ``[B, height, width]``."""
-        return self._base.trajectory.cells.maps(differences(turn, before, after)).mean(dim=1)
+        return self._mean(mixed_difference(turn, before, after))
+
+    def _mean(self, difference: Tensor) -> Tensor:
+        """The mean over channels in each position, ``[B, height, width]``."""
+        return self._base.trajectory.cells.maps(difference).mean(dim=1)
 
     def _made(self, maps: list[Tensor], cost: MaskCost, began: float) -> FoundMask:
         cells, latents = self._base.trajectory.cells, self._base.trajectory.latents[-1]
