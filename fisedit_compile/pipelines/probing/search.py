@@ -142,7 +142,7 @@ class MaskSearch:
     def _turns(self, prober: Prober, changes: tuple[RoleChange, ...]) -> list[KeptTurn]:
         """The turns to probe; at least one."""
         price = prober.share_of_one * self._steps_per_turn * (2 if self._edited else 1)
-        numbers = probed_turns(self._turn_count)
+        numbers: tuple[int, ...] = probed_turns(self._turn_count)
         most = 1 if self._steps < FEW_STEPS else max(1, int(MOST_DENSE_STEPS / price))
         if not all(change.every_turn for change in changes):
             numbers = numbers[:1]
