@@ -21,10 +21,14 @@ from fisedit_compile.bench.unet import DTYPES, BenchmarkError, describe_machine
 from fisedit_compile.errors import OptionError
 from fisedit_compile.pipelines import EditSession, Picture
 from fisedit_compile.pipelines.decoding.decoding import DECODERS
+from fisedit_compile.pipelines.families.schedulers import SCHEDULER_NAMES
 from fisedit_compile.pipelines.probing.search import FEW_STEPS, FoundMask
 
 BASE_PROMPT = "a lake in the mountains"
 EDIT_PROMPT = "a lake in the mountains with a sailing boat on it"
+TINY = "tiny"
+"""The decoder that is another autoencoder."""
+
 STAGES = ("text", "prepare", "set-up", "mask", "dense steps", "sparse steps", "decode")
 DENSE, USER, AUTOMATIC = "dense pipeline", "fisedit, user mask", "fisedit, automatic mask"
 
@@ -40,12 +44,14 @@ class Settings:
         shape: of the mask: square, disc or ragged.
         steps: of a whole edit.
         timed_steps: how many are run.
+        scheduler: see :func:`~fisedit_compile.bench.pipelines.build_pipeline`.
         dtype: fp32, bf16 or fp16.
         device: of the networks.
         norm: option of the backend.
         storage: dtype in which feature maps are recorded; None: as computed.
         tier: where they are kept, device or host.
-        decoder: how edits are decoded, see ``EditSession``.
+        decoder: how edits are decoded, see ``EditSession``; or ``tiny``: by ``diffusers.AutoencoderTiny``, whichever way
+            is cheapest.
         repeats: runs of each kind.
         seed: of weights, noise and mask.
     """
@@ -56,6 +62,7 @@ class Settings:
     shape: str = "square"
     steps: int = 50
     timed_steps: int = 5
+    scheduler: str = "ddim"
     dtype: str = "fp32"
     device: str = "cpu"
     norm: str = "exact"
@@ -69,13 +76,15 @@ class Settings:
         """Refuse what cannot be measured.
 
         Raises:
-            OptionError: a dtype or decoder is unknown, or the steps or repeats are impossible.
+            OptionError: a dtype, scheduler or decoder is unknown, or the steps or repeats are impossible.
         """
-        for name in (self.dtype, self.storage or self.dtype):
-            if name not in DTYPES:
-                raise OptionError(f"unknown dtype {name!r}; expected one of {', '.join(DTYPES)}")
-        if self.decoder not in DECODERS:
-            raise OptionError(f"unknown decoder {self.decoder!r}; expected one of {', '.join(DECODERS)}")
+        for dtype in (self.dtype, self.storage or self.dtype):
+            if dtype not in DTYPES:
+                raise OptionError(f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
+        known = {"scheduler": (self.scheduler, SCHEDULER_NAMES), "decoder": (self.decoder, (*DECODERS, TINY))}
+        for name, (given, names) in known.items():
+            if given not in names:
+                raise OptionError(f"unknown {name} {given!r}; expected one of {', '.join(names)}")
         if not 2 <= self.timed_steps <= self.steps or self.repeats < 1:
             raise OptionError("expected at least two timed steps, no more of them than steps, and one repeat")
 
@@ -139,7 +148,9 @@ class _DenseRun:
     def seconds(self, prompt: str, arguments: Mapping[str, Any]) -> dict[str, float]:
         """Run once. The first step has no beginning that can be seen, so it counts as the median of the others."""
         began = self._now()
-        self._pipe.encode_prompt(prompt, device=self._device, num_images_per_prompt=1, do_classifier_free_guidance=True)
+        guided = self._pipe.unet.config.time_cond_proj_dim is None
+        encode = {"device": self._device, "num_images_per_prompt": 1, "do_classifier_free_guidance": guided}
+        self._pipe.encode_prompt(prompt, **encode)
         text = self._now() - began
         began = self._now()
         self._pipe(prompt, callback_on_step_end=self._step, output_type="pt", **arguments)
@@ -171,13 +182,15 @@ def run_edit(settings: Settings, progress: Callable[[str], object] = lambda step
     settings.check()
     device = torch.device(settings.device)
     progress("making the pipeline")
-    pipe = build_pipeline(settings.model, DTYPES[settings.dtype], device, settings.seed)
+    tiny = settings.decoder == TINY
+    dtype = DTYPES[settings.dtype]
+    pipe = build_pipeline(settings.model, dtype, device, settings.seed, settings.scheduler, tiny)
     session = EditSession(
         pipe,
         storage=DTYPES[settings.storage] if settings.storage else None,
         tier=settings.tier,
         norm=settings.norm,
-        decoder=settings.decoder,
+        decoder="auto" if tiny else settings.decoder,
     )
     arguments: dict[str, Any] = {"num_inference_steps": settings.timed_steps}
     if settings.size is not None:

@@ -72,12 +72,18 @@ MODEL_NAMES: tuple[str, ...] = (*CONFIGURATIONS, "scenes")
 _POOL_SIZE = 4_194_301
 
 
-def new_unet(name: str) -> Any:
+GUIDANCE_CHANNELS = 256
+"""Channels of the embedded guidance scale that latent consistency models take as an input."""
+
+
+def new_unet(name: str, distilled: bool = False) -> Any:
     """A ``diffusers.UNet2DConditionModel`` of a known architecture, with diffusers' initial weights.
 
     Args:
         name: one of :data:`MODEL_NAMES`, or a folder with a diffusers pipeline or a U-Net in it, of which only the
             configuration is read.
+        distilled: take the guidance scale as an input, as latent consistency models do (arXiv 2310.04378); for the
+            models of public architecture only.
 
     Raises:
         OptionError: there is neither such a model nor such a folder.
@@ -85,7 +91,8 @@ def new_unet(name: str) -> Any:
     from diffusers import UNet2DConditionModel
 
     if name in CONFIGURATIONS:
-        return UNet2DConditionModel(**CONFIGURATIONS[name])
+        guidance = {"time_cond_proj_dim": GUIDANCE_CHANNELS} if distilled else {}
+        return UNet2DConditionModel(**CONFIGURATIONS[name], **guidance)
     if name == "scenes":
         from fisedit_compile.scenes import models
 
@@ -98,7 +105,13 @@ def new_unet(name: str) -> Any:
     )
 
 
-def build_unet(name: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0) -> Any:
+def build_unet(
+    name: str,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    distilled: bool = False,
+) -> Any:
     """A ``diffusers.UNet2DConditionModel`` with random weights, in evaluation mode.
 
     Weights are normally distributed with a standard deviation of one over the square root of the inputs they sum, so
@@ -109,12 +122,13 @@ def build_unet(name: str, dtype: torch.dtype = torch.float32, device: torch.devi
         dtype: of the weights.
         device: where they are made; on ``meta`` there are none.
         seed: of the weights.
+        distilled: as for :func:`new_unet`.
 
     Raises:
         OptionError: there is no such model.
     """
     with torch.device("meta"):
-        model = new_unet(name)
+        model = new_unet(name, distilled)
     # Not the method of diffusers, which warns about the very thing that is wanted here.
     nn.Module.to(model, dtype)
     model.eval().requires_grad_(False)

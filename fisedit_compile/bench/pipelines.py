@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 
 from fisedit_compile.bench.networks import MODEL_NAMES, TEXT_TOKENS, build_unet, fill_randomly
 from fisedit_compile.errors import OptionError
+from fisedit_compile.pipelines.families.schedulers import make_scheduler
 
 WORDS = ("a", "lake", "in", "the", "mountains", "with", "sailing", "boat", "on", "it")
 VOCABULARY = 49408
@@ -48,29 +50,51 @@ AUTOENCODER: dict[str, Any] = {
 """Keyword arguments of ``diffusers.AutoencoderKL``: that of Stable Diffusion 1, 2 and XL."""
 
 
+DISTILLED = "lcm"
+"""The scheduler of latent consistency models: with it, the network takes the guidance scale as an input and is called
+without an unconditional half."""
+
+
 def build_pipeline(
-    name: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
+    name: str,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    scheduler: str = "ddim",
+    tiny_autoencoder: bool = False,
 ) -> Any:
-    """A text-to-image pipeline with a DDIM scheduler, without a safety checker.
+    """A text-to-image pipeline without a safety checker.
 
     Args:
         name: one of ``fisedit_compile.bench.networks.MODEL_NAMES``; ``scenes`` is the trained model of the package.
         dtype: of all weights.
         device: of all networks.
         seed: of the weights.
+        scheduler: one of ``fisedit_compile.pipelines.families.schedulers.SCHEDULER_NAMES``; with ``lcm`` the network
+            is a latent consistency model.
+        tiny_autoencoder: decode by ``diffusers.AutoencoderTiny``.
 
     Raises:
-        OptionError: there is no such model.
+        OptionError: there is no such model; or parts of the trained model would be exchanged for others.
     """
     if name not in MODEL_NAMES:
         raise OptionError(f"unknown model {name!r}; expected one of {', '.join(MODEL_NAMES)}")
     if name == "scenes":
+        if scheduler == DISTILLED or tiny_autoencoder:
+            raise OptionError(
+                "the scenes model is trained: it has no latent consistency network and no tiny autoencoder; take a "
+                "model with random weights (sd15, sd21, sdxl) for them"
+            )
         from fisedit_compile.scenes import load_pipeline
 
-        return load_pipeline(dtype).to(device)
+        pipe: Any = load_pipeline(dtype).to(device)
+        if scheduler != "ddim":
+            pipe.scheduler = make_scheduler(scheduler, pipe.scheduler)
+        return pipe
     import diffusers
 
-    scheduler = diffusers.DDIMScheduler(
+    autoencoder = diffusers.AutoencoderTiny if tiny_autoencoder else partial(diffusers.AutoencoderKL, **AUTOENCODER)
+    noise = diffusers.DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
@@ -79,12 +103,11 @@ def build_pipeline(
         steps_offset=1,
     )
     parts: dict[str, Any] = {
-        "unet": build_unet(name, dtype, device, seed),
-        "vae": _filled(lambda: diffusers.AutoencoderKL(**AUTOENCODER), dtype, device, seed + 1),
-        "scheduler": scheduler,
+        "unet": build_unet(name, dtype, device, seed, distilled=scheduler == DISTILLED),
+        "vae": _filled(autoencoder, dtype, device, seed + 1),
+        "scheduler": noise if scheduler == "ddim" else make_scheduler(scheduler, noise),
         **_text_parts(name, dtype, device, seed + 2),
     }
-    pipe: Any
     if name == "sdxl":
         pipe = diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=False)
     else:

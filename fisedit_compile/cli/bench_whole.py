@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from fisedit_compile.bench.ablation import Result as AblationResult
     from fisedit_compile.bench.edit import Result as EditResult
+    from fisedit_compile.bench.edit import Settings as EditSettings
 
 Model = Annotated[str, typer.Option(help="sd15, sd21 or sdxl with random weights; or scenes, trained.", metavar="NAME")]
 Size = Annotated[int | None, typer.Option(help="Side of the picture in pixels; the model's own when left out.", min=8)]
@@ -33,14 +34,21 @@ def edit(
     density: Density = 0.1,
     shape: Shape = options.MaskShape.SQUARE,
     steps: Annotated[int, typer.Option(help="Steps of a whole edit.", min=2)] = 50,
-    timed_steps: Annotated[int, typer.Option(help="Steps that are run; the others are extrapolated.", min=2)] = 5,
+    timed_steps: Annotated[
+        int | None, typer.Option(help="Steps that are run, the others are extrapolated; 5 when left out.", min=2)
+    ] = None,
+    scheduler: Annotated[
+        options.SchedulerName, typer.Option(help="Scheduler; lcm: of a latent consistency model.", case_sensitive=False)
+    ] = options.SchedulerName.DDIM,
     dtype: Type = options.ShortType.FP32,
     norm: Annotated[options.Norm, typer.Option(help="Statistics of group norms in an edit.")] = options.Norm.EXACT,
     storage: Annotated[
         options.ShortType | None, typer.Option(help="Type in which feature maps are recorded; as computed if left out.")
     ] = None,
     tier: Annotated[options.Tier, typer.Option(help="Where feature maps are kept.")] = options.Tier.DEVICE,
-    decoder: Annotated[options.Decoder, typer.Option(help="How edits are decoded.")] = options.Decoder.AUTO,
+    decoder: Annotated[
+        options.BenchmarkDecoder, typer.Option(help="How edits are decoded; tiny: by AutoencoderTiny.")
+    ] = options.BenchmarkDecoder.AUTO,
     repeats: Repeats = 3,
     device: options.Device = None,
     seed: Seed = 0,
@@ -66,7 +74,8 @@ def edit(
         density=density,
         shape=shape.value,
         steps=steps,
-        timed_steps=timed_steps,
+        timed_steps=min(5, steps) if timed_steps is None else timed_steps,
+        scheduler=scheduler.value,
         dtype=dtype.value,
         device=str(options.choose_device(device)),
         norm=norm.value,
@@ -174,11 +183,11 @@ def edit_summary(result: EditResult) -> list[str]:
     size = "own size" if settings.size is None else f"{settings.size}x{settings.size}"
     seam = "not measured" if result.seam is None else f"{result.seam:.3f}"
     return [
-        f"{settings.model} pipeline, {size}, one picture with guidance, {settings.dtype}, {settings.shape} mask, "
+        f"{settings.model} pipeline, {size}, one picture with guidance, {settings.scheduler}, {settings.dtype}, "
+        f"{settings.shape} mask, "
         f"{100 * result.active:.1f} % active, norm {settings.norm}",
         machine_line(result.machine),
-        f"{settings.timed_steps} steps were run and timed; U-Net steps are extrapolated to {settings.steps}, all other "
-        f"stages are as measured; medians of {settings.repeats} runs, taking turns",
+        _steps_told(settings),
         f"the automatic variant is composed: finding a mask by probes, for {result.dense_steps:g} dense steps, and "
         f"{settings.steps} steps with the given mask",
         f"decoder: {result.decoder} ({result.decoder_reason}); greatest difference at the seam {seam}",
@@ -186,6 +195,17 @@ def edit_summary(result: EditResult) -> list[str]:
         f"{result.generation_setup:.2f} s for tracing and compiling; {result.cache_bytes / 2**20:.0f} MiB recorded, "
         f"{result.decoder_bytes / 2**20:.0f} MiB of it for the decode",
     ]
+
+
+def _steps_told(settings: EditSettings) -> str:
+    """How many steps were run, and what follows from it."""
+    runs = f"medians of {settings.repeats} runs, taking turns"
+    if settings.timed_steps == settings.steps:
+        return f"all {settings.steps} steps were run; {runs}"
+    return (
+        f"{settings.timed_steps} steps were run and timed; U-Net steps are extrapolated to {settings.steps}, all other "
+        f"stages are as measured; {runs}"
+    )
 
 
 def _plain_table() -> Table:

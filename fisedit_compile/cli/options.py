@@ -49,6 +49,7 @@ class SchedulerName(StrEnum):
     EULER = "euler"
     DPM = "dpm++"
     HEUN = "heun"
+    LCM = "lcm"
 
 
 class Precision(StrEnum):
@@ -103,6 +104,16 @@ class Decoder(StrEnum):
     SPARSE = "sparse"
     REGION = "region"
     DENSE = "dense"
+
+
+class BenchmarkDecoder(StrEnum):
+    """As :class:`Decoder`, and another autoencoder."""
+
+    AUTO = "auto"
+    SPARSE = "sparse"
+    REGION = "region"
+    DENSE = "dense"
+    TINY = "tiny"
 
 
 Model = Annotated[

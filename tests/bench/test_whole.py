@@ -94,6 +94,7 @@ def test_choices_of_the_command_line_are_those_of_the_code() -> None:
     assert tuple(shape.value for shape in options.MaskShape) == SHAPES
     assert {dtype.value for dtype in options.ShortType} == set(DTYPES)
     assert tuple(decoder.value for decoder in options.Decoder) == DECODERS
+    assert tuple(decoder.value for decoder in options.BenchmarkDecoder) == (*DECODERS, edit.TINY)
     assert tuple(tier.value for tier in options.Tier) == TIERS
 
 

@@ -41,6 +41,7 @@ SCHEDULERS: tuple[KnownScheduler, ...] = (
     KnownScheduler("euler", "EulerDiscreteScheduler", {}, "one call a step"),
     KnownScheduler("dpm++", "DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}, "one call a step"),
     KnownScheduler("heun", "HeunDiscreteScheduler", {}, "two calls a step, one in the last"),
+    KnownScheduler("lcm", "LCMScheduler", {}, "one call a step"),
 )
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
