@@ -50,8 +50,8 @@ class Settings:
         norm: option of the backend.
         storage: dtype in which feature maps are recorded; None: as computed.
         tier: where they are kept, device or host.
-        decoder: how edits are decoded, see ``EditSession``; or ``tiny``: by ``diffusers.AutoencoderTiny``, whichever way
-            is cheapest.
+        decoder: how edits are decoded, see ``EditSession``; or ``tiny``: by ``diffusers.AutoencoderTiny``, in the
+            cheapest way.
         repeats: runs of each kind.
         seed: of weights, noise and mask.
     """
