@@ -3,6 +3,7 @@
 from fisedit_compile.errors import MissingPackageError
 
 try:
+    from fisedit_compile.pipelines.masks.differences import difference_mask
     from fisedit_compile.pipelines.masks.finding import AutomaticMask
     from fisedit_compile.pipelines.picture import Picture
     from fisedit_compile.pipelines.report import Report, SeamError
@@ -10,4 +11,4 @@ try:
 except ModuleNotFoundError as error:
     raise MissingPackageError(error.name or str(error), "edit sessions") from error
 
-__all__ = ["AutomaticMask", "EditSession", "Picture", "Report", "SeamError"]
+__all__ = ["AutomaticMask", "EditSession", "Picture", "Report", "SeamError", "difference_mask"]

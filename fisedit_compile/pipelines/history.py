@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Any, TypeVar, cast
 
+from torch import Tensor
+
 from fisedit_compile.pipelines.decoding.autoencoder import EncodeMemory
 from fisedit_compile.pipelines.decoding.decoding import DecodeRecord
+from fisedit_compile.pipelines.masks.placing import Placing
 from fisedit_compile.pipelines.network_state import NetworkState
 from fisedit_compile.pipelines.noise import NoiseSource
 from fisedit_compile.pipelines.picture import Picture
@@ -16,6 +19,22 @@ from fisedit_compile.pipelines.random_numbers import RandomNumbers
 from fisedit_compile.pipelines.steps import Trajectory
 
 Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class OpenedPhoto:
+    """What an edit needs of a photo with which a history begins.
+
+    Attributes:
+        placing: of the photo on what the model makes.
+        decoded: the picture as the model makes it, ``[1, 3, *placing.model]``: the photo decoded from its latents, with
+            the edits since.
+        noise: of the photo's latents, in float32.
+    """
+
+    placing: Placing
+    decoded: Tensor
+    noise: Tensor
 
 
 @dataclass(frozen=True)
@@ -32,6 +51,7 @@ class Entry:
         dense_seconds: total of the dense run the history began with, without its set-up.
         decode: what its decode left for edits; None: it had none.
         encodes: what the generation's input pictures became.
+        photo: that the history began with; None: it began with a generation.
     """
 
     picture: Picture
@@ -44,6 +64,12 @@ class Entry:
     dense_seconds: float
     decode: DecodeRecord | None
     encodes: EncodeMemory
+    photo: OpenedPhoto | None = None
+
+    @property
+    def decoded(self) -> Tensor | None:
+        """The picture as the model makes it, ``[B, 3, height, width]``; None: latents were wanted."""
+        return self.picture.pixels if self.photo is None else self.photo.decoded
 
 
 def taking_turns(method: Method) -> Method:

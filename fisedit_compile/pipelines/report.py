@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -53,6 +53,8 @@ class Report:
         decoder_bytes: bytes that the recorded decode of this picture refers to; 0: there is none.
         encodes_reused: how many encodes of input pictures were taken from the generation.
         seam: the seam error of an edit that was decoded and pasted, otherwise None.
+        seam_left: of an edit that was mixed with the picture before along the mask's edge, inside: the steps across the
+            edge that are left; None: it was not mixed.
         notes: sentences on what was out of the ordinary, such as an empty mask.
     """
 
@@ -69,6 +71,7 @@ class Report:
     decoder_bytes: int = 0
     encodes_reused: int = 0
     seam: SeamError | None = None
+    seam_left: SeamError | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -108,6 +111,9 @@ class Report:
         if self.seam is not None:
             rows.append(("seam error, greatest", f"{self.seam.greatest:.4f}"))
             rows.append(("seam error, mean", f"{self.seam.mean:.4f}"))
+        if self.seam_left is not None:
+            rows.append(("left at the seam, greatest", f"{self.seam_left.greatest:.4f}"))
+            rows.append(("left at the seam, mean", f"{self.seam_left.mean:.4f}"))
         return rows
 
     def to_dict(self) -> dict[str, Any]:
@@ -128,6 +134,7 @@ class Report:
             "decoder_bytes": self.decoder_bytes,
             "encodes_reused": self.encodes_reused,
             "seam": None if self.seam is None else {"greatest": self.seam.greatest, "mean": self.seam.mean},
+            "seam_left": None if self.seam_left is None else asdict(self.seam_left),
             "notes": list(self.notes),
         }
 

@@ -19,9 +19,13 @@ from fisedit_compile.pipelines.families import family_of
 from fisedit_compile.pipelines.families.prompts import check_prompt_tokens
 from fisedit_compile.pipelines.families.schedulers import describe_scheduler, scheduler_difference
 from fisedit_compile.pipelines.history import Entry, taking_turns
+from fisedit_compile.pipelines.masks.blending import check_seam
 from fisedit_compile.pipelines.masks.cells import check_aspect
 from fisedit_compile.pipelines.masks.finding import AutomaticMask
 from fisedit_compile.pipelines.noise import Generators, NoiseSource
+from fisedit_compile.pipelines.opening import Opening, start_of
+from fisedit_compile.pipelines.painting import strokes_of
+from fisedit_compile.pipelines.photos import PhotoLike, read_photo
 from fisedit_compile.pipelines.picture import Picture
 from fisedit_compile.pipelines.runs import Edit, Generation, Tools
 from fisedit_compile.pipelines.safety import check_unflagged
@@ -149,10 +153,55 @@ class EditSession:
                 call :meth:`reset` before to make room.
         """
         given = self._arguments.of_generation(prompt, num_inference_steps, arguments)
-        noise = NoiseSource.of(generator)
+        NoiseSource.of(generator)
         clock = StageClock(self._tools.binding.device)
         tokens = self._arguments.tokens(given)
         run = Generation(self._tools, self._new_name("generation"), given, clock, tokens, self._prompt_tokens)
+        return self._begin(run, generator)
+
+    @session_words()
+    @taking_turns
+    def open(
+        self,
+        photo: PhotoLike,
+        prompt: str = "",
+        *,
+        num_inference_steps: int | None = None,
+        generator: Generators | None = None,
+        **arguments: Any,
+    ) -> Picture:
+        """Open a photo and record what edits of it need: as much as a generation of so many steps costs.  It starts a
+        new history.  Text-to-image pipelines that take ``latents`` open photos.
+
+        Args:
+            photo: a picture (PIL, or the path of one), numpy ``[height, width, 3]`` or torch ``[3, height, width]``, of
+                bytes or of floats from 0 to 1.  docs/photos.md has what is refused.
+            prompt: what the photo shows; "" says nothing.
+            num_inference_steps: as for the pipeline; None: the pipeline's default.
+            generator: source of the noise; None: PyTorch's global generator.
+            **arguments: further arguments of the pipeline, as for :meth:`generate`.  ``height`` and ``width`` are the
+                size at which the model sees the photo; without them it is about what the pipeline usually makes.
+
+        Returns:
+            The photo itself, at its own size.  Edits return it with what changed pasted into it; masks refer to it.
+
+        Raises:
+            PipelineError: the photo cannot be used, the pipeline or its scheduler cannot open photos, an argument that
+                the pipeline does not know or a session cannot honour, or the run was cancelled.
+            BudgetError: as for :meth:`generate`.
+        """
+        opened = read_photo(photo).over_white()
+        words = None if not prompt and arguments.get("prompt_embeds") is not None else prompt
+        given = self._arguments.of_generation(words, num_inference_steps, arguments)
+        NoiseSource.of(generator)
+        clock = StageClock(self._tools.binding.device)
+        start = start_of(self._tools, opened, given, generator)
+        run = Opening(self._tools, self._new_name("photo"), given, clock, self._prompt_tokens, start)
+        return self._begin(run, generator)
+
+    def _begin(self, run: Generation, generator: Generators | None) -> Picture:
+        """Record a run with which a new history begins; the old one stays when it fails."""
+        noise = NoiseSource.of(generator)
         with ExitStack() as undo:
             undo.callback(self._drop, run.name)
             with self.runtime.record(run.name):
@@ -173,6 +222,9 @@ class EditSession:
         white_threshold: float = WHITE_THRESHOLD,
         automatic_mask: AutomaticMask | None = None,
         keep: bool = True,
+        seam: int | None = None,
+        strokes: PhotoLike | None = None,
+        strength: float | None = None,
         **changes: Any,
     ) -> Picture:
         """Edit the last picture of the history: same noise, new prompt, and only the masked region is computed.
@@ -188,6 +240,12 @@ class EditSession:
             automatic_mask: how to find the mask this time; None: as the session was told.
             keep: add the edit to the history, so that it can itself be edited.  An edit that is not kept is faster and
                 takes no memory.
+            seam: over how many pixels of the picture the edit is mixed with the one before, inside the mask's edge; 0:
+                not at all; None: not at all, and in photos over as many as docs/photos.md says.
+            strokes: the picture with strokes painted over it, or the strokes on a transparent layer of its size: the
+                edit starts from them inside the mask, which by default is where the two differ.
+            strength: with strokes, above 0 and below 1: the share of the steps that run after them; None: half.  Without
+                strokes it is the pipeline's own argument, as in the generation.
             **changes: pipeline arguments to change: negative prompt, guidance scale (on the same side of 1),
                 embeddings, callbacks, output type.
 
@@ -197,19 +255,29 @@ class EditSession:
         Raises:
             PipelineError: nothing was generated yet, the safety checker blackened the last picture, a change would
                 break the correspondence with the recorded run, or the run was cancelled.
-            MaskError: the mask cannot be used, or was given together with ``automatic_mask``; or only a threshold was.
-            OptionError: ``white_threshold`` is not above 0 and up to 1.
+            MaskError: the mask cannot be used, or was given together with ``automatic_mask``; or only a threshold was;
+                or the strokes are no picture of the last one's size that differs from it.
+            OptionError: ``white_threshold``, ``seam`` or ``strength`` is out of its range.
             WeightsChangedError: the network's weights are not those of the recorded run.
             BudgetError: keeping the edit would exceed the budget; drop older pictures or use ``keep=False``.
         """
         base = self._editable()
+        check_seam(seam)
         changes = changes if prompt is None else {**changes, "prompt": prompt}
+        changes = changes if strength is None or strokes is not None else {**changes, "strength": strength}
         given = self._arguments.merge(base.arguments, {name: keep_value(value) for name, value in changes.items()})
         clock = StageClock(self._tools.binding.device)
         cells, latents = base.trajectory.cells, base.trajectory.latents[-1]
-        latent_mask = cells.given_mask(mask, latents, white_threshold, automatic_mask)
+        placing = None if base.photo is None else base.photo.placing
+        size = None if placing is None else placing.picture
+        latent_mask = cells.given_mask(mask, latents, white_threshold, automatic_mask, size)
+        region = None
+        if placing is not None and mask is not None:
+            region = placing.given_region(mask, white_threshold, latents.device)
+        painted = None if strokes is None else strokes_of(self._tools, base, strokes, strength, latent_mask)
         settings = automatic_mask or self.automatic_mask
-        run = Edit(self._tools, self._new_name("edit"), given, clock, base, latent_mask, settings, keep)
+        name = self._new_name("edit")
+        run = Edit(self._tools, name, given, clock, base, latent_mask, settings, keep, region, seam, painted)
         with ExitStack() as undo:
             undo.callback(self._drop, run.name)
             saved = run.name if keep else None
@@ -275,7 +343,7 @@ class EditSession:
             PipelineError: there is none, its picture was blackened, or parts of the pipeline were exchanged since.
         """
         if not self._entries:
-            raise PipelineError("there is no picture to edit yet; call generate first")
+            raise PipelineError("there is no picture to edit yet; call generate or open first")
         entry = self._entries[-1]
         check_unflagged(entry.picture)
         entry.network.check(self._tools.binding.module)
