@@ -1,8 +1,8 @@
 """The noise that latents have before each network call of a run, by the scheduler's own formula.
 
 A network call is told a timestep, and expects latents with the noise of that timestep: whatever a scheduler does
-between two calls, also within a step of several. So the level of a call is that of the timestep at the same place of the
-scheduler's list.
+between two calls, also within a step of several. So the level of a call is that of the timestep at the same place of
+the scheduler's list.
 """
 
 from __future__ import annotations

@@ -86,8 +86,8 @@ def check_strokes(tools: Tools, given: Mapping[str, Any]) -> None:
     own = [name for name in ENCODING if tools.arguments.accepts(name) and name != "control_image"]
     if "strength" in own or any(given.get(name) is not None for name in own):
         raise PipelineError(
-            f"{type(tools.pipe).__name__} begins with an input picture itself ({', '.join(own)}), and there strength is "
-            "an argument of the pipeline; strokes are for pictures that were generated from noise, or opened"
+            f"{type(tools.pipe).__name__} begins with an input picture itself ({', '.join(own)}), and there strength "
+            "is an argument of the pipeline; strokes are for pictures that were generated from noise, or opened"
         )
     check_levels(tools.pipe.scheduler)
 

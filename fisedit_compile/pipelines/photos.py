@@ -186,7 +186,7 @@ def _readable(name: str) -> Iterator[None]:
 
 
 def _channels_last(shape: tuple[int, ...], array: bool) -> bool:
-    """Whether three dimensions end in the channels: where both ends may be, they are last in arrays, first in tensors."""
+    """Whether three dimensions end in the channels. Where both ends may be, arrays have them last, tensors first."""
     first, last = shape[0] in _CHANNELS, shape[-1] in _CHANNELS
     return last and (array or not first)
 
@@ -197,8 +197,10 @@ def _from_numbers(given: NDArray[np.generic] | Tensor, what: str) -> Photo:
     came = f"got {kind} of shape {shape} for {what}"
     if isinstance(given, np.ndarray) and given.dtype.kind not in "uif":
         raise PipelineError(f"{_EXPECTED}; {came}. Convert it to one of these")
-    wide = str(kind).rpartition(".")[2] not in ("uint8", "float16", "bfloat16", "float32", "float64")
-    if wide or (isinstance(given, Tensor) and given.is_complex()):
+    name = kind.name if isinstance(kind, np.dtype) else str(kind).rpartition(".")[2]
+    if isinstance(given, Tensor) and given.is_complex():
+        raise PipelineError(f"{_EXPECTED}; {came}. Give its real part")
+    if name not in ("uint8", "float16", "bfloat16", "float32", "float64"):
         raise PipelineError(f"{_EXPECTED}; {came}. Divide it by what is white, so that it has floats from 0 to 1")
     if isinstance(given, np.ndarray):
         values = torch.from_numpy(np.array(given, dtype=given.dtype.newbyteorder("=")))

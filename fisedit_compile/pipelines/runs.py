@@ -17,8 +17,8 @@ from fisedit_compile.pipelines.families import Family
 from fisedit_compile.pipelines.families.prompts import PromptLengths
 from fisedit_compile.pipelines.families.schedulers import describe_scheduler, steps_for_calls
 from fisedit_compile.pipelines.history import Entry
-from fisedit_compile.pipelines.masks.finding import AutomaticMask
 from fisedit_compile.pipelines.masks.cells import to_pixels
+from fisedit_compile.pipelines.masks.finding import AutomaticMask
 from fisedit_compile.pipelines.masks.pasting import Pasted, paste_picture, paste_pixels
 from fisedit_compile.pipelines.network_calls import NetworkCalls
 from fisedit_compile.pipelines.network_state import NetworkState
@@ -32,9 +32,9 @@ from fisedit_compile.pipelines.strokes import StrokeFollower, Strokes
 from fisedit_compile.pipelines.timing import StageClock
 from fisedit_compile.runtime import Domain, Runtime
 
-PHOTO_SEAM = 4
-"""Pixels, at the size at which the model sees a photo, over which edits are mixed with it; docs/photos.md has what other
-widths give."""
+PHOTO_SEAM = 2
+"""Pixels, at the size at which the model sees a photo, over which edits are mixed with it; docs/photos.md has what
+other widths give."""
 
 
 @dataclass(frozen=True)

@@ -244,8 +244,8 @@ class EditSession:
                 not at all; None: not at all, and in photos over as many as docs/photos.md says.
             strokes: the picture with strokes painted over it, or the strokes on a transparent layer of its size: the
                 edit starts from them inside the mask, which by default is where the two differ.
-            strength: with strokes, above 0 and below 1: the share of the steps that run after them; None: half.  Without
-                strokes it is the pipeline's own argument, as in the generation.
+            strength: with strokes, above 0 and below 1: the share of the steps that run after them; None: half.
+                Without strokes it is the pipeline's own argument, as in the generation.
             **changes: pipeline arguments to change: negative prompt, guidance scale (on the same side of 1),
                 embeddings, callbacks, output type.
 

@@ -1,8 +1,8 @@
 """Strokes: an edit that starts, inside its mask, from what was painted over the picture and some noise.
 
-Source: SDEdit (arXiv 2108.01073), with which SIGE (arXiv 2211.02048) edits samples of unconditional models. All turns of
-the loop run. Calls before the start are answered from the recording, by an empty mask; at the start the latents inside
-the mask become those of the painted picture with the noise of the call; from there on the edit is as any other.
+Source: SDEdit (arXiv 2108.01073), with which SIGE (arXiv 2211.02048) edits samples of unconditional models. All turns
+of the loop run. Calls before the start are answered from the recording, by an empty mask; at the start the latents
+inside the mask become those of the painted picture with the noise of the call; from there on the edit is as any other.
 """
 
 from __future__ import annotations

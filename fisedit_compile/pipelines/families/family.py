@@ -68,8 +68,8 @@ class Family:
         name: in words.
         belongs: whether a pipeline is of this family; asked of one family after the other.
         network: attribute of the pipeline that holds the network which is called at every step.
-        autoencoder: attribute that holds the autoencoder, with ``decode`` and a network ``decoder``; None: there is none,
-            and pixels are what the network is called with.
+        autoencoder: attribute that holds the autoencoder, with ``decode`` and a network ``decoder``; None: there is
+            none, and pixels are what the network is called with.
         encode_prompt: method that encodes prompts; it is timed, and what it draws at random is told apart. A pipeline
             need not have it.
         prepare_latents: method that makes the first latents, or a tuple that begins with them. A pipeline need not

@@ -106,4 +106,5 @@ def paste_picture(
         pasted, seam_left = blended(edited, before, inside, seam)
     # Without a halo nothing was decoded outside the mask, so there is nothing to compare.
     compared = len(pasted) and (halo or decoded_outside)
-    return Pasted(with_flagged(pasted, pixels, flagged), pixel_mask, SeamError(*errors) if compared else None, seam_left)
+    whole = with_flagged(pasted, pixels, flagged)
+    return Pasted(whole, pixel_mask, SeamError(*errors) if compared else None, seam_left)

@@ -1,4 +1,4 @@
-"""How a photo of any size lies on the cells of a model: resized as a whole, never cropped, and pasted back at full size.
+"""How a photo of any size lies on the cells of a model: resized as a whole, never cropped, and pasted at full size.
 
 The model draws a picture whose sides are multiples of its own. The photo is resized to that, so each pixel of the photo
 belongs to one cell, in proportion. No border is added: the rounding squeezes by a few per cent what the model sees, and
@@ -104,7 +104,7 @@ def _resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def fitted_size(picture: tuple[int, int], area: int, grid: int) -> tuple[int, int]:
-    """The size at which a model sees a picture: about as many pixels as it usually makes, in about the same aspect ratio.
+    """The size at which a model sees a picture: about as many pixels as it usually makes, in about the aspect ratio.
 
     A picture whose sides are multiples already, of half the usual area to one and a half times, is taken as it is.
 
