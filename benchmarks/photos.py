@@ -4,9 +4,9 @@ python benchmarks/photos.py --edits 6 --steps 50 --schedulers ddim,euler,dpm++,h
 
 The photos are drawn pictures, the masks what the edit changes in the drawing, grown by ``--growth`` pixels. A dense
 edit starts from the photo with the noise of the first call, runs the pipeline itself, and puts the photo's latents back
-outside the mask after every step. Printed for each scheduler: how many edits the checker calls right; the median PSNR to
-the dense edit inside the mask; for each width of the seam the steps across the mask's edge that are left, and the PSNR
-of the blended dense edit to the dense one.
+outside the mask after every step. Printed for each scheduler: how many edits the checker calls right; the median PSNR
+to the dense edit inside the mask; for each width of the seam the steps across the mask's edge that are left, and the
+PSNR of the blended dense edit to the dense one.
 """
 
 from __future__ import annotations

@@ -326,4 +326,4 @@ def default_seam(base: Entry) -> int:
     if base.photo is None:
         return 0
     placing = base.photo.placing
-    return round(PHOTO_SEAM * placing.picture[0] / placing.model[0])
+    return max(1, round(PHOTO_SEAM * placing.picture[0] / placing.model[0]))

@@ -22,7 +22,7 @@ from fisedit_compile.pipelines.history import Entry, taking_turns
 from fisedit_compile.pipelines.masks.blending import check_seam
 from fisedit_compile.pipelines.masks.cells import check_aspect
 from fisedit_compile.pipelines.masks.finding import AutomaticMask
-from fisedit_compile.pipelines.noise import Generators, NoiseSource
+from fisedit_compile.pipelines.noise import Generators, NoiseSource, check_generators
 from fisedit_compile.pipelines.opening import Opening, start_of
 from fisedit_compile.pipelines.painting import strokes_of
 from fisedit_compile.pipelines.photos import PhotoLike, read_photo
@@ -153,11 +153,11 @@ class EditSession:
                 call :meth:`reset` before to make room.
         """
         given = self._arguments.of_generation(prompt, num_inference_steps, arguments)
-        NoiseSource.of(generator)
+        noise = NoiseSource.of(generator)
         clock = StageClock(self._tools.binding.device)
         tokens = self._arguments.tokens(given)
         run = Generation(self._tools, self._new_name("generation"), given, clock, tokens, self._prompt_tokens)
-        return self._begin(run, generator)
+        return self._begin(run, generator, noise)
 
     @session_words()
     @taking_turns
@@ -193,15 +193,15 @@ class EditSession:
         opened = read_photo(photo).over_white()
         words = None if not prompt and arguments.get("prompt_embeds") is not None else prompt
         given = self._arguments.of_generation(words, num_inference_steps, arguments)
-        NoiseSource.of(generator)
+        check_generators(generator)
         clock = StageClock(self._tools.binding.device)
         start = start_of(self._tools, opened, given, generator)
         run = Opening(self._tools, self._new_name("photo"), given, clock, self._prompt_tokens, start)
-        return self._begin(run, generator)
+        # The photo's noise was drawn: edits repeat what the generators draw from here on.
+        return self._begin(run, generator, NoiseSource.of(generator))
 
-    def _begin(self, run: Generation, generator: Generators | None) -> Picture:
+    def _begin(self, run: Generation, generator: Generators | None, noise: NoiseSource) -> Picture:
         """Record a run with which a new history begins; the old one stays when it fails."""
-        noise = NoiseSource.of(generator)
         with ExitStack() as undo:
             undo.callback(self._drop, run.name)
             with self.runtime.record(run.name):

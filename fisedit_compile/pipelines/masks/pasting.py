@@ -71,6 +71,16 @@ class Pasted:
     seam_left: SeamError | None = None
 
 
+def box_around(mask: Tensor) -> tuple[slice, slice]:
+    """The rows and columns of the smallest box that holds a mask ``[B, height, width]`` and one pixel around it."""
+    anywhere = mask.any(dim=0)
+    sides = []
+    for dim in (1, 0):
+        found = anywhere.any(dim=dim).nonzero().flatten()
+        sides.append(slice(max(0, int(found[0]) - 1), int(found[-1]) + 2) if len(found) else slice(0, 0))
+    return sides[0], sides[1]
+
+
 def paste_picture(
     pixels: Tensor,
     base: Tensor,
@@ -100,10 +110,14 @@ def paste_picture(
     pixel_mask = placing.region(mask) if region is None else region
     near = placing.region(grow_mask(mask, max(1, halo)))
     edited, before, inside, around = unflagged((pixels, base, pixel_mask, near), flagged)
-    pasted, errors = paste_pixels(edited, before, inside, around)
-    seam_left = None
+    pasted, seam_left = before.clone(), None
+    # A photo may be many times as large as what is edited in it: only that part is looked at.
+    box = box_around(inside | around)
+    within = [part[..., box[0], box[1]] for part in (edited, before, inside, around)]
+    part, errors = paste_pixels(*within)
     if seam and len(pasted):
-        pasted, seam_left = blended(edited, before, inside, seam)
+        part, seam_left = blended(*within[:3], seam)
+    pasted[..., box[0], box[1]] = part
     # Without a halo nothing was decoded outside the mask, so there is nothing to compare.
     compared = len(pasted) and (halo or decoded_outside)
     whole = with_flagged(pasted, pixels, flagged)
