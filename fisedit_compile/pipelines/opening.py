@@ -177,13 +177,12 @@ def start_of(tools: Tools, photo: Photo, given: Mapping[str, Any], generator: Ge
     Args:
         tools: of the session.
         photo: opaque.
-        given: arguments of the call; ``height`` and ``width`` may say at which size the model sees the photo.
+        given: arguments of the call, checked; ``height`` and ``width`` may say at which size the model sees the photo.
         generator: of the noise; None: PyTorch's global one.
 
     Raises:
-        PipelineError: the pipeline or an argument is none for photos, or the photo has no fitting size.
+        PipelineError: the photo has no size of a photo, or none that fits what is asked for.
     """
-    check_opens(tools, given)
     check_photo_size(photo)
     placing = Placing(photo.size, _model_size(tools, photo.size, given))
     device = tools.binding.device

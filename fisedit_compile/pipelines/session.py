@@ -23,7 +23,7 @@ from fisedit_compile.pipelines.masks.blending import check_seam
 from fisedit_compile.pipelines.masks.cells import check_aspect
 from fisedit_compile.pipelines.masks.finding import AutomaticMask
 from fisedit_compile.pipelines.noise import Generators, NoiseSource, check_generators
-from fisedit_compile.pipelines.opening import Opening, start_of
+from fisedit_compile.pipelines.opening import Opening, check_opens, start_of
 from fisedit_compile.pipelines.painting import strokes_of
 from fisedit_compile.pipelines.photos import PhotoLike, read_photo
 from fisedit_compile.pipelines.picture import Picture
@@ -181,6 +181,7 @@ class EditSession:
             generator: source of the noise; None: PyTorch's global generator.
             **arguments: further arguments of the pipeline, as for :meth:`generate`.  ``height`` and ``width`` are the
                 size at which the model sees the photo; without them it is about what the pipeline usually makes.
+                Latents that a callback of your own returns are not used: they are the photo's.
 
         Returns:
             The photo itself, at its own size.  Edits return it with what changed pasted into it; masks refer to it.
@@ -190,6 +191,7 @@ class EditSession:
                 the pipeline does not know or a session cannot honour, or the run was cancelled.
             BudgetError: as for :meth:`generate`.
         """
+        check_opens(self._tools, {"prompt": prompt, **arguments})
         opened = read_photo(photo).over_white()
         words = None if not prompt and arguments.get("prompt_embeds") is not None else prompt
         given = self._arguments.of_generation(words, num_inference_steps, arguments)

@@ -196,6 +196,22 @@ def test_a_photo_is_encoded_and_decoded_once_and_its_edits_decode_sparsely(sessi
     assert np.array_equal(shown(plain)[~BOX], PHOTO[~BOX])
 
 
+def test_boxes_are_decoded_into_what_the_model_made_of_the_photo(session: EditSession) -> None:
+    pixels = []
+    for decoder in ("region", "dense"):
+        other = EditSession(session.pipe, decoder=decoder)
+        opened(other, photo(40, 60), height=HEIGHT, width=WIDTH)
+        mask = np.zeros((40, 60), dtype=bool)
+        mask[4:12, 4:12] = True
+        edited = other.edit(AFTER, mask=mask)
+        assert edited.report.decoder == decoder
+        assert np.array_equal(shown(edited)[~mask], photo(40, 60)[~mask])
+        pixels.append(edited.pixels)
+        again = other.edit(BEFORE, mask=mask)
+        assert np.array_equal(shown(again)[~mask], photo(40, 60)[~mask])
+    torch.testing.assert_close(*pixels, atol=0.2, rtol=0)
+
+
 def test_edits_by_words_alone(session: EditSession) -> None:
     base = opened(session, prompt="")
     edited = session.edit(AFTER)

@@ -39,7 +39,7 @@ def difference_mask(
     batches = [_batch(one) for one in (before, after)]
     if len(batches[0]) != len(batches[1]):
         raise MaskError(f"there are {len(batches[0])} pictures before and {len(batches[1])} after; give as many")
-    masks = [_single(*pair, threshold, grow) for pair in zip(*batches, strict=True)]
+    masks = [_single(left, right, threshold, grow) for left, right in zip(batches[0], batches[1], strict=True)]
     return masks[0] if len(masks) == 1 else np.stack(masks)
 
 
