@@ -51,7 +51,8 @@ def strokes_of(
         raise PipelineError(
             'strokes are painted over one picture with pixels; generate one, with an output_type such as "pil"'
         )
-    start = _start(tools, len(base.trajectory.latents), STRENGTH if strength is None else strength)
+    turns = len(base.trajectory.latents)
+    start = start_of_strokes(tools.pipe.scheduler, turns, STRENGTH if strength is None else strength)
     photo = read_photo(painted, "the painted picture")
     if photo.size != tuple(pixels.shape[-2:]):
         sizes = ["x".join(map(str, size)) for size in (photo.size, pixels.shape[-2:])]
@@ -92,12 +93,20 @@ def check_strokes(tools: Tools, given: Mapping[str, Any]) -> None:
     check_levels(tools.pipe.scheduler)
 
 
-def _start(tools: Tools, turns: int, strength: float) -> int:
-    """The turn of the loop at which the strokes come in."""
+def start_of_strokes(scheduler: Any, turns: int, strength: float) -> int:
+    """The turn of the loop at which strokes come in, which begins a step of the scheduler.
+
+    Args:
+        scheduler: of the pipeline.
+        turns: of the loop.
+        strength: above 0 and below 1.
+
+    Raises:
+        OptionError: it is not, or no step would run.
+    """
     number = isinstance(strength, (int, float)) and not isinstance(strength, bool)
     if not number or not 0 < strength < 1:
         raise OptionError(f"strength must be a number above 0 and below 1, the share of the steps; got {strength!r}")
-    scheduler = tools.pipe.scheduler
     steps = steps_for_calls(scheduler, turns)
     after = int(steps * strength)
     if after == 0:

@@ -113,10 +113,10 @@ def paste_picture(
     pasted, seam_left = before.clone(), None
     # A photo may be many times as large as what is edited in it: only that part is looked at.
     box = box_around(inside | around)
-    within = [part[..., box[0], box[1]] for part in (edited, before, inside, around)]
-    part, errors = paste_pixels(*within)
+    edited, before, inside, around = (part[..., box[0], box[1]] for part in (edited, before, inside, around))
+    part, errors = paste_pixels(edited, before, inside, around)
     if seam and len(pasted):
-        part, seam_left = blended(*within[:3], seam)
+        part, seam_left = blended(edited, before, inside, seam)
     pasted[..., box[0], box[1]] = part
     # Without a halo nothing was decoded outside the mask, so there is nothing to compare.
     compared = len(pasted) and (halo or decoded_outside)
