@@ -7,19 +7,20 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fisedit_compile import errors
-    from fisedit_compile.pipelines import EditSession
+    from fisedit_compile.pipelines import EditSession, difference_mask
     from fisedit_compile.reporting.explain import explain
     from fisedit_compile.runtime import Runtime, default_runtime
 
     __version__: str
 
-__all__ = ["EditSession", "Runtime", "__version__", "default_runtime", "errors", "explain"]
+__all__ = ["EditSession", "Runtime", "__version__", "default_runtime", "difference_mask", "errors", "explain"]
 
 # Nothing below is imported before it is used: the command line must answer --help at once.
 _SOURCES = {
     "EditSession": "fisedit_compile.pipelines",
     "Runtime": "fisedit_compile.runtime",
     "default_runtime": "fisedit_compile.runtime",
+    "difference_mask": "fisedit_compile.pipelines",
     "explain": "fisedit_compile.reporting.explain",
 }
 

@@ -3,6 +3,7 @@
 from fisedit_compile.errors import MissingPackageError
 
 try:
+    from fisedit_compile.pipelines.masks.differences import difference_mask
     from fisedit_compile.pipelines.masks.settings import AutomaticMask
     from fisedit_compile.pipelines.picture import Picture
     from fisedit_compile.pipelines.probing.search import FoundMask
@@ -11,4 +12,13 @@ try:
 except ModuleNotFoundError as error:
     raise MissingPackageError(error.name or str(error), "edit sessions") from error
 
-__all__ = ["AutomaticMask", "EditSession", "FoundMask", "MaskCost", "Picture", "Report", "SeamError"]
+__all__ = [
+    "AutomaticMask",
+    "EditSession",
+    "FoundMask",
+    "MaskCost",
+    "Picture",
+    "Report",
+    "SeamError",
+    "difference_mask",
+]

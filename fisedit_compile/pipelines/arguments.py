@@ -51,7 +51,8 @@ class CallArguments:
             for name, parameter in parameters.items()
             if name != "self" and parameter.kind is not inspect.Parameter.VAR_KEYWORD
         }
-        if not self.accepts("callback_on_step_end") and not self.accepts("callback"):
+        followed = family.without_callbacks or self.accepts("callback_on_step_end") or self.accepts("callback")
+        if not followed:
             raise PipelineError(
                 f"{self._name} has no callback_on_step_end, through which an edit session follows the steps; use a "
                 "text-to-image, image-to-image or inpainting pipeline with it, such as StableDiffusionPipeline"

@@ -58,7 +58,8 @@ class PipelineBinding:
     """
 
     def __init__(self, pipe: Any, family: Family, runtime: Runtime, options: BackendOptions) -> None:
-        missing = [part for part in ("scheduler", family.autoencoder) if getattr(pipe, part, None) is None]
+        wanted = [part for part in ("scheduler", family.autoencoder) if part is not None]
+        missing = [part for part in wanted if getattr(pipe, part, None) is None]
         if missing:
             raise PipelineError(
                 f"an edit session needs a diffusers pipeline with a {missing[0]}, and {type(pipe).__name__} has none; "
@@ -112,10 +113,9 @@ class PipelineBinding:
         twin = twin_of(pipe)
         follower.cancellation = Cancellation(pipe, twin)
         family = self._family
-        ours = {
-            family.network: compiled.stand_in,
-            family.autoencoder: autoencoder.view(getattr(pipe, family.autoencoder), follower, numbers),
-        }
+        ours = {family.network: compiled.stand_in}
+        if family.autoencoder is not None:
+            ours[family.autoencoder] = autoencoder.view(getattr(pipe, family.autoencoder), follower, numbers)
         ours |= self._encoders.views(pipe, numbers)
         encode, prepare = (getattr(twin, name, None) for name in (family.encode_prompt, family.prepare_latents))
         if callable(encode):
@@ -153,6 +153,7 @@ class PipelineBinding:
             if twin.scheduler is not pipe.scheduler:
                 watch_predictions(twin.scheduler, follower.trajectory.memory)
                 numbers.follow_scheduler(twin.scheduler)
+                follower.follow_scheduler(twin.scheduler)
             if "callback_on_step_end" not in inspect.signature(type(pipe).__call__).parameters:
                 restore.enter_context(followed_scheduler(twin, follower))
             self._local.call = _Call(clock, follower, numbers)

@@ -71,6 +71,11 @@ class NetworkCalls:
         if not number:
             self._check_start(self._recorded)
 
+    @property
+    def start(self) -> Tensor | None:
+        """The latents that the first call was given; None: there was none, or they have another name."""
+        return None if self._start is None else self._start[1]
+
     def _check_start(self, recorded: NetworkCalls) -> None:
         """Refuse an edit that starts from other noise: nothing else that comes to the first call depends on prompts."""
         if self._start is None or recorded._start is None or self._other_inputs:

@@ -36,11 +36,10 @@ class NoiseSource:
         Raises:
             PipelineError: they are neither a generator nor a list of generators nor None.
         """
+        check_generators(generators)
         if generators is None:
             return cls((), (), False)
         every = [generators] if isinstance(generators, torch.Generator) else generators
-        if not isinstance(every, list) or not every or not all(isinstance(one, torch.Generator) for one in every):
-            raise PipelineError(f"generator must be a torch.Generator or a list of them, got {generators!r}")
         return cls(
             tuple(one.device for one in every),
             tuple(one.get_state() for one in every),
@@ -55,3 +54,19 @@ class NoiseSource:
             generator.set_state(state)
             made.append(generator)
         return made[0] if self.single else made or None
+
+
+def check_generators(generators: Generators) -> None:
+    """Refuse what is no source of noise.
+
+    Raises:
+        PipelineError: it is neither a generator nor a list of generators nor None.
+    """
+    if generators is None or isinstance(generators, torch.Generator):
+        return
+    if not isinstance(generators, list) or not generators or not all(_is_generator(one) for one in generators):
+        raise PipelineError(f"generator must be a torch.Generator or a list of them, got {generators!r}")
+
+
+def _is_generator(value: object) -> bool:
+    return isinstance(value, torch.Generator)

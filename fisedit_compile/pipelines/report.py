@@ -79,6 +79,8 @@ class Report:
         encodes_reused: how many encodes of input pictures were taken from the generation.
         finding: what finding the mask cost; None: it was given, or there is none.
         seam: the seam error of an edit that was decoded and pasted, otherwise None.
+        seam_left: of an edit that was mixed with the picture before along the mask's edge, inside: the steps across the
+            edge that are left; None: it was not mixed.
         notes: sentences on what was out of the ordinary, such as an empty mask.
     """
 
@@ -96,6 +98,7 @@ class Report:
     encodes_reused: int = 0
     finding: MaskCost | None = None
     seam: SeamError | None = None
+    seam_left: SeamError | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -139,6 +142,9 @@ class Report:
         if self.seam is not None:
             rows.append(("seam error, greatest", f"{self.seam.greatest:.4f}"))
             rows.append(("seam error, mean", f"{self.seam.mean:.4f}"))
+        if self.seam_left is not None:
+            rows.append(("left at the seam, greatest", f"{self.seam_left.greatest:.4f}"))
+            rows.append(("left at the seam, mean", f"{self.seam_left.mean:.4f}"))
         return rows
 
     def to_dict(self) -> dict[str, Any]:
@@ -160,6 +166,7 @@ class Report:
             "encodes_reused": self.encodes_reused,
             "finding": None if self.finding is None else asdict(self.finding),
             "seam": None if self.seam is None else {"greatest": self.seam.greatest, "mean": self.seam.mean},
+            "seam_left": None if self.seam_left is None else asdict(self.seam_left),
             "notes": list(self.notes),
         }
 

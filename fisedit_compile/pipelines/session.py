@@ -18,13 +18,17 @@ from fisedit_compile.pipelines.decoding.decoding import SparseDecoder
 from fisedit_compile.pipelines.families import family_of
 from fisedit_compile.pipelines.families.prompts import check_prompt_tokens
 from fisedit_compile.pipelines.families.schedulers import describe_scheduler, scheduler_difference
-from fisedit_compile.pipelines.history import Entry, taking_turns
+from fisedit_compile.pipelines.history import Entry, History, taking_turns
+from fisedit_compile.pipelines.masks.blending import check_seam
 from fisedit_compile.pipelines.masks.cells import check_aspect
 from fisedit_compile.pipelines.masks.settings import AutomaticMask
-from fisedit_compile.pipelines.noise import Generators, NoiseSource
+from fisedit_compile.pipelines.noise import Generators, NoiseSource, check_generators
+from fisedit_compile.pipelines.opening import Opening, check_opens, start_of
+from fisedit_compile.pipelines.painting import strokes_of
+from fisedit_compile.pipelines.photos import PhotoLike, read_photo
 from fisedit_compile.pipelines.picture import Picture
 from fisedit_compile.pipelines.probing.search import FoundMask, MaskSearch
-from fisedit_compile.pipelines.runs import Edit, Generation, Tools
+from fisedit_compile.pipelines.runs import Edit, EditTask, Generation, Tools
 from fisedit_compile.pipelines.safety import check_unflagged
 from fisedit_compile.pipelines.timing import StageClock
 from fisedit_compile.pipelines.wording import session_words
@@ -111,14 +115,13 @@ class EditSession:
         self._tools = Tools(pipe, family, self._arguments, binding, self._decoder, self.runtime)
         check_prompt_tokens(pipe, prompt_tokens, family.prompt_limit_of(pipe))
         self._prompt_tokens = prompt_tokens
-        self._entries: list[Entry] = []
-        self._named = 0
+        self._history = History(self.runtime, self._decoder.runtime)
         self.turn = threading.RLock()
 
     @property
     def history(self) -> tuple[Picture, ...]:
         """The generated picture and every edit since, oldest first; the last one is what the next edit starts from."""
-        return tuple(entry.picture for entry in self._entries)
+        return self._history.pictures
 
     @session_words()
     @taking_turns
@@ -153,15 +156,61 @@ class EditSession:
         noise = NoiseSource.of(generator)
         clock = StageClock(self._tools.binding.device)
         tokens = self._arguments.tokens(given)
-        run = Generation(self._tools, self._new_name("generation"), given, clock, tokens, self._prompt_tokens)
+        run = Generation(self._tools, self._history.new_name("generation"), given, clock, tokens, self._prompt_tokens)
+        return self._begin(run, generator, noise)
+
+    @session_words()
+    @taking_turns
+    def open(
+        self,
+        photo: PhotoLike,
+        prompt: str = "",
+        *,
+        num_inference_steps: int | None = None,
+        generator: Generators | None = None,
+        **arguments: Any,
+    ) -> Picture:
+        """Open a photo and record what edits of it need: as much as a generation of so many steps costs.  It starts a
+        new history.  Text-to-image pipelines that take ``latents`` open photos.
+
+        Args:
+            photo: a picture (PIL, or the path of one), numpy ``[height, width, 3]`` or torch ``[3, height, width]``, of
+                bytes or of floats from 0 to 1.  docs/photos.md has what is refused.
+            prompt: what the photo shows; "" says nothing.
+            num_inference_steps: as for the pipeline; None: the pipeline's default.
+            generator: source of the noise; None: PyTorch's global generator.
+            **arguments: further arguments of the pipeline, as for :meth:`generate`.  ``height`` and ``width`` are the
+                size at which the model sees the photo; without them it is about what the pipeline usually makes.
+                Latents that a callback of your own returns are not used: they are the photo's.
+
+        Returns:
+            The photo itself, at its own size.  Edits return it with what changed pasted into it; masks refer to it.
+
+        Raises:
+            PipelineError: the photo cannot be used, the pipeline or its scheduler cannot open photos, an argument that
+                the pipeline does not know or a session cannot honour, or the run was cancelled.
+            BudgetError: as for :meth:`generate`.
+        """
+        check_opens(self._tools, {"prompt": prompt, **arguments})
+        opened = read_photo(photo).over_white()
+        words = None if not prompt and arguments.get("prompt_embeds") is not None else prompt
+        given = self._arguments.of_generation(words, num_inference_steps, arguments)
+        check_generators(generator)
+        clock = StageClock(self._tools.binding.device)
+        start = start_of(self._tools, opened, given, generator)
+        run = Opening(self._tools, self._history.new_name("photo"), given, clock, self._prompt_tokens, start)
+        # The photo's noise was drawn: edits repeat what the generators draw from here on.
+        return self._begin(run, generator, NoiseSource.of(generator))
+
+    def _begin(self, run: Generation, generator: Generators | None, noise: NoiseSource) -> Picture:
+        """Record a run with which a new history begins; the old one stays when it fails."""
         with ExitStack() as undo:
-            undo.callback(self._drop, run.name)
+            undo.callback(self._history.drop, run.name)
             with self.runtime.record(run.name):
                 run.call(generator)
             entry = run.entry(noise)
             undo.pop_all()
-        self.reset()
-        self._entries.append(entry)
+        self._history.begin(entry)
         return entry.picture
 
     @session_words()
@@ -174,6 +223,9 @@ class EditSession:
         white_threshold: float = WHITE_THRESHOLD,
         automatic_mask: AutomaticMask | None = None,
         keep: bool = True,
+        seam: int | None = None,
+        strokes: PhotoLike | None = None,
+        strength: float | None = None,
         **changes: Any,
     ) -> Picture:
         """Edit the last picture of the history: same noise, new prompt, and only the masked region is computed.
@@ -189,6 +241,12 @@ class EditSession:
             automatic_mask: how to find the mask this time; None: as the session was told.
             keep: add the edit to the history, so that it can itself be edited.  An edit that is not kept is faster and
                 takes no memory.
+            seam: over how many pixels of the picture the edit is mixed with the one before, inside the mask's edge; 0:
+                not at all; None: not at all, and in photos over as many as docs/photos.md says.
+            strokes: the picture with strokes painted over it, or the strokes on a transparent layer of its size: the
+                edit starts from them inside the mask, which by default is where the two differ.
+            strength: with strokes, above 0 and below 1: the share of the steps that run after them; None: half.
+                Without strokes it is the pipeline's own argument, as in the generation.
             **changes: pipeline arguments to change: negative prompt, guidance scale (on the same side of 1),
                 embeddings, callbacks, output type.
 
@@ -198,24 +256,35 @@ class EditSession:
         Raises:
             PipelineError: nothing was generated yet, the safety checker blackened the last picture, a change would
                 break the correspondence with the recorded run, or the run was cancelled.
-            MaskError: the mask cannot be used, or was given together with ``automatic_mask``; or only a threshold was.
-            OptionError: ``white_threshold`` is not above 0 and up to 1.
+            MaskError: the mask cannot be used, or was given together with ``automatic_mask``; or only a threshold was;
+                or the strokes are no picture of the last one's size that differs from it.
+            OptionError: ``white_threshold``, ``seam`` or ``strength`` is out of its range.
             WeightsChangedError: the network's weights are not those of the recorded run.
             BudgetError: keeping the edit would exceed the budget; drop older pictures or use ``keep=False``.
         """
+        check_seam(seam)
+        # Without strokes it is an argument of the pipeline's own.
+        changes = changes if strength is None or strokes is not None else {**changes, "strength": strength}
         base, given = self._edited(prompt, changes)
         clock = StageClock(self._tools.binding.device)
         cells, latents = base.trajectory.cells, base.trajectory.latents[-1]
-        latent_mask = cells.given_mask(mask, latents, white_threshold, automatic_mask)
+        placing = None if base.photo is None else base.photo.placing
+        size = None if placing is None else placing.picture
+        latent_mask = cells.given_mask(mask, latents, white_threshold, automatic_mask, size)
+        region = None
+        if placing is not None and mask is not None:
+            region = placing.given_region(mask, white_threshold, latents.device)
+        painted = None if strokes is None else strokes_of(self._tools, base, strokes, strength, latent_mask)
         settings, finding = automatic_mask or self.automatic_mask, None
-        if latent_mask is None and settings.method == "probe":
+        if latent_mask is None and painted is None and settings.method == "probe":
             found = MaskSearch(self._tools, given, base, settings).find()
             latent_mask, finding = found.mask, found.cost
             clock.lap("mask")
             clock.move("mask", "text", found.text_seconds)
-        run = Edit(self._tools, self._new_name("edit"), given, clock, base, latent_mask, settings, keep, finding)
+        task = EditTask(latent_mask, settings, keep, finding, region, seam, painted)
+        run = Edit(self._tools, self._history.new_name("edit"), given, clock, base, task)
         with ExitStack() as undo:
-            undo.callback(self._drop, run.name)
+            undo.callback(self._history.drop, run.name)
             saved = run.name if keep else None
             with self.runtime.edit(base.picture.name, mask=run.early_mask, save_as=saved) as receiver:
                 run.follow(receiver)
@@ -225,7 +294,7 @@ class EditSession:
             if keep:
                 undo.pop_all()
         if keep:
-            self._entries.append(entry)
+            self._history.add(entry)
         return entry.picture
 
     @session_words()
@@ -283,22 +352,13 @@ class EditSession:
         Raises:
             PipelineError: there is no edit to undo.
         """
-        if len(self._entries) < 2:
-            raise PipelineError("there is no edit to undo; the history holds no edit that was kept")
-        self._drop(self._entries.pop().picture.name)
-        return self._entries[-1].picture
+        self._history.undo()
+        return self._history.last.picture
 
     @taking_turns
     def reset(self) -> None:
         """Forget the whole history and free its recorded runs."""
-        while self._entries:
-            self._drop(self._entries.pop().picture.name)
-
-    def _drop(self, name: str) -> None:
-        """Free the recorded runs of a picture, as far as there are any."""
-        for runtime in (self.runtime, self._decoder.runtime):
-            if name in runtime.bases:
-                runtime.drop(name)
+        self._history.reset()
 
     def _edited(self, prompt: str | list[str] | None, changes: dict[str, Any]) -> tuple[Entry, dict[str, Any]]:
         """The last entry of the history, and the arguments of an edit of it.
@@ -311,19 +371,13 @@ class EditSession:
         kept = {name: keep_value(value) for name, value in changes.items()}
         return base, self._arguments.merge(base.arguments, kept)
 
-    def _new_name(self, kind: str) -> str:
-        self._named += 1
-        return f"{kind}-{self._named}"
-
     def _editable(self) -> Entry:
         """The last entry of the history.
 
         Raises:
             PipelineError: there is none, its picture was blackened, or parts of the pipeline were exchanged since.
         """
-        if not self._entries:
-            raise PipelineError("there is no picture to edit yet; call generate first")
-        entry = self._entries[-1]
+        entry = self._history.last
         check_unflagged(entry.picture)
         entry.network.check(self._tools.binding.module)
         difference = scheduler_difference(entry.scheduler, describe_scheduler(self.pipe.scheduler))

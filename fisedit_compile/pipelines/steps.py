@@ -104,6 +104,9 @@ class StepFollower:
         self._names = tuple(names)
         self._clock = clock
 
+    def follow_scheduler(self, scheduler: Any) -> None:
+        """Told before the run which scheduler belongs to it alone."""
+
     @property
     def tensor_names(self) -> list[str]:
         """The ``callback_on_step_end_tensor_inputs`` to give to the pipeline."""

@@ -47,7 +47,7 @@ _ADVICE: tuple[tuple[type[FisEditError], str], ...] = (
 )
 """What a session's user can do, by the kind of error; the first that fits."""
 
-_BASE = re.compile(r"\bbase '((?:generation|edit)-\d+)'")
+_BASE = re.compile(r"\bbase '((?:generation|photo|edit)-\d+)'")
 
 
 @contextmanager

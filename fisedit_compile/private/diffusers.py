@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
+
+from torch import Tensor
+
+from fisedit_compile.errors import PipelineError
 
 _INTERRUPT = "_interrupt"
 _PROGRESS = frozenset({_INTERRUPT, "_num_timesteps", "_current_timestep"})
@@ -12,6 +17,22 @@ _PROGRESS = frozenset({_INTERRUPT, "_num_timesteps", "_current_timestep"})
 def packs_latents(pipe: Any) -> bool:
     """Whether a pipeline packs its latents to tokens."""
     return callable(getattr(pipe, "_pack_latents", None))
+
+
+def packed_latents(pipe: Any, latents: Tensor) -> Tensor:
+    """Latents ``[B, C, height, width]``, packed to tokens ``[B, tokens, C]`` as a pipeline packs them.
+
+    Raises:
+        PipelineError: its packing takes other arguments than that of Flux and Qwen-Image.
+    """
+    pack = pipe._pack_latents
+    if len(inspect.signature(pack).parameters) != 5:
+        raise PipelineError(
+            f"{type(pipe).__name__} packs its latents in a way of its own, so a photo cannot be opened with it; use "
+            "FluxPipeline or QwenImagePipeline, or describe its family (docs/adding-a-pipeline.md)"
+        )
+    packed: Tensor = pack(latents, *latents.shape)
+    return packed
 
 
 def is_cancelled(pipe: Any) -> bool:

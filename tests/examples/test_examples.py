@@ -32,7 +32,7 @@ def pixels(path: Path) -> np.ndarray:
 def test_every_example_is_tested() -> None:
     source = Path(__file__).read_text(encoding="utf-8")
     names = [path.stem for path in FOLDER.glob("*.py")]
-    assert len(names) == 4 and all(f'load("{name}")' in source for name in names)
+    assert len(names) == 6 and all(f'load("{name}")' in source for name in names)
 
 
 def test_own_network(capsys: pytest.CaptureFixture[str]) -> None:
@@ -55,6 +55,23 @@ def test_edit_by_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     load("edit_by_words").main(tmp_path, steps=3)
     assert not np.array_equal(pixels(tmp_path / "base.png"), pixels(tmp_path / "fireworks.png"))
     assert "the mask covers" in capsys.readouterr().out
+
+
+def test_edit_photo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    load("edit_photo").main(tmp_path, steps=3)
+    photo, mask, edited = (pixels(tmp_path / f"{name}.png") for name in ("photo", "photo-mask", "photo-blue"))
+    assert photo.shape == edited.shape == (300, 330, 3)
+    assert np.array_equal(photo[mask == 0], edited[mask == 0]) and not np.array_equal(photo, edited)
+    assert "left at the seam" in capsys.readouterr().out
+
+
+def test_strokes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    load("strokes").main(tmp_path, steps=4)
+    sample, painted, melted = (pixels(tmp_path / f"{name}.png") for name in ("sample", "painted", "melted"))
+    # Three pixels around the ellipse.
+    assert np.array_equal(sample[:17], melted[:17]) and np.array_equal(sample[:, 34:], melted[:, 34:])
+    assert not np.array_equal(painted[20:35, 12:31], melted[20:35, 12:31])
+    assert "of the pixels could change" in capsys.readouterr().out
 
 
 def test_save_explanation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

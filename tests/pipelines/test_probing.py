@@ -63,7 +63,7 @@ def generate(session: EditSession, prompt: Any = BASE, kind: str = "text-to-imag
 
 def timesteps(session: EditSession) -> list[int]:
     scheduler = make_scheduler("ddim", session.pipe.scheduler)
-    scheduler.set_timesteps(len(session._entries[-1].trajectory.latents))
+    scheduler.set_timesteps(len(session._history.last.trajectory.latents))
     return [int(one) for one in scheduler.timesteps]
 
 
@@ -171,7 +171,7 @@ def test_what_does_not_exceed_the_floor_is_rounding(session: EditSession, monkey
     base = generate(session)
     score = session.find_mask(FIRST).cost.score
     assert score is not None
-    floor = session._entries[-1].floor
+    floor = session._history.last.floor
     monkeypatch.setattr(floor, "value", score / 3.9)
     edited = session.edit(FIRST, keep=False)
     assert not edited.mask.any() and torch.equal(edited.pixels, base.pixels)
@@ -239,7 +239,7 @@ def test_growth_is_in_pixels_of_the_picture_with_either_method(session: EditSess
         several = (replace(settings, growth_pixels=4), replace(settings, growth=2))
         pixels, cells = (session.edit(FIRST, keep=False, automatic_mask=one).mask for one in several)
         assert torch.equal(pixels, cells) and 0 < int(pixels.sum()) < pixels.numel()
-    cells = session._entries[-1].trajectory.cells
+    cells = session._history.last.trajectory.cells
     assert cells.pixels_per_position(session.pipe, base.pixels) == cells.pixels_per_position(session.pipe, None) == 2
 
 

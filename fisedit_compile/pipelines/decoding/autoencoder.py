@@ -60,6 +60,7 @@ class AutoencoderCall:
 
     Attributes:
         encodes_reused: how many encodes needed no computation.
+        decoded: what the decoder was given for the picture; None: nothing yet.
     """
 
     def __init__(self, decoder: SparseDecoder, job: DecodeJob, encodes: EncodeMemory, generation: bool) -> None:
@@ -67,6 +68,7 @@ class AutoencoderCall:
         self.encodes = encodes
         self._decoder = decoder
         self.encodes_reused = 0
+        self.decoded: Tensor | None = None
         self._generation = generation
 
     @property
@@ -109,6 +111,7 @@ class AutoencoderCall:
         def decode(latents: Tensor, *positional: Any, **named: Any) -> Any:
             if not is_ours() or not follower.finished or self.job.outcome is not None:
                 return original.decode(latents, *positional, **named)
+            self.decoded = latents
             if latents.dim() != 4:
                 self.job.outcome = Decoding("dense", "autoencoders of videos, also of single pictures, run densely")
                 return original.decode(latents, *positional, **named)

@@ -11,10 +11,11 @@ from fisedit_compile.pipelines.families.flux import FLUX
 from fisedit_compile.pipelines.families.guidance import Guidance
 from fisedit_compile.pipelines.families.qwen_image import QWEN_IMAGE
 from fisedit_compile.pipelines.families.stable_diffusion import STABLE_DIFFUSION
+from fisedit_compile.pipelines.families.unconditional import UNCONDITIONAL
 
 __all__ = ["FAMILIES", "Family", "Guidance", "Packing", "family_of", "register"]
 
-FAMILIES: list[Family] = [STABLE_DIFFUSION, QWEN_IMAGE, FLUX, DIFFUSION_TRANSFORMERS]
+FAMILIES: list[Family] = [UNCONDITIONAL, STABLE_DIFFUSION, QWEN_IMAGE, FLUX, DIFFUSION_TRANSFORMERS]
 """All families; the first that a pipeline belongs to is its own."""
 
 

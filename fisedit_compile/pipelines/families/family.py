@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
+from fisedit_compile.pipelines.families.encoding import Encoded, encode_map
 from fisedit_compile.pipelines.families.guidance import Guidance, guidance_of
-from fisedit_compile.pipelines.families.sizes import default_size_of
+from fisedit_compile.pipelines.families.sizes import default_size_of, whole_cells_of
 from fisedit_compile.runtime import Domain
 
 CHANGEABLE = frozenset(
@@ -35,6 +39,9 @@ REFUSED = {
 }
 """Arguments of diffusers' pipelines that a session cannot honour."""
 
+MULTIPLE = 8
+"""Pixels of which pipelines of diffusers ask height and width to be multiples, also with small autoencoders."""
+
 
 @dataclass(frozen=True)
 class Packing:
@@ -61,7 +68,8 @@ class Family:
         name: in words.
         belongs: whether a pipeline is of this family; asked of one family after the other.
         network: attribute of the pipeline that holds the network which is called at every step.
-        autoencoder: attribute that holds the autoencoder, with ``decode`` and a network ``decoder``.
+        autoencoder: attribute that holds the autoencoder, with ``decode`` and a network ``decoder``; None: there is
+            none, and pixels are what the network is called with.
         encode_prompt: method that encodes prompts; it is timed, and what it draws at random is told apart. A pipeline
             need not have it.
         prepare_latents: method that makes the first latents, or a tuple that begins with them. A pipeline need not
@@ -81,12 +89,15 @@ class Family:
             not known. It is given the pipeline and its network.
         refused: arguments that a session cannot honour, and what its user is told.
         resizes: the argument by which a pipeline may make a picture of another size, which it resizes in the end.
+        encode: makes latents of pixels ``[B, 3, height, width]`` from 0 to 1; it is given the pipeline and these.
+        without_callbacks: whether the pipeline takes no callbacks at all and goes on with what the scheduler's ``step``
+            returns, so that a session follows it there.
     """
 
     name: str
     belongs: Callable[[Any], bool]
     network: str
-    autoencoder: str = "vae"
+    autoencoder: str | None = "vae"
     encode_prompt: str = "encode_prompt"
     prepare_latents: str = "prepare_latents"
     latents: tuple[str, ...] = ("sample", "hidden_states")
@@ -98,6 +109,8 @@ class Family:
     default_size: Callable[[Any, Any], tuple[int, int] | None] = default_size_of
     refused: Mapping[str, str] = field(default_factory=lambda: dict(REFUSED))
     resizes: str = "use_resolution_binning"
+    encode: Callable[[Any, Tensor], Encoded] = encode_map
+    without_callbacks: bool = False
 
     def network_of(self, pipe: Any) -> Any:
         """The network of a pipeline that is called at every step; None: it has none."""
@@ -130,6 +143,15 @@ class Family:
         if not isinstance(scale, int) or not all(isinstance(side, int) and side >= scale for side in wanted):
             return None
         return Domain(*(int(side) // scale for side in wanted if side is not None))
+
+    def grid(self, pipe: Any) -> tuple[int, int] | None:
+        """The pixels of which height and width of a picture must be multiples for the pipeline, and those of which they
+        should be, so that no resolution of the network has a part of a cell; None: the pipeline does not tell."""
+        scale = getattr(pipe, "vae_scale_factor", None)
+        if not isinstance(scale, int):
+            return None
+        whole = self.side if self.packing is not None else whole_cells_of(self.network_of(pipe))
+        return math.lcm(MULTIPLE, scale * self.side), math.lcm(MULTIPLE, scale * whole)
 
     def prompt_limit_of(self, pipe: Any) -> int | None:
         """The most tokens of a prompt where the session pads prompts; None: the pipeline does."""

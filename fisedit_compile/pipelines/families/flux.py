@@ -6,6 +6,7 @@ change; guidance by ``true_cfg_scale`` and a negative prompt is a second call of
 
 from __future__ import annotations
 
+from fisedit_compile.pipelines.families.encoding import encode_tokens
 from fisedit_compile.pipelines.families.family import Family, Packing, has_part
 from fisedit_compile.pipelines.families.packing import SIDE, packed_resolutions
 from fisedit_compile.private.diffusers import packs_latents
@@ -17,4 +18,5 @@ FLUX = Family(
     belongs=lambda pipe: has_part(pipe, "transformer") and packs_latents(pipe),
     network="transformer",
     packing=PACKED,
+    encode=encode_tokens,
 )

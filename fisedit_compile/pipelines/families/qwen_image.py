@@ -6,6 +6,7 @@ attention. Guidance is a second call of the network, by ``true_cfg_scale`` and a
 
 from __future__ import annotations
 
+from fisedit_compile.pipelines.families.encoding import encode_frame
 from fisedit_compile.pipelines.families.family import Family, has_part
 from fisedit_compile.pipelines.families.flux import PACKED
 from fisedit_compile.pipelines.families.prompts import masked_prompt_limit
@@ -20,5 +21,6 @@ QWEN_IMAGE = Family(
     ),
     network="transformer",
     packing=PACKED,
+    encode=encode_frame,
     prompt_limit=masked_prompt_limit,
 )

@@ -97,7 +97,13 @@ class LatentCells:
             return latents
         return latents.transpose(1, 2).unflatten(2, (self.tokens.height, self.tokens.width))
 
-    def mask(self, given: MaskLike, latents: Tensor, white_threshold: float = WHITE_THRESHOLD) -> Tensor:
+    def mask(
+        self,
+        given: MaskLike,
+        latents: Tensor,
+        white_threshold: float = WHITE_THRESHOLD,
+        picture: tuple[int, int] | None = None,
+    ) -> Tensor:
         """A user's mask at the autoencoder's resolution; a token is active as a whole.
 
         Args:
@@ -105,6 +111,8 @@ class LatentCells:
                 or ``[B, H, W]``.
             latents: of the run.
             white_threshold: the share of the mask's scale that white reaches.
+            picture: height and width of the picture in pixels, where it was resized for the model and may have a
+                somewhat other aspect ratio, which the mask may have as well.
 
         Returns:
             bool ``[B or 1, height, width]`` on the latents' device.
@@ -113,7 +121,7 @@ class LatentCells:
             MaskError: it is no mask, holds another number of masks than 1 or B, or has another aspect ratio.
             OptionError: the threshold is not above 0 and up to 1.
         """
-        return self.expand(to_latents(given, self.maps(latents), white_threshold))
+        return self.expand(to_latents(given, self.maps(latents), white_threshold, picture))
 
     def given_mask(
         self,
@@ -121,6 +129,7 @@ class LatentCells:
         latents: Tensor,
         white_threshold: float,
         automatic_mask: AutomaticMask | None,
+        picture: tuple[int, int] | None = None,
     ) -> Tensor | None:
         """:meth:`mask` of what the user of an edit gave; None: the mask is to be found.
 
@@ -134,7 +143,7 @@ class LatentCells:
             return None
         if automatic_mask is not None:
             raise MaskError("give either mask or automatic_mask, not both")
-        return self.mask(given, latents, white_threshold)
+        return self.mask(given, latents, white_threshold, picture)
 
     def expand(self, mask: Tensor) -> Tensor:
         """A mask at the resolution of :meth:`maps` at the autoencoder's: bool ``[B, height, width]``."""
@@ -147,7 +156,12 @@ class LatentCells:
         return latents.dim() > 3 and Domain(*latents.shape[-2:]) in (self.domain, self.tokens)
 
 
-def to_latents(mask: MaskLike, latents: Tensor, white_threshold: float = WHITE_THRESHOLD) -> Tensor:
+def to_latents(
+    mask: MaskLike,
+    latents: Tensor,
+    white_threshold: float = WHITE_THRESHOLD,
+    picture: tuple[int, int] | None = None,
+) -> Tensor:
     """A user's mask at the latents' resolution: a cell is active when any white mask pixel lies in it.
 
     Args:
@@ -155,6 +169,7 @@ def to_latents(mask: MaskLike, latents: Tensor, white_threshold: float = WHITE_T
             ``[B, H, W]``.
         latents: ``[B, C, height, width]``.
         white_threshold: the share of the mask's scale that white reaches.
+        picture: as for :meth:`LatentCells.mask`.
 
     Returns:
         bool ``[B or 1, height, width]`` on the latents' device.
@@ -170,7 +185,9 @@ def to_latents(mask: MaskLike, latents: Tensor, white_threshold: float = WHITE_T
             "pictures or one for each; a picture in colours is [height, width, channels]"
         )
     height, width = latents.shape[-2:]
-    check_aspect((prepared.shape[-2], prepared.shape[-1]), (height, width))
+    size = prepared.shape[-2], prepared.shape[-1]
+    if picture is None or not same_aspect(size, (height, width)):
+        check_aspect(size, (height, width) if picture is None else picture)
     return reduce_mask(prepared, Domain(height, width))
 
 

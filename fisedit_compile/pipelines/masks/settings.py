@@ -10,7 +10,7 @@ from fisedit_compile.errors import OptionError
 
 Method = Literal["probe", "fisedit"]
 
-FISEDIT_STEPS, FISEDIT_OUT_OF = 10, 50
+DENSE_STEPS, DENSE_OUT_OF = 10, 50
 """How many of how many scheduler steps run densely with FISEdit's method, unless it is said."""
 CELLS_OF_GROWTH = 1
 """Latent cells by which a mask grows that was found with FISEdit's method, unless it is said."""
@@ -90,8 +90,8 @@ class AutomaticMask:
 
     @property
     def _steps(self) -> tuple[int, int]:
-        steps = FISEDIT_STEPS if self.steps is None else self.steps
-        return steps, FISEDIT_OUT_OF if self.out_of is None else self.out_of
+        steps = DENSE_STEPS if self.steps is None else self.steps
+        return steps, DENSE_OUT_OF if self.out_of is None else self.out_of
 
     def scaled_steps(self, steps: int) -> int:
         """How many of ``steps`` scheduler steps run densely with FISEdit's method: at least one."""

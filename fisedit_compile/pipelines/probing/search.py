@@ -177,7 +177,7 @@ class MaskSearch:
     def _made(self, maps: list[Tensor], cost: MaskCost, began: float) -> FoundMask:
         cells, latents = self._base.trajectory.cells, self._base.trajectory.latents[-1]
         scores = torch.zeros_like(cells.maps(latents)[:, 0], dtype=torch.float32)
-        pixels = cells.pixels_per_position(self._tools.pipe, self._base.picture.pixels)
+        pixels = cells.pixels_per_position(self._tools.pipe, self._base.decoded)
         region = np.zeros(tuple(scores.shape), dtype=bool)
         if maps:
             greatest = torch.stack([found.amax(dim=(1, 2)) for found in maps]).amax(dim=0)
