@@ -33,9 +33,9 @@ class EditPair(NamedTuple):
 def edits_of(scene: Scene, kind: EditKind) -> list[Scene]:
     """All scenes that an edit of a kind makes of a scene, in a fixed order.
 
-    Kinds are ``add`` (any object to an empty scene), ``remove``, ``recolour``, ``replace`` (by another object), ``move``,
-    ``ground``, ``time``, ``fireworks`` (lit or put out) and ``unchanged``.  The list is empty where the scene has no
-    object that the edit needs, or has one where an object is to be added.
+    Kinds are ``add`` (any object to an empty scene), ``remove``, ``recolour``, ``replace`` (by another object),
+    ``move``, ``ground``, ``time``, ``fireworks`` (lit or put out) and ``unchanged``.  The list is empty where the scene
+    has no object that the edit needs, or has one where an object is to be added.
     """
     if kind == "unchanged":
         return [scene]
