@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from fisedit_compile.bench.quality.rows import Row
     from fisedit_compile.bench.quality.summary import RowSummary
 
-TABLE_WIDTH = 150
-"""Columns of text that the table needs."""
+WIDEST = 1000
+"""More columns of text than a table needs."""
 SHEET_EDITS = 12
 """Most edits on the contact sheet."""
 SHEET_SIDE = 160
@@ -44,7 +44,7 @@ def evaluate(
         int | None,
         typer.Option(help="Edits of every row; when left out 200 of this project's and 40 of the others'.", min=1),
     ] = None,
-    steps: options.Steps = 50,
+    steps: Annotated[int, typer.Option(help="Scheduler steps of every picture.", min=2)] = 50,
     device: options.Device = None,
 ) -> None:
     """Measure edits of held-back scenes with the model that comes with the package; needs no network.
@@ -77,10 +77,10 @@ def evaluate(
     numbers = {"settings": networks.identity(), "rows": [summary.to_dict() for summary in summaries]}
     (output / "table.json").write_text(json.dumps(numbers, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     _draw_sheet(folder, results, output / "sheet.png")
-    console = Console()
-    console.width = max(console.width, TABLE_WIDTH)
-    console.print(table(summaries))
-    console.print(kinds_table(summaries))
+    for shown in (table(summaries), kinds_table(summaries)):
+        # As wide as it needs to be: numbers that are cut off or broken into lines are none.
+        needed = Console(width=WIDEST).measure(shown).maximum
+        Console(width=max(Console().width, needed)).print(shown)
     typer.echo(f"pictures and numbers in {output}; look at {output / 'sheet.png'}")
 
 
@@ -91,15 +91,15 @@ def _names(text: str) -> list[str]:
 
 #: Headings of the table, the columns of the summary, and the format of their numbers.
 _COLUMNS = (
-    ("success, %", "success", ".1f"),
-    ("PSNR, dB", "psnr", ".1f"),
+    ("success,\n%", "success", ".1f"),
+    ("PSNR,\ndB", "psnr", ".1f"),
     ("SSIM", "ssim", ".3f"),
-    ("background, dB", "background", ".1f"),
-    ("outside its mask, dB", "outside", ".1f"),
+    ("background,\ndB", "background", ".1f"),
+    ("outside its\nmask, dB", "outside", ".1f"),
     ("recall", "recall", ".3f"),
     ("area", "area", ".2f"),
-    ("share, %", "share", ".1f"),
-    ("dense steps", "dense_steps", ".1f"),
+    ("share,\n%", "share", ".1f"),
+    ("dense\nsteps", "dense_steps", ".1f"),
     ("seconds", "seconds", ".2f"),
     ("speed-up", "speed_up", ".2f"),
 )
@@ -112,8 +112,8 @@ def table(summaries: list[RowSummary]) -> Table:
 
     found = Table(title="fisedit eval", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     found.add_column("row", no_wrap=True)
-    for heading in ("edits", "success, %", "to dense, points", *(heading for heading, _, _ in _COLUMNS[1:])):
-        found.add_column(heading, justify="right")
+    for heading in ("edits", "success,\n%", "to dense,\npoints", *(heading for heading, _, _ in _COLUMNS[1:])):
+        found.add_column(heading, justify="right", no_wrap=True)
     for summary in summaries:
         cells = [_cell(summary.columns[name], form) for _, name, form in _COLUMNS]
         difference = summary.differences.get("dense", {}).get("success")
@@ -144,7 +144,7 @@ def _cell(found: Estimate | None, form: str) -> str:
     if found is None:
         return ""
     value, low, high = ("inf" if math.isinf(one) else format(one, form) for one in (found.value, found.low, found.high))
-    return value if low == value == high else f"{value}\n{low} to {high}"
+    return value if low == value == high else f"{value}\n{low}…{high}"
 
 
 def _draw_sheet(folder: ResultFolder, results: list[Result], path: Path) -> None:

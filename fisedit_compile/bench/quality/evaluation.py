@@ -12,6 +12,9 @@ from fisedit_compile.bench.quality.rows import DENSE, Row
 from fisedit_compile.bench.quality.task import Networks, Task
 from fisedit_compile.scenes import EditKind
 
+WARM_STEPS = 2
+"""Scheduler steps of the edits that warm up: one dense one and one sparse one, where the mask is found."""
+
 
 @dataclass(frozen=True)
 class Result:
@@ -62,7 +65,7 @@ def evaluate(
         missing = [row for row in rows if found[case.name, row.name] is None]
         if missing and not warm:
             progress("warming up")
-            warm_up(networks, case, sorted({row for _, later in work[number - 1 :] for row in later}, key=_name))
+            warm_up(networks, case, list(dict.fromkeys(row for _, later in work for row in later)))
             warm = True
         task = Task(networks, case, folder.picture(case, "base"), folder.picture(case, DENSE.name))
         for row in missing:
@@ -82,25 +85,16 @@ def evaluate(
     return results
 
 
-def _name(row: Row) -> str:
-    return row.name
-
-
 def warm_up(networks: Networks, case: EditCase, rows: Sequence[Row]) -> None:
-    """Make an edit of two steps by every row and throw it away: what happens once in a process counts for no edit.
+    """Make an edit of few steps by every row and throw it away: what happens once in a process counts for no edit.
 
     Args:
         networks: that make it.
         case: the edit.
         rows: the methods.
     """
-    steps = networks.arguments["num_inference_steps"]
-    networks.arguments["num_inference_steps"] = min(2, steps)
-    try:
-        task = Task(networks, case)
-        task.dense = DENSE.make(task).picture
-        for row in rows:
-            if row is not DENSE:
-                row.make(task)
-    finally:
-        networks.arguments["num_inference_steps"] = steps
+    task = Task(networks, case, steps=WARM_STEPS)
+    task.dense = DENSE.make(task).picture
+    for row in rows:
+        if row is not DENSE:
+            row.make(task)

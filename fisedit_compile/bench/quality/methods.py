@@ -33,7 +33,7 @@ def dense(task: Task) -> Outcome:
     networks = task.networks
 
     def make() -> tuple[Image.Image, None]:
-        made = networks.plain(task.case.edited_prompt, generator=task.noise(), **networks.arguments)
+        made = networks.plain(task.case.edited_prompt, generator=task.noise(), **task.arguments)
         return made.images[0], None
 
     return timed(task, make)
@@ -46,7 +46,7 @@ def sdedit(task: Task) -> Outcome:
 
     def make() -> tuple[Image.Image, None]:
         made = pipe(
-            task.case.edited_prompt, image=base, strength=SDEDIT_STRENGTH, generator=task.noise(), **networks.arguments
+            task.case.edited_prompt, image=base, strength=SDEDIT_STRENGTH, generator=task.noise(), **task.arguments
         )
         return made.images[0], None
 
@@ -60,7 +60,7 @@ def diffedit(task: Task) -> Outcome:
     pipe = networks.pipeline(
         StableDiffusionDiffEditPipeline, inverse_scheduler=DDIMInverseScheduler.from_config(scheduler.config)
     )
-    steps = networks.arguments["num_inference_steps"]
+    steps = task.arguments["num_inference_steps"]
 
     def make() -> tuple[Image.Image, NDArray[np.bool_]]:
         mask = pipe.generate_mask(
@@ -71,7 +71,7 @@ def diffedit(task: Task) -> Outcome:
             mask_encode_strength=DIFFEDIT_MASK_STRENGTH,
             generator=task.noise(),
             output_type="np",
-            **networks.arguments,
+            **task.arguments,
         )
         # With guidance an inversion does not lead back to the picture.
         inverted = pipe.invert(
@@ -88,7 +88,7 @@ def diffedit(task: Task) -> Outcome:
             image_latents=inverted,
             inpaint_strength=DIFFEDIT_STRENGTH,
             generator=task.noise(),
-            **networks.arguments,
+            **task.arguments,
         )
         cells = mask[0].astype(bool)
         return made.images[0], cells.repeat(networks.side // len(cells), 0).repeat(networks.side // len(cells), 1)
@@ -101,7 +101,7 @@ def prompt_to_prompt(task: Task) -> Outcome:
     networks, case = task.networks, task.case
     prompts = [case.prompt, case.edited_prompt]
     old, new = networks.pipe.tokenizer(prompts, padding="max_length", truncation=True).input_ids
-    processor = SharedAttention(align(old, new), networks.arguments["num_inference_steps"])
+    processor = SharedAttention(align(old, new), task.arguments["num_inference_steps"])
 
     def next_step(pipe: Any, number: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         processor.step = number + 1
@@ -113,7 +113,7 @@ def prompt_to_prompt(task: Task) -> Outcome:
                 prompts,
                 generator=[task.noise(), task.noise()],
                 callback_on_step_end=next_step,
-                **networks.arguments,
+                **task.arguments,
             )
         return made.images[1], None
 
@@ -140,7 +140,7 @@ def crop_and_stitch(task: Task) -> Outcome:
             height=box[3] - box[1],
             strength=1.0,
             generator=task.noise(),
-            **networks.arguments,
+            **task.arguments,
         ).images[0]
         picture = base.copy()
         picture.paste(part, box[:2], white.crop(box))

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from fisedit_compile import __version__
 from fisedit_compile.bench.quality.cases import EditCase
 from fisedit_compile.errors import PipelineError
 from fisedit_compile.pipelines import EditSession
@@ -62,7 +63,7 @@ class Networks:
 
     def pipeline(self, kind: Any, **parts: Any) -> Any:
         """A pipeline of another class with the counted U-Net, a scheduler of its own, and the model's other parts."""
-        own = {"unet": self.unet, "scheduler": copy.deepcopy(self.pipe.scheduler)}
+        own: dict[str, Any] = {"unet": self.unet, "scheduler": copy.deepcopy(self.pipe.scheduler)}
         known = inspect.signature(kind.__init__).parameters
         shared = {name: part for name, part in self.pipe.components.items() if name in known}
         made = kind(**{**shared, **own, **parts}, requires_safety_checker=False)
@@ -86,6 +87,7 @@ class Networks:
                 digest.update(name.encode())
                 digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return {
+            "package": __version__,
             "model": digest.hexdigest(),
             "side": self.side,
             "type": str(self.pipe.unet.dtype),
@@ -120,16 +122,24 @@ class Task:
         case: the edit.
         base: the picture before it, if it was made earlier; None: to be made when asked for.
         dense: the dense edit, if it was made earlier.
+        steps: scheduler steps; None: those of the networks' settings.
 
     Attributes:
         networks, case: as given.
+        arguments: of every call of a pipeline.
         dense: the dense edit; None until it is made, before every other method's.
     """
 
     def __init__(
-        self, networks: Networks, case: EditCase, base: Image.Image | None = None, dense: Image.Image | None = None
+        self,
+        networks: Networks,
+        case: EditCase,
+        base: Image.Image | None = None,
+        dense: Image.Image | None = None,
+        steps: int | None = None,
     ) -> None:
         self.networks, self.case, self.dense = networks, case, dense
+        self.arguments = {**networks.arguments, **({} if steps is None else {"num_inference_steps": steps})}
         self._base = base
         self._prepared: set[str] = set()
 
@@ -167,7 +177,7 @@ class Task:
         """
         name, session = self.networks.session(**options)
         if name not in self._prepared:
-            picture = session.generate(self.case.prompt, generator=self.noise(), **self.networks.arguments).image
+            picture = session.generate(self.case.prompt, generator=self.noise(), **self.arguments).image
             self._prepared.add(name)
             if self._base is None:
                 self._base = picture

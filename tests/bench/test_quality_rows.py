@@ -1,0 +1,156 @@
+"""Every row makes an edit with the model that comes along, of few steps."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fisedit_compile.bench.quality.cases import edit_cases
+from fisedit_compile.bench.quality.methods import box_around
+from fisedit_compile.bench.quality.prompt_to_prompt import SharedAttention, align, shared_attention
+from fisedit_compile.bench.quality.rows import DENSE, ROWS, Row
+from fisedit_compile.bench.quality.task import Networks, Task
+from fisedit_compile.pipelines import AutomaticMask
+from fisedit_compile.scenes import load_pipeline
+
+STEPS = 3
+CASE = edit_cases(["recolour"], 1)[0]
+#: What each row computes densely for an edit of three steps: SDEdit rounds down; DiffEdit makes ten maps of two prompts
+#: and inverts two steps of its unguided half; prompt-to-prompt denoises both prompts.
+DENSE_STEPS = {
+    "dense": STEPS,
+    "sdedit": 2,
+    "diffedit": 20 + 2 / 2 + 2,
+    "prompt-to-prompt": 2 * STEPS,
+    "fisedit": AutomaticMask().scaled_steps(STEPS),
+    "painted": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def networks() -> Networks:
+    return Networks(load_pipeline(), STEPS, 3.0)
+
+
+@pytest.fixture(scope="module")
+def task(networks: Networks) -> Task:
+    found = Task(networks, CASE)
+    found.dense = DENSE.make(found).picture
+    return found
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_every_row_makes_an_edit(row: Row, task: Task) -> None:
+    outcome = row.make(task)
+    assert outcome.picture.size == task.base.size == (128, 128) and outcome.seconds > 0
+    changed = (np.asarray(outcome.picture) != np.asarray(task.base)).any(axis=2)
+    assert changed.any()
+    if row.name in DENSE_STEPS:
+        assert outcome.dense_steps == DENSE_STEPS[row.name]
+    if row.name in ("fisedit", "painted", "crop-and-stitch"):
+        assert outcome.mask is not None and not changed[~outcome.mask].any()
+        assert 0 < outcome.mask.mean() < 0.7
+    if row.name in ("painted", "crop-and-stitch"):
+        assert outcome.mask is not None and outcome.mask[task.region].all()
+    if row.name == "crop-and-stitch":
+        assert 0 < outcome.dense_steps < STEPS
+
+
+def test_where_nothing_is_asked_for_painted_and_stitched_pictures_are_the_base(networks: Networks) -> None:
+    unchanged = Task(networks, edit_cases(["unchanged"], 1)[0])
+    unchanged.dense = DENSE.make(unchanged).picture
+    for row in ROWS:
+        if row.name in ("painted", "crop-and-stitch"):
+            outcome = row.make(unchanged)
+            assert outcome.mask is not None and not outcome.mask.any() and outcome.dense_steps == 0
+            assert np.array_equal(np.asarray(outcome.picture), np.asarray(unchanged.base))
+
+
+def test_the_dense_row_is_the_plain_pipeline(networks: Networks, task: Task) -> None:
+    plain = load_pipeline()(CASE.edited_prompt, generator=task.noise(), **task.arguments).images[0]
+    assert task.dense is not None and np.array_equal(np.asarray(plain), np.asarray(task.dense))
+
+
+def test_another_model_has_another_identity(networks: Networks) -> None:
+    identity = networks.identity()
+    assert identity == Networks(load_pipeline(), STEPS, 3.0).identity()
+    other = load_pipeline()
+    with torch.no_grad():
+        other.unet.conv_in.bias[0] += 1e-6
+    assert Networks(other, STEPS, 3.0).identity()["model"] != identity["model"]
+    assert Networks(load_pipeline(), STEPS + 1, 3.0).identity() == identity | {"steps": STEPS + 1}
+    other = load_pipeline()
+    other.scheduler.register_to_config(prediction_type="epsilon")
+    assert Networks(other, STEPS, 3.0).identity()["scheduler"] != identity["scheduler"]
+
+
+def test_aligned_tokens() -> None:
+    assert align([1, 5, 6, 2, 0, 0], [1, 5, 6, 2, 0, 0]) == ([0, 1, 2, 3, 4, 5],) * 2
+    # A replaced word takes the other one's place, inserted ones have none.
+    assert align([1, 5, 6, 2], [1, 7, 6, 2]) == ([0, 1, 2, 3], [0, 1, 2, 3])
+    assert align([1, 5, 2, 0, 0], [1, 5, 8, 9, 2]) == ([0, 1, 2], [0, 1, 4])
+    assert align([1, 5, 8, 2, 0], [1, 5, 2, 0, 0])[0][:4] == [0, 1, 3, 4]
+
+
+@pytest.fixture(scope="module")
+def calls(networks: Networks) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents and states of the text of two prompts with guidance."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(4, 4, 32, 32, generator=generator), torch.randn(4, 24, 192, generator=generator)
+
+
+def call(networks: Networks, calls: tuple[torch.Tensor, torch.Tensor], processor: SharedAttention) -> torch.Tensor:
+    with torch.no_grad(), shared_attention(networks.unet, processor):
+        return networks.unet(calls[0], 500, encoder_hidden_states=calls[1]).sample
+
+
+def test_attention_that_shares_nothing_is_that_of_diffusers(networks: Networks, calls: tuple) -> None:
+    with torch.no_grad():
+        plain = networks.unet(calls[0], 500, encoder_hidden_states=calls[1]).sample
+    own = call(networks, calls, SharedAttention(([], []), steps=0))
+    torch.testing.assert_close(own, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_only_the_edit_is_changed_and_only_in_the_first_steps(networks: Networks, calls: tuple) -> None:
+    before = dict(networks.unet.attn_processors)
+    plain = call(networks, calls, SharedAttention(([], []), steps=0))
+    processor = SharedAttention(([1, 2], [1, 2]), steps=10)
+    shared = call(networks, calls, processor)
+    assert torch.equal(shared[:3], plain[:3]) and not torch.allclose(shared[3], plain[3])
+    processor.step = 4  # self-attention is the edit's own again
+    crossed = call(networks, calls, processor)
+    assert not torch.allclose(crossed[3], plain[3]) and not torch.allclose(crossed[3], shared[3])
+    processor.step = 8
+    assert torch.equal(call(networks, calls, processor), plain)
+    assert networks.unet.attn_processors == before
+
+
+def test_with_all_words_shared_and_equal_latents_the_edit_is_the_base(networks: Networks, calls: tuple) -> None:
+    """Maps are the base's then, and values differ by the words alone, which are the same."""
+    latents, words = (copy.deepcopy(one) for one in calls)
+    latents[3], words[3] = latents[2], words[2]
+    everything = list(range(24))
+    found = call(networks, (latents, words), SharedAttention((everything, everything), steps=10))
+    torch.testing.assert_close(found[3], found[2], rtol=1e-4, atol=1e-5)
+
+
+@given(st.data())
+@settings(max_examples=40, deadline=None)
+def test_boxes_hold_the_mask_and_its_context(data: st.DataObject) -> None:
+    unit = data.draw(st.sampled_from([4, 16]))
+    height, width = (unit * data.draw(st.integers(1, 6)) for _ in range(2))
+    mask = np.zeros((height, width), dtype=bool)
+    rows, columns = st.integers(0, height - 1), st.integers(0, width - 1)
+    for row, column in data.draw(st.lists(st.tuples(rows, columns), min_size=1, max_size=3)):
+        mask[row, column] = True
+    context = data.draw(st.integers(0, 20))
+    left, top, right, bottom = box_around(mask, context, unit)
+    assert not any(bound % unit for bound in (left, top, right, bottom))
+    for row, column in np.argwhere(mask):
+        assert top <= max(0, row - context) and min(height, row + 1 + context) <= bottom <= height
+        assert left <= max(0, column - context) and min(width, column + 1 + context) <= right <= width
