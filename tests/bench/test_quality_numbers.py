@@ -52,8 +52,9 @@ def test_every_row_makes_its_own_number_of_edits() -> None:
     assert [len(rows) for _, rows in work] == [2] * 40 + [1] * 160
     assert all(rows[0] is DENSE for _, rows in work)
     assert [len(rows) for _, rows in plan(ROWS, EDIT_KINDS, 3)] == [len(ROWS)] * 3
-    with pytest.raises(OptionError, match="no row painting; expected names out of dense"):
-        rows_of(["painted", "painting"])
+    for names, told in ((["painted", "painting"], "got painting"), ([], "got none")):
+        with pytest.raises(OptionError, match=f"expected names of rows out of dense, sdedit, .*; {told}"):
+            rows_of(names)
 
 
 def test_estimates_of_what_does_not_vary() -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -11,15 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fisedit_compile.bench.quality.cases import edit_cases
+from fisedit_compile.bench.quality.measures import Outcome
 from fisedit_compile.bench.quality.methods import box_around
 from fisedit_compile.bench.quality.prompt_to_prompt import SharedAttention, align, shared_attention
 from fisedit_compile.bench.quality.rows import DENSE, ROWS, Row
 from fisedit_compile.bench.quality.task import Networks, Task
 from fisedit_compile.pipelines import AutomaticMask
-from fisedit_compile.scenes import load_pipeline
+from fisedit_compile.scenes import EditKind, load_pipeline
 
 STEPS = 3
-CASE = edit_cases(["recolour"], 1)[0]
+PAINTED = ("painted", "crop-and-stitch")
+"""Rows that are given the asked-for region as their mask."""
 #: What each row computes densely for an edit of three steps: SDEdit rounds down; DiffEdit makes ten maps of two prompts
 #: and inverts two steps of its unguided half; prompt-to-prompt denoises both prompts.
 DENSE_STEPS = {
@@ -37,56 +42,72 @@ def networks() -> Networks:
     return Networks(load_pipeline(), STEPS, 3.0)
 
 
+@dataclass(frozen=True)
+class Made:
+    """An edit, and what rows made of it."""
+
+    task: Task
+    outcomes: dict[str, Outcome]
+
+
+def make(networks: Networks, kind: EditKind, names: Sequence[str]) -> Made:
+    task = Task(networks, edit_cases([kind], 1)[0])
+    task.dense = DENSE.make(task).picture
+    return Made(task, {row.name: row.make(task) for row in ROWS if row.name in names})
+
+
 @pytest.fixture(scope="module")
-def task(networks: Networks) -> Task:
-    found = Task(networks, CASE)
-    found.dense = DENSE.make(found).picture
-    return found
+def made(networks: Networks) -> tuple[Made, Made]:
+    """A ball of another colour by all rows, and an edit that asks for nothing by those with a painted mask.
+
+    All in one fixture: the networks are compiled once, and tests begin with nothing compiled.
+    """
+    return make(networks, "recolour", [row.name for row in ROWS]), make(networks, "unchanged", PAINTED)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-def test_every_row_makes_an_edit(row: Row, task: Task) -> None:
-    outcome = row.make(task)
+def test_every_row_makes_an_edit(row: Row, made: tuple[Made, Made]) -> None:
+    task, outcome = made[0].task, made[0].outcomes[row.name]
     assert outcome.picture.size == task.base.size == (128, 128) and outcome.seconds > 0
     changed = (np.asarray(outcome.picture) != np.asarray(task.base)).any(axis=2)
     assert changed.any()
     if row.name in DENSE_STEPS:
         assert outcome.dense_steps == DENSE_STEPS[row.name]
-    if row.name in ("fisedit", "painted", "crop-and-stitch"):
+    if row.name in ("fisedit", *PAINTED):
         assert outcome.mask is not None and not changed[~outcome.mask].any()
         assert 0 < outcome.mask.mean() < 0.7
-    if row.name in ("painted", "crop-and-stitch"):
+    if row.name in PAINTED:
         assert outcome.mask is not None and outcome.mask[task.region].all()
     if row.name == "crop-and-stitch":
         assert 0 < outcome.dense_steps < STEPS
 
 
-def test_where_nothing_is_asked_for_painted_and_stitched_pictures_are_the_base(networks: Networks) -> None:
-    unchanged = Task(networks, edit_cases(["unchanged"], 1)[0])
-    unchanged.dense = DENSE.make(unchanged).picture
-    for row in ROWS:
-        if row.name in ("painted", "crop-and-stitch"):
-            outcome = row.make(unchanged)
-            assert outcome.mask is not None and not outcome.mask.any() and outcome.dense_steps == 0
-            assert np.array_equal(np.asarray(outcome.picture), np.asarray(unchanged.base))
+@pytest.mark.parametrize("name", PAINTED)
+def test_where_nothing_is_asked_for_painted_and_stitched_pictures_are_the_base(
+    name: str, made: tuple[Made, Made]
+) -> None:
+    task, outcome = made[1].task, made[1].outcomes[name]
+    assert outcome.mask is not None and not outcome.mask.any() and outcome.dense_steps == 0
+    assert np.array_equal(np.asarray(outcome.picture), np.asarray(task.base))
 
 
-def test_the_dense_row_is_the_plain_pipeline(networks: Networks, task: Task) -> None:
-    plain = load_pipeline()(CASE.edited_prompt, generator=task.noise(), **task.arguments).images[0]
+def test_the_dense_row_is_the_plain_pipeline(made: tuple[Made, Made]) -> None:
+    task = made[0].task
+    plain = load_pipeline()(task.case.edited_prompt, generator=task.noise(), **task.arguments).images[0]
     assert task.dense is not None and np.array_equal(np.asarray(plain), np.asarray(task.dense))
 
 
 def test_another_model_has_another_identity(networks: Networks) -> None:
-    identity = networks.identity()
-    assert identity == Networks(load_pipeline(), STEPS, 3.0).identity()
-    other = load_pipeline()
+    identity, other = networks.identity(), load_pipeline()
+    assert identity == Networks(other, STEPS, 3.0).identity()
+    assert Networks(other, STEPS + 1, 3.0).identity() == identity | {"steps": STEPS + 1}
+    other.scheduler.register_to_config(prediction_type="epsilon")
+    found = Networks(other, STEPS, 3.0).identity()
+    assert found == identity | {"scheduler": found["scheduler"]} != identity
     with torch.no_grad():
         other.unet.conv_in.bias[0] += 1e-6
+    assert Networks(other, STEPS, 3.0).identity() == found | {"model": ANY}
     assert Networks(other, STEPS, 3.0).identity()["model"] != identity["model"]
-    assert Networks(load_pipeline(), STEPS + 1, 3.0).identity() == identity | {"steps": STEPS + 1}
-    other = load_pipeline()
-    other.scheduler.register_to_config(prediction_type="epsilon")
-    assert Networks(other, STEPS, 3.0).identity()["scheduler"] != identity["scheduler"]
 
 
 def test_aligned_tokens() -> None:

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from fisedit_compile.bench.quality.task import Networks
 from fisedit_compile.cli.eval import outlined
 from fisedit_compile.cli.main import main
+
+
+class PlainSession:
+    """Stands for a session that generates: it does so without compiling, which this test has no use for."""
+
+    def __init__(self, networks: Networks) -> None:
+        self._networks = networks
+
+    def generate(self, prompt: str, **arguments: Any) -> Any:
+        return SimpleNamespace(image=self._networks.plain(prompt, **arguments).images[0])
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
@@ -21,20 +34,34 @@ def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]
     return raised.value.code, told.out, told.err
 
 
-def test_it_writes_a_table_numbers_and_a_sheet_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_writes_a_table_numbers_and_a_sheet_and_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Networks, "session", lambda networks: ("", PlainSession(networks)))
     output = tmp_path / "evaluation"
-    words = ["--output", str(output), "--rows", "painted", "--kinds", "recolour", "--steps", "2", "--device", "cpu"]
+    words = [
+        "--output",
+        str(output),
+        "--rows",
+        "crop-and-stitch",
+        "--kinds",
+        "recolour",
+        "--steps",
+        "2",
+        "--device",
+        "cpu",
+    ]
     code, out, _ = run(capsys, *words, "--count", "1")
     assert code == 0
-    for text in ("success", "PSNR", "recall", "dense", "painted", "speed-up", "edits that succeeded"):
+    for text in ("success", "PSNR", "recall", "dense", "crop-and-stitch", "speed-up", "edits that succeeded"):
         assert text in out
     table = json.loads((output / "table.json").read_text())
-    assert [row["row"] for row in table["rows"]] == ["dense", "painted"]
-    painted = table["rows"][1]
-    assert painted["edits"] == 1 and painted["outside"]["value"] == "inf" and painted["recall"]["value"] == 1.0
-    assert painted["dense_steps"]["value"] == 0 and table["settings"]["steps"] == 2
+    assert [row["row"] for row in table["rows"]] == ["dense", "crop-and-stitch"]
+    stitched = table["rows"][1]
+    assert stitched["edits"] == 1 and stitched["outside"]["value"] == "inf" and stitched["recall"]["value"] == 1.0
+    assert 0 < stitched["dense_steps"]["value"] < 2 and table["settings"]["steps"] == 2
     names = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
-    pictures = ("base", "dense", "painted", "painted-mask")
+    pictures = ("base", "dense", "crop-and-stitch", "crop-and-stitch-mask")
     assert names == {
         *("settings.json", "results.jsonl", "table.json", "sheet.png"),
         *(f"pictures/recolour-000/{name}.png" for name in pictures),
@@ -52,9 +79,10 @@ def test_it_writes_a_table_numbers_and_a_sheet_and_goes_on(tmp_path: Path, capsy
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--rows", "painted,guessed"], "there is no row guessed"),
+        (["--rows", "painted,guessed"], "got guessed"),
+        (["--rows", ","], "got none"),
         (["--kinds", "paint"], "got paint"),
-        (["--rows", ""], "at least one"),
+        (["--kinds", ","], "got none"),
         (["--count", "0"], "count"),
         (["--steps", "1"], "steps"),
     ],

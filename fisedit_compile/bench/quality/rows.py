@@ -90,10 +90,10 @@ def rows_of(names: Sequence[str]) -> tuple[Row, ...]:
     """The rows of some names in the table's order; the dense one is always among them, as all others need it.
 
     Raises:
-        OptionError: a name is not that of a row.
+        OptionError: there is no name, or one that is not that of a row.
     """
     known = [row.name for row in ROWS]
     unknown = [name for name in names if name not in known]
-    if unknown:
-        raise OptionError(f"there is no row {', '.join(unknown)}; expected names out of {', '.join(known)}")
+    if unknown or not names:
+        raise OptionError(f"expected names of rows out of {', '.join(known)}; got {', '.join(unknown) or 'none'}")
     return tuple(row for row in ROWS if row is DENSE or row.name in names)
