@@ -47,6 +47,9 @@ class DrawingNetworks:
     def counting(self) -> Any:
         return nullcontext(DenseSteps(4.0))
 
+    def release(self) -> None:
+        """Nothing is recorded."""
+
     def session(self, **options: Any) -> tuple[str, Any]:
         return "", SimpleNamespace(generate=self._generate)
 

@@ -59,13 +59,14 @@ def evaluate(
     """
     require_torchmetrics()
     found = {(case.name, row.name): folder.find(case, row.name) for case, rows in work for row in rows}
+    pending = [row for case, rows in work for row in rows if found[case.name, row.name] is None]
     results = []
     warm = False
     for number, (case, rows) in enumerate(work, 1):
         missing = [row for row in rows if found[case.name, row.name] is None]
         if missing and not warm:
             progress("warming up")
-            warm_up(networks, case, list(dict.fromkeys(row for _, later in work for row in later)))
+            warm_up(networks, case, list(dict.fromkeys(pending)))
             warm = True
         task = Task(networks, case, folder.picture(case, "base"), folder.picture(case, DENSE.name))
         for row in missing:
@@ -78,6 +79,7 @@ def evaluate(
             measures = measure(case, task.base, task.dense, task.region, outcome)
             folder.add(case, row.name, outcome, measures)
             found[case.name, row.name] = measures
+        networks.release()
         for row in rows:
             measures_of = found[case.name, row.name]
             assert measures_of is not None

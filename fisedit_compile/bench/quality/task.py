@@ -78,6 +78,11 @@ class Networks:
             self._sessions[name] = EditSession(self.pipe, **options)
         return name, self._sessions[name]
 
+    def release(self) -> None:
+        """Free what the sessions recorded."""
+        for session in self._sessions.values():
+            session.reset()
+
     def identity(self) -> dict[str, Any]:
         """What tells this model and its settings from others, as plain values for JSON."""
         digest = hashlib.sha256()
