@@ -68,7 +68,8 @@ def made(networks: Networks) -> tuple[Made, Made]:
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_every_row_makes_an_edit(row: Row, made: tuple[Made, Made]) -> None:
     task, outcome = made[0].task, made[0].outcomes[row.name]
-    assert outcome.picture.size == task.base.size == (128, 128) and outcome.seconds > 0
+    side = task.networks.side
+    assert outcome.picture.size == task.base.size == (side, side) and outcome.seconds > 0
     changed = (np.asarray(outcome.picture) != np.asarray(task.base)).any(axis=2)
     assert changed.any()
     if row.name in DENSE_STEPS:
@@ -121,8 +122,10 @@ def test_aligned_tokens() -> None:
 @pytest.fixture(scope="module")
 def calls(networks: Networks) -> tuple[torch.Tensor, torch.Tensor]:
     """Latents and states of the text of two prompts with guidance."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(4, 4, 32, 32, generator=generator), torch.randn(4, 24, 192, generator=generator)
+    generator, config = torch.Generator().manual_seed(0), networks.unet.config
+    latents = torch.randn(4, config.in_channels, config.sample_size, config.sample_size, generator=generator)
+    words = torch.randn(4, networks.pipe.tokenizer.model_max_length, config.cross_attention_dim, generator=generator)
+    return latents, words
 
 
 def call(networks: Networks, calls: tuple[torch.Tensor, torch.Tensor], processor: SharedAttention) -> torch.Tensor:
@@ -155,7 +158,7 @@ def test_with_all_words_shared_and_equal_latents_the_edit_is_the_base(networks: 
     """Maps are the base's then, and values differ by the words alone, which are the same."""
     latents, words = (copy.deepcopy(one) for one in calls)
     latents[3], words[3] = latents[2], words[2]
-    everything = list(range(24))
+    everything = list(range(words.shape[1]))
     found = call(networks, (latents, words), SharedAttention((everything, everything), steps=10))
     torch.testing.assert_close(found[3], found[2], rtol=1e-4, atol=1e-5)
 
