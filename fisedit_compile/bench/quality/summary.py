@@ -11,7 +11,7 @@ from fisedit_compile.bench.quality.evaluation import Result
 from fisedit_compile.bench.quality.intervals import Estimate, Statistic, estimate, paired_difference
 from fisedit_compile.bench.quality.measures import Measures
 from fisedit_compile.bench.quality.rows import DENSE, Row
-from fisedit_compile.scenes import EDIT_KINDS
+from fisedit_compile.scenes import EDIT_KINDS, EditKind
 
 Value = Callable[[Measures], float | None]
 
@@ -56,7 +56,7 @@ class RowSummary:
     count: int
     columns: Mapping[str, Estimate | None]
     differences: Mapping[str, Mapping[str, Estimate | None]]
-    by_kind: Mapping[str, tuple[int, int]]
+    by_kind: Mapping[EditKind, tuple[int, int]]
     unchanged: tuple[int, int]
 
     def to_dict(self) -> dict[str, Any]:
