@@ -58,11 +58,11 @@ def make(networks: Networks, kind: EditKind, names: Sequence[str]) -> Made:
 
 @pytest.fixture(scope="module")
 def made(networks: Networks) -> tuple[Made, Made]:
-    """A ball of another colour by all rows, and an edit that asks for nothing by those with a painted mask.
+    """A ball of another colour by all rows, and an edit that asks for nothing by some.
 
     All in one fixture: the networks are compiled once, and tests begin with nothing compiled.
     """
-    return make(networks, "recolour", [row.name for row in ROWS]), make(networks, "unchanged", PAINTED)
+    return make(networks, "recolour", [row.name for row in ROWS]), make(networks, "unchanged", [*PAINTED, "diffedit"])
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
@@ -90,6 +90,11 @@ def test_where_nothing_is_asked_for_painted_and_stitched_pictures_are_the_base(
     task, outcome = made[1].task, made[1].outcomes[name]
     assert outcome.mask is not None and not outcome.mask.any() and outcome.dense_steps == 0
     assert np.array_equal(np.asarray(outcome.picture), np.asarray(task.base))
+
+
+def test_diffedit_finds_nothing_where_the_prompts_are_equal(made: tuple[Made, Made]) -> None:
+    outcome = made[1].outcomes["diffedit"]
+    assert outcome.mask is not None and not outcome.mask.any()
 
 
 def test_the_dense_row_is_the_plain_pipeline(made: tuple[Made, Made]) -> None:

@@ -73,6 +73,9 @@ def diffedit(task: Task) -> Outcome:
             output_type="np",
             **task.arguments,
         )
+        if case.prompt == case.edited_prompt:
+            # Nothing differs, and diffusers divides that by its mean, which is zero: a mask of everything.
+            mask = np.zeros_like(mask)
         # With guidance an inversion does not lead back to the picture.
         inverted = pipe.invert(
             case.prompt,
