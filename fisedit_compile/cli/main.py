@@ -11,6 +11,7 @@ import typer
 from fisedit_compile.cli.bench import app as bench
 from fisedit_compile.cli.demo import demo
 from fisedit_compile.cli.edit import edit
+from fisedit_compile.cli.eval import evaluate
 from fisedit_compile.cli.explain import explain
 from fisedit_compile.cli.generate import generate
 from fisedit_compile.errors import FisEditError
@@ -27,6 +28,7 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(generate)
 app.command()(edit)
+app.command("eval")(evaluate)
 app.command()(explain)
 app.add_typer(bench, name="bench")
 

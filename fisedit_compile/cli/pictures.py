@@ -39,14 +39,15 @@ def overlay(picture: Image.Image, mask: Image.Image) -> Image.Image:
     return Image.fromarray(np.where(inside, tinted, 0.6 * pixels).round().astype(np.uint8))
 
 
-def sheet(rows: Sequence[Sequence[tuple[str, Image.Image]]]) -> Image.Image:
+def sheet(rows: Sequence[Sequence[tuple[str, Image.Image]]], side: int = SHOWN_SIDE) -> Image.Image:
     """Titled pictures in rows; small ones are enlarged so that a person sees their pixels.
 
     Args:
         rows: of pairs of a title and a picture, all of one size.
+        side: of a picture on the sheet, in pixels at least.
     """
     width, height = rows[0][0][1].size
-    factor = max(1, math.ceil(SHOWN_SIDE / min(width, height)))
+    factor = max(1, math.ceil(side / min(width, height)))
     cell = width * factor + _MARGIN, height * factor + _TITLE_SIZE + 2 * _MARGIN
     columns = max(len(row) for row in rows)
     result = Image.new("RGB", (columns * cell[0] + _MARGIN, len(rows) * cell[1] + _MARGIN), (250, 250, 250))

@@ -1,9 +1,11 @@
-"""The renderer: it draws a scene as a picture of 128 by 128 pixels.
+"""The renderer: it draws a scene as a square picture, of 128 by 128 pixels unless told otherwise.
 
 The picture is painted in layers (sky, sun or moon, cloud or stars, ground, object, fireworks).  Each layer
 takes its random choices from a generator of its own, seeded with the picture's seed and the layer's fixed
 number, so an edit of one attribute repaints the pixels of its own layer and leaves every other pixel as it
 was.
+
+All coordinates are those of a picture of 128 by 128 pixels.  Larger pictures show the same drawing, drawn larger.
 """
 
 from __future__ import annotations
@@ -17,10 +19,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from fisedit_compile.errors import OptionError
+
 from .world import Colour, Ground, Place, Scene, TimeOfDay
 
 SIZE = 128
-"""Width and height of a picture in pixels."""
+"""Width and height of a picture in pixels where none are given; coordinates of the drawing refer to it."""
+
+SMALLEST_SIZE, LARGEST_SIZE = 32, 4096
+"""Sides of pictures that can be drawn: objects of smaller ones could not be told apart."""
 
 _OVERSAMPLING = 2
 
@@ -75,9 +82,9 @@ def _generator(seed: int, layer: int) -> random.Random:
     return random.Random(seed * 8 + layer)
 
 
-def sky_column(time: TimeOfDay) -> NDArray[np.float32]:
-    """The sky's colour in each row, ``float32`` of shape ``[128, 3]`` with values from 0 to 255."""
-    return _sky_gradient(time, SIZE).astype(np.float32)
+def sky_column(time: TimeOfDay, size: int = SIZE) -> NDArray[np.float32]:
+    """The sky's colour in each row, ``float32`` of shape ``[size, 3]`` with values from 0 to 255."""
+    return _sky_gradient(time, size).astype(np.float32)
 
 
 def _sky_gradient(time: TimeOfDay, side: int) -> NDArray[np.float64]:
@@ -88,9 +95,9 @@ def _sky_gradient(time: TimeOfDay, side: int) -> NDArray[np.float64]:
 
 
 @lru_cache(maxsize=8)
-def _sky(time: TimeOfDay) -> Image.Image:
-    """The sky, at the drawing's resolution."""
-    side = SIZE * _OVERSAMPLING
+def _sky(time: TimeOfDay, size: int) -> Image.Image:
+    """The sky of a picture of ``size`` pixels, at the drawing's resolution."""
+    side = size * _OVERSAMPLING
     column = np.rint(_sky_gradient(time, side)).astype(np.uint8)
     return Image.fromarray(np.ascontiguousarray(np.broadcast_to(column[:, None, :], (side, side, 3))))
 
@@ -104,19 +111,20 @@ def ground_value(ground: Ground, time: TimeOfDay) -> RGB:
 
 @dataclass
 class _Canvas:
-    """A drawing surface whose coordinates are in pixels of the finished picture."""
+    """A drawing surface whose coordinates are those of a picture of 128 by 128 pixels."""
 
     image: Image.Image
 
     def __post_init__(self) -> None:
         self._draw = ImageDraw.Draw(self.image)
+        self._scale = self.image.width / SIZE
 
     def box(self, left: float, top: float, right: float, bottom: float, colour: RGB) -> None:
-        scale = _OVERSAMPLING
+        scale = self._scale
         self._draw.rectangle((left * scale, top * scale, right * scale - 1, bottom * scale - 1), fill=colour)
 
     def ellipse(self, x: float, y: float, radius_x: float, radius_y: float, colour: RGB) -> None:
-        scale = _OVERSAMPLING
+        scale = self._scale
         self._draw.ellipse(
             (
                 (x - radius_x) * scale,
@@ -128,10 +136,10 @@ class _Canvas:
         )
 
     def polygon(self, points: list[tuple[float, float]], colour: RGB) -> None:
-        self._draw.polygon([(x * _OVERSAMPLING, y * _OVERSAMPLING) for x, y in points], fill=colour)
+        self._draw.polygon([(x * self._scale, y * self._scale) for x, y in points], fill=colour)
 
     def stroke(self, start: tuple[float, float], end: tuple[float, float], width: float, colour: RGB) -> None:
-        scale = _OVERSAMPLING
+        scale = self._scale
         self._draw.line(
             (start[0] * scale, start[1] * scale, end[0] * scale, end[1] * scale),
             fill=colour,
@@ -214,18 +222,24 @@ def _paint_fireworks(canvas: _Canvas, fireworks: bool, seed: int) -> None:
             canvas.stroke((x, y), end, 4, colour)
 
 
-def render(scene: Scene, seed: int) -> NDArray[np.uint8]:
+def render(scene: Scene, seed: int, size: int = SIZE) -> NDArray[np.uint8]:
     """Draw a scene.
 
     Args:
         scene: what to draw.
         seed: chooses the picture among those of the scene (where exactly the object stands, where the sun
             is, how high the horizon lies).  The same scene and seed always give the same picture.
+        size: width and height of the picture in pixels.  The content does not depend on it.
 
     Returns:
-        The picture, ``uint8`` of shape ``[128, 128, 3]`` (row, column, red-green-blue).
+        The picture, ``uint8`` of shape ``[size, size, 3]`` (row, column, red-green-blue).
+
+    Raises:
+        OptionError: the size is not from 32 to 4096.
     """
-    canvas = _Canvas(_sky(scene.time).copy())
+    if not SMALLEST_SIZE <= size <= LARGEST_SIZE:
+        raise OptionError(f"a drawing has from {SMALLEST_SIZE} to {LARGEST_SIZE} pixels a side, got {size}")
+    canvas = _Canvas(_sky(scene.time, size).copy())
     _paint_light(canvas, scene.time, seed)
     _paint_detail(canvas, scene.time, seed)
     _paint_ground(canvas, scene.ground, scene.time, seed)

@@ -229,6 +229,7 @@ NAMED_FROM = (
 #: Files that commands write or read, and files that stand for many.
 NOT_IN_THE_TREE = re.compile(
     r"blocks\.json|gpu\.(json|md)|flow\.json|\.json|model_index\.json|report\.json|unet/config\.json|fisedit-demo/.*|.*<.*|native\.cpp|docs/images/"
+    r"|(settings|table)\.json|pictures/"
 )
 
 

@@ -78,9 +78,10 @@ def as_imported(packages: Iterable[str]) -> set[str]:
 
 def test_the_package_imports_what_it_installs_and_nothing_else() -> None:
     installed = as_imported(names(read_project()["dependencies"]))
-    plots = as_imported(names(read_project()["optional-dependencies"]["plot"]))
-    assert foreign(of_the_package()) - plots == installed
-    assert plots <= foreign(of_the_package())
+    groups = read_project()["optional-dependencies"]
+    optional = as_imported(names([*groups["plot"], *groups["eval"]]))
+    assert foreign(of_the_package()) - optional == installed
+    assert optional <= foreign(of_the_package())
 
 
 def test_the_packages_of_the_project_are_there() -> None:

@@ -75,7 +75,7 @@ def test_every_direct_dependency_is_pinned() -> None:
     assert len(set(pinned)) == len(pinned)
     project = read_project()["project"]
     wanted = {requirement_name(text) for text in project["dependencies"]}
-    for extra in ("test", "plot", "docs"):
+    for extra in ("test", "plot", "eval", "docs"):
         wanted |= {requirement_name(text) for text in project["optional-dependencies"][extra]}
     assert wanted - {"triton"} <= set(pinned)
     # Builds of PyTorch bring their own.
