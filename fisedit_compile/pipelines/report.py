@@ -43,6 +43,7 @@ class Report:
             ``total``.
         scheduler_steps: number of scheduler steps.
         dense_calls, sparse_calls: number of network calls in each phase.
+        stabilised_calls: number of dense calls that took the attention to shared words from the recorded run.
         density: active share of each resolution, such as ``{"64x64": 0.1}``, finest first; empty for a generation.
         dense_seconds: of an edit: total of the recorded dense run its history began with, without that run's set-up;
             ``speed_up`` compares with it.  None for a generation.
@@ -70,6 +71,7 @@ class Report:
     encodes_reused: int = 0
     seam: SeamError | None = None
     notes: tuple[str, ...] = ()
+    stabilised_calls: int = 0
 
     @property
     def speed_up(self) -> float | None:
@@ -93,6 +95,8 @@ class Report:
         ]
         rows.append(("scheduler steps", str(self.scheduler_steps)))
         rows.append(("dense network calls", str(self.dense_calls)))
+        if self.stabilised_calls:
+            rows.append(("of them stabilised", str(self.stabilised_calls)))
         rows.append(("sparse network calls", str(self.sparse_calls)))
         rows.extend((f"active at {resolution}", f"{share:.1%}") for resolution, share in self.density.items())
         if self.dense_seconds is not None:
@@ -117,6 +121,7 @@ class Report:
             "scheduler_steps": self.scheduler_steps,
             "dense_calls": self.dense_calls,
             "sparse_calls": self.sparse_calls,
+            "stabilised_calls": self.stabilised_calls,
             "density": dict(self.density),
             "dense_seconds": self.dense_seconds,
             "speed_up": self.speed_up,

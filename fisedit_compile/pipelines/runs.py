@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from fisedit_compile.errors import PipelineError
+from fisedit_compile.pipelines.alignment import Prompts, check_words
 from fisedit_compile.pipelines.arguments import CallArguments
 from fisedit_compile.pipelines.binding import PipelineBinding
 from fisedit_compile.pipelines.decoding.autoencoder import AutoencoderCall, EncodeMemory
@@ -26,9 +27,10 @@ from fisedit_compile.pipelines.picture import Picture, as_pixels
 from fisedit_compile.pipelines.random_numbers import RandomNumbers
 from fisedit_compile.pipelines.report import Report, SeamError, finest_first, notes_on
 from fisedit_compile.pipelines.safety import Flagged, flagged_note
-from fisedit_compile.pipelines.steps import EditFollower, MaskReceiver, StepFollower, Trajectory
+from fisedit_compile.pipelines.stabilising import AttentionTurns, check_kept
+from fisedit_compile.pipelines.steps import EditFollower, StepFollower, Trajectory
 from fisedit_compile.pipelines.timing import StageClock
-from fisedit_compile.runtime import Domain, Runtime
+from fisedit_compile.runtime import Domain, EditRun, Runtime
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,10 @@ class Generation(Run):
         tools, name, given, clock: as for :class:`Run`.
         tokens: resolutions that the tokens may have to which latents are packed; none: they are maps.
         room: for tokens of prompts, where the session pads them; None: some more than there are.
+        settings: how masks of edits are found.
+
+    Raises:
+        PipelineError: what these need cannot be kept.
     """
 
     def __init__(
@@ -170,6 +176,7 @@ class Generation(Run):
         clock: StageClock,
         tokens: tuple[Domain, ...],
         room: int | None,
+        settings: AutomaticMask,
     ) -> None:
         family, arguments, numbers = tools.family, tools.arguments, RandomNumbers()
         argument = None if family.packing is None else family.packing.argument
@@ -177,6 +184,8 @@ class Generation(Run):
         trajectory = Trajectory(tokens, family.side, calls, PromptLengths(room))
         size = arguments.made_size(given)
         follower = StepFollower(*arguments.user_callback(given), clock, trajectory, size, numbers)
+        check_words(tools.pipe, family, arguments, given, settings.stabilised)
+        self.attention = follower.attention = AttentionTurns(settings)
         autoencoder = AutoencoderCall(tools.decoder, DecodeJob(name), EncodeMemory(), generation=True)
         super().__init__(tools, name, given, clock, follower, autoencoder, numbers)
 
@@ -214,6 +223,12 @@ class Edit(Run):
         mask: bool ``[B or 1, height, width]`` at the latents' resolution; None: to be found.
         settings: how to find it.
         keep: whether later edits may start from the picture.
+
+    Attributes:
+        alignment: of the dense steps' prompts to the recorded ones; None: they take nothing from the recording.
+
+    Raises:
+        PipelineError: the dense steps are to be stabilised, and the recorded run, or its words, do not allow it.
     """
 
     def __init__(
@@ -240,15 +255,22 @@ class Edit(Run):
         autoencoder = AutoencoderCall(tools.decoder, job, base.encodes, generation=False)
         super().__init__(tools, name, given, clock, follower, autoencoder, numbers)
         self._base, self._follower = base, follower
+        self._run: EditRun | None = None
+        self.alignment: Tensor | None = None
+        if mask is None and settings.stabilised:
+            recorded = base.trajectory
+            check_kept(settings, tools.pipe.scheduler, len(recorded.latents), recorded.attention_turns)
+            prompts = Prompts(tools.pipe, tools.family, tools.arguments, base.arguments)
+            self.alignment = prompts.align(given, recorded.calls)
 
     @property
     def early_mask(self) -> Tensor | None:
         """The mask, where it is known before the first call and leaves something out."""
         return self._follower.mask if self._follower.sparse_from_start else None
 
-    def follow(self, run: MaskReceiver) -> None:
+    def follow(self, run: EditRun) -> None:
         """Tell which of the runtime's edits is to be given a mask that is found."""
-        self._follower.run = run
+        self._follower.run = self._run = run
 
     def entry(self) -> Entry:
         """The picture, with what lies outside the mask from the one before, and what edits of it need.
@@ -269,8 +291,10 @@ class Edit(Run):
         clock.lap("decode")
         density = finest_first(self._tools.runtime.stats.density) if clock.calls("sparse") else {}
         report = self._report(clock.seconds(), self._base.dense_seconds, density, seam, notes)
+        report = replace(report, stabilised_calls=0 if self._run is None else self._run.stabilised_calls)
         if self.flagged is not None and any(self.flagged):
             report = replace(report, notes=(*report.notes, flagged_note(self.flagged)))
+        self._keep_attention(mask)
         return replace(
             self._base,
             picture=self._picture(mask, pixel_mask, report),
@@ -278,3 +302,10 @@ class Edit(Run):
             arguments=self.given,
             decode=self._autoencoder.job.made,
         )
+
+    def _keep_attention(self, mask: Tensor) -> None:
+        """Note in how many turns the edit has attention maps: in dense ones those of its own, if its base has them; in
+        sparse ones none, unless nothing changed."""
+        own, recorded = self._follower.trajectory, self._base.trajectory
+        dense = len(own.latents) if not bool(mask.any()) else self._follower.dense_turns
+        own.attention_turns = min(recorded.attention_turns, dense)

@@ -152,10 +152,12 @@ class EditSession:
         noise = NoiseSource.of(generator)
         clock = StageClock(self._tools.binding.device)
         tokens = self._arguments.tokens(given)
-        run = Generation(self._tools, self._new_name("generation"), given, clock, tokens, self._prompt_tokens)
+        name, settings = self._new_name("generation"), self.automatic_mask
+        run = Generation(self._tools, name, given, clock, tokens, self._prompt_tokens, settings)
         with ExitStack() as undo:
             undo.callback(self._drop, run.name)
-            with self.runtime.record(run.name):
+            with self.runtime.record(run.name, attention_maps=run.attention.wanted) as recorder:
+                run.attention.follow(recorder)
                 run.call(generator)
             entry = run.entry(noise)
             undo.pop_all()
@@ -213,7 +215,9 @@ class EditSession:
         with ExitStack() as undo:
             undo.callback(self._drop, run.name)
             saved = run.name if keep else None
-            with self.runtime.edit(base.picture.name, mask=run.early_mask, save_as=saved) as receiver:
+            with self.runtime.edit(
+                base.picture.name, mask=run.early_mask, save_as=saved, alignment=run.alignment
+            ) as receiver:
                 run.follow(receiver)
                 run.call(base.noise.generators())
             entry = run.entry()

@@ -21,6 +21,7 @@ from fisedit_compile.pipelines.masks.finding import AutomaticMask, MaskFinder
 from fisedit_compile.pipelines.masks.pasting import paste_latents
 from fisedit_compile.pipelines.network_calls import NetworkCalls
 from fisedit_compile.pipelines.random_numbers import RandomNumbers
+from fisedit_compile.pipelines.stabilising import AttentionTurns
 from fisedit_compile.pipelines.timing import StageClock
 from fisedit_compile.pipelines.twin import Cancellation
 from fisedit_compile.runtime import Domain
@@ -31,6 +32,9 @@ class MaskReceiver(Protocol):
 
     def set_mask(self, mask: Tensor) -> None:
         """Make all further calls sparse."""
+
+    def align(self, alignment: Any) -> None:
+        """Say what further dense calls take from the recording; None: nothing."""
 
 
 @dataclass
@@ -46,6 +50,7 @@ class Trajectory:
         timesteps: the scheduler's, on the host.
         output: with ``output_type="latent"`` what the pipeline returned; None otherwise.
         compiled: in which form the network ran.
+        attention_turns: in how many turns, from the first, the attention maps of the network were kept.
     """
 
     tokens: tuple[Domain, ...] = ()
@@ -56,6 +61,7 @@ class Trajectory:
     timesteps: Tensor | None = None
     output: Tensor | None = None
     compiled: CompiledRun = field(default_factory=CompiledRun)
+    attention_turns: int = 0
 
     @property
     def cells(self) -> LatentCells:
@@ -76,6 +82,7 @@ class StepFollower:
 
     Attributes:
         cancellation: tells whether the user cancelled the run.
+        attention: keeps attention maps in some turns; None: in none.
         left_alone: what the user's callback is called in, by the turn.
         finished: whether the pipeline's loop is done.
     """
@@ -91,6 +98,7 @@ class StepFollower:
     ) -> None:
         self.trajectory = trajectory
         self.cancellation: Cancellation | None = None
+        self.attention: AttentionTurns | None = None
         self.left_alone: Callable[[int], AbstractContextManager[None]] = lambda _: nullcontext()
         self.finished = False
         self._numbers = numbers
@@ -138,6 +146,9 @@ class StepFollower:
         latents = self.after_call(pipe, call, outputs.get("latents", tensors["latents"]))
         outputs["latents"] = latents
         self.trajectory.latents.append(latents.detach().clone())
+        if self.attention is not None:
+            self.attention.end_turn(pipe, call + 1, _turns(pipe))
+            self.trajectory.attention_turns = self.attention.kept
         self._returned = outputs
         self.finished = last
         return outputs
@@ -259,6 +270,9 @@ class EditFollower(StepFollower):
         mask: bool ``[B or 1, height, width]`` at the latents' resolution, or None to find it.
         settings: how to find it.
         numbers: that the run draws at random.
+
+    Attributes:
+        dense_turns: how many turns ran densely.
     """
 
     def __init__(
@@ -282,6 +296,7 @@ class EditFollower(StepFollower):
         self._sparse = mask is not None and not bool(mask.all())
         self._finder = MaskFinder(settings) if mask is None else None
         self._calls_by_step: list[int] = []
+        self.dense_turns = 0
 
     @property
     def stage(self) -> str:
@@ -301,6 +316,7 @@ class EditFollower(StepFollower):
         """
         if call == 0:
             self._check_run(pipe, latents)
+        self.dense_turns += self.stage == "dense"
         if self._finder is not None:
             self._find(self._finder, pipe, call, latents)
         if self.mask is None:
@@ -344,6 +360,8 @@ class EditFollower(StepFollower):
             self._clock.lap("dense")
             self.mask = self._cells.expand(finder.mask())
             self._finder = None
+            if self.run is not None:
+                self.run.align(None)
             if call + 1 < total and not bool(self.mask.all()):
                 if self.run is None:
                     raise PipelineError("the edit follower was not given the runtime's edit")

@@ -80,6 +80,8 @@ class Family:
         default_size: tells height and width in pixels of pictures of which the user gives none; None from it: that is
             not known. It is given the pipeline and its network.
         refused: arguments that a session cannot honour, and what its user is told.
+        tokenizers: of text encoders whose tokens stand at the same places of the network's prompt, each with the
+            argument that has its text; none: it is not known which of the network's tokens are which words.
         resizes: the argument by which a pipeline may make a picture of another size, which it resizes in the end.
     """
 
@@ -97,6 +99,7 @@ class Family:
     changeable: frozenset[str] = CHANGEABLE
     default_size: Callable[[Any, Any], tuple[int, int] | None] = default_size_of
     refused: Mapping[str, str] = field(default_factory=lambda: dict(REFUSED))
+    tokenizers: tuple[tuple[str, str], ...] = ()
     resizes: str = "use_resolution_binning"
 
     def network_of(self, pipe: Any) -> Any:

@@ -32,6 +32,8 @@ class AutomaticMask:
         opening: side, in latent cells, of the square of the morphological opening; 0 or 1 leaves it out.
         growth: by how many latent cells, in every direction, the mask is grown in the end. What differs in the first
             steps is smaller than what differs in the end; docs/pipelines.md has what growth brings and costs.
+        stabilised: the dense steps take the attention to words that both prompts share from the recorded run, which
+            has to have kept it: the session must have been told so, by its own ``automatic_mask``, when it generated.
 
     Raises:
         OptionError: a value is out of its range.
@@ -42,6 +44,7 @@ class AutomaticMask:
     threshold: float | None = None
     opening: int = 2
     growth: int = 1
+    stabilised: bool = False
 
     def __post_init__(self) -> None:
         """Check every value."""
