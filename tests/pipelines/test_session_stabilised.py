@@ -20,6 +20,7 @@ from support.tiny_pipelines import picture_arguments, tiny_pipeline
 from support.tolerances import assert_near
 from support.transformer_pipelines import transformer_pipeline
 
+KEEPS_DYNAMO = True
 STEPS, DENSE = 5, 2
 STABILISED = AutomaticMask(steps=DENSE, out_of=STEPS, stabilised=True)
 EVERYTHING = replace(STABILISED, threshold=0.0, opening=0, growth=12)
@@ -77,9 +78,18 @@ def trajectory(session: fisedit.EditSession) -> list[Tensor]:
     return session._entries[-1].trajectory.latents
 
 
+@pytest.fixture(scope="module")
+def session() -> Iterator[fisedit.EditSession]:
+    torch.compiler.reset()
+    yield fisedit.EditSession(tiny_pipeline(), automatic_mask=STABILISED)
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize("kind", ["text-to-image", "xl"])
-def test_dense_steps_are_those_of_prompt_to_prompt(kind: str) -> None:
-    pipe, processor = tiny_pipeline(kind), PromptToPrompt()
+def test_dense_steps_are_those_of_prompt_to_prompt(session: fisedit.EditSession, kind: str) -> None:
+    if kind == "xl":
+        session = fisedit.EditSession(tiny_pipeline(kind), automatic_mask=STABILISED)
+    pipe, processor = session.pipe, PromptToPrompt()
     latents: dict[str, list[Tensor]] = {RED: [], BLUE: []}
     with processed(pipe.unet, processor):
         for prompt, kept in latents.items():
@@ -91,10 +101,9 @@ def test_dense_steps_are_those_of_prompt_to_prompt(kind: str) -> None:
 
             pipe(prompt, callback_on_step_end=follow, **arguments(kind))
     assert not processor.kept
-    session = fisedit.EditSession(pipe, automatic_mask=EVERYTHING)
     session.generate(RED, **arguments(kind))
     assert_near(trajectory(session)[-1], latents[RED][-1], "recorded")
-    edit = session.edit(BLUE)
+    edit = session.edit(BLUE, automatic_mask=EVERYTHING)
     # Nothing was pasted: the mask is everything. The maps that were kept end with the steps that find it.
     assert bool(edit.mask.all()) and edit.report.dense_calls == STEPS
     for turn in range(DENSE):
@@ -106,18 +115,11 @@ def test_dense_steps_are_those_of_prompt_to_prompt(kind: str) -> None:
         assert plain.report.stabilised_calls == 0 and "of them stabilised" not in str(plain.report)
 
 
-@pytest.fixture(scope="module")
-def session() -> fisedit.EditSession:
-    return fisedit.EditSession(tiny_pipeline(), automatic_mask=STABILISED)
-
-
 def test_maps_are_kept_of_dense_turns_only(session: fisedit.EditSession) -> None:
     session.generate(RED, **arguments())
     (recording,) = session.runtime._store.bases[session.history[0].name].recordings.values()
     assert [call.keeps_attention for call in recording.calls] == [True] * DENSE + [False] * (STEPS - DENSE)
-    with pytest.raises(
-        PipelineError, match="the first 3 calls of the picture .*in the first 2 calls only"
-    ):
+    with pytest.raises(PipelineError, match="the first 3 calls of the picture .*in the first 2 calls only"):
         session.edit(BLUE, automatic_mask=AutomaticMask(steps=3, out_of=STEPS, stabilised=True))
     assert len(session.history) == 1
 
@@ -190,9 +192,7 @@ def test_a_network_that_keeps_nothing_is_refused_after_its_first_step() -> None:
     recorder.attention_failure = "there is no cross-attention"
     attention = AttentionTurns(STABILISED)
     attention.follow(recorder)
-    with pytest.raises(
-        PipelineError, match="Pipeline cannot be stabilised: there is no cross-attention"
-    ):
+    with pytest.raises(PipelineError, match="Pipeline cannot be stabilised: there is no cross-attention"):
         attention.end_turn(pipe, 1, STEPS)
     other = AttentionTurns(PLAIN)
     other.follow(recorder)

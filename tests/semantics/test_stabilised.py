@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,11 +18,21 @@ from support.networks import ATTENTION, TEXT, Network
 from support.stabilised import stabilised
 from support.tolerances import assert_identical, assert_near
 
+KEEPS_DYNAMO = True
 BY_NAME = {network.name: network for network in ATTENTION}
 NAMES = ("cross-attention", "cross-attention folded heads", "transformer block")
 SAME = [list(range(TEXT))] * 2
 #: A word is put in, one is taken out, and one is another.
 ALIGNMENT = [[0, -1, 1, 2, 4, 5, 6], [0, 1, 2, -1, 4, 5, 6]]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fresh_dynamo() -> Iterator[None]:
+    """For all tests of this file at once, which share their networks."""
+    torch.compiler.reset()
+    yield
+    recorded.cache_clear()
+    torch.compiler.reset()
 
 
 @pytest.fixture(params=NAMES)
