@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -144,8 +143,15 @@ def test_a_unet_on_the_meta_device() -> None:
     assert report.dense_nodes == []
     assert report.bytes_loaded(0.05) < report.bytes_stored
     text = str(report)
-    assert "cross-attention that can be stabilised | 16, whose maps take 126.6 MiB a call" in re.sub(r" +", " ", text)
-    for part in ("sparse share", "sparsify_attention", "An edit call", "5 %", "stored by a recorded call"):
+    for part in (
+        "cross-attention that can be stabilised",
+        "16, whose maps take 126.6 MiB a call",
+        "sparse share",
+        "sparsify_attention",
+        "An edit call",
+        "5 %",
+        "stored by a recorded call",
+    ):
         assert part in text
     assert max(map(len, text.splitlines())) <= 110
 
