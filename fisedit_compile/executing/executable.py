@@ -95,7 +95,7 @@ class Executable:
         self._lowered: dict[str, Lowered] = {}
         self._sites: tuple[Site, ...] = program.sites if program is not None else ()
         self._sparse = program if isinstance(program, SparseProgram) else None
-        self._ways = DenseWays(program, identity.label)
+        self._ways = DenseWays(program, identity.label, identity.dense_reason)
         self._parameters = picker(identity.positions("parameter"))
         self._parameter_names = parameter_names(identity.input_infos)
         self._held = picker(identity.positions("parameter", "state"))

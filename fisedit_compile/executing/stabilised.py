@@ -38,16 +38,17 @@ class DenseWays:
     Args:
         program: of the graph; None: it could not be traced.
         label: names the graph in messages.
+        whole: why the graph runs as a whole; None: it does not.
 
     Attributes:
         plain: neither keeps nor takes attention maps.
     """
 
-    def __init__(self, program: Program | None, label: str) -> None:
+    def __init__(self, program: Program | None, label: str, whole: str | None = None) -> None:
         self._label = label
         self._graphs: Stabilisation | None = program.stabilisation if isinstance(program, SparseProgram) else None
         self._batch = program.batch if isinstance(program, SparseProgram) else 1
-        self._reasons = [miss.reason for miss in program.report.misses if miss.pass_name == NAME] if program else []
+        self._reasons = _reasons(program, whole)
         sites = program.sites if program is not None else ()
         self.plain = DenseWay("dense", "record", sites)
         self._keeping = (
@@ -105,3 +106,10 @@ class DenseWays:
         return [
             given if count == tokens else torch.full((self._batch, count), -1, device=device) for count in graphs.tokens
         ]
+
+
+def _reasons(program: Program | None, whole: str | None) -> list[str]:
+    """Why a graph has attention whose maps cannot be kept, as far as it has any that is known."""
+    misses = () if program is None else program.report.misses
+    known = [miss.reason for miss in misses if miss.pass_name == NAME]
+    return known if whole is None else [f"it runs as a whole: {whole}", *known]

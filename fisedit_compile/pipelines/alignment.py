@@ -190,10 +190,11 @@ class Prompts:
             return [[-1] * tokens for _ in now or before or ()]
         count = max(len(before), len(now))
         before, now = (texts * count if len(texts) == 1 else texts for texts in (before, now))
-        return [
-            align_tokens(*(read_tokens(tokenizer, self._converted(text, tokenizer), tokens) for text in pair), tokens)
-            for pair in zip(before, now, strict=True)
-        ]
+
+        def read(text: str) -> Tokens:
+            return read_tokens(tokenizer, self._converted(text, tokenizer), tokens)
+
+        return [align_tokens(read(left), read(right), tokens) for left, right in zip(before, now, strict=True)]
 
     def _converted(self, text: str, tokenizer: Any) -> str:
         """A prompt in which words that were learnt as several tokens are written as these."""

@@ -15,6 +15,7 @@ import fisedit_compile as fisedit
 from fisedit_compile.errors import BudgetError, CallMismatchError, OptionError
 from support.harness import Case, compiled, outputs_of, reference_of
 from support.networks import ATTENTION, TEXT, Network
+from support.opaque_networks import Untraceable, draw, noise
 from support.stabilised import stabilised
 from support.tolerances import assert_identical, assert_near
 
@@ -216,6 +217,13 @@ def test_networks_without_cross_attention_have_nothing_to_keep(name: str, reason
         outputs_of(module, network.inputs(0))
         assert run.attention_calls == 0 and run.attention_failure is not None
     assert runtime.bases == ()
+
+
+def test_a_graph_that_runs_as_a_whole_says_so() -> None:
+    runtime = fisedit.Runtime()
+    module = compiled(Untraceable(noise), runtime)
+    with pytest.raises(CallMismatchError, match="it runs as a whole"), runtime.record("base", attention_maps=True):
+        outputs_of(module, [draw(0, 1, 3, 13, 9)])
 
 
 def test_maps_count_towards_the_budget(single: Case) -> None:
