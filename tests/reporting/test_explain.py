@@ -99,8 +99,6 @@ def test_dense_operators_have_reasons() -> None:
     (node,) = report.dense_nodes
     assert node.target == "aten.cumsum.default" and node.reason
     assert report.sparse_mac_fraction == 1.0
-    maps = report.programs[0].report.attention_sites
-    assert len(maps) == sum(name.endswith("attn2") for name, _ in module.named_modules()) > 5
     text = str(report)
     assert "aten.cumsum.default" in text and node.reason[:20] in text
 
@@ -146,6 +144,8 @@ def test_a_unet_on_the_meta_device() -> None:
     assert report.sparse_mac_fraction > 0.9
     assert report.dense_nodes == []
     assert report.bytes_loaded(0.05) < report.bytes_stored
+    maps = report.programs[0].report.attention_sites
+    assert len(maps) == sum(name.endswith("attn2") for name, _ in module.named_modules()) > 1
     text = str(report)
     for part in (
         "cross-attention that can be stabilised",
