@@ -19,6 +19,7 @@ from fisedit_compile.passes.caching.hoist_parameters import hoist_parameters
 from fisedit_compile.passes.caching.insert_cache_ops import insert_cache_ops
 from fisedit_compile.passes.caching.lift_cache_io import lift_cache_io
 from fisedit_compile.passes.caching.make_program import make_program
+from fisedit_compile.passes.caching.stabilise import stabilise
 from fisedit_compile.passes.caching.verify import verify
 from fisedit_compile.passes.common.compilation import Compilation, GraphName
 from fisedit_compile.passes.common.family import Family
@@ -147,6 +148,7 @@ PASSES = (
     Pass("convolve_maps", convolve_maps, works_on=("record",), optional=True),
     Pass("multiply_maps", multiply_maps, works_on=("record",), optional=True, only=(EDITABLE,)),
     Pass("lift_cache_io", lift_cache_io, works_on=("record", "edit")),
+    Pass("stabilise", stabilise, works_on=(), only=(EDITABLE,)),
     Pass("make_program", make_program, works_on=()),
     Pass("verify", verify, works_on=()),
 )

@@ -25,6 +25,9 @@ STORAGE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 OUTPUT_PREFIX = "output:"
 """The sites that hold a graph's outputs are named by it and the output's number."""
 
+ATTENTION_PREFIX = "attention:"
+"""The sites of attention maps are named by it and the place of the attention in the network."""
+
 Scalar = Tensor | int | float | bool
 
 
@@ -99,6 +102,11 @@ class RecordedCall(Mapping[str, Tensor]):
         return self._tensors.values()
 
     @property
+    def keeps_attention(self) -> bool:
+        """Whether attention maps are among the tensors."""
+        return any(name.startswith(ATTENTION_PREFIX) for name in self._tensors)
+
+    @property
     def bytes(self) -> int:
         """Bytes of the distinct tensors."""
         return sum({storage_of(tensor): tensor.untyped_storage().nbytes() for tensor in self.stored()}.values())
@@ -140,6 +148,12 @@ class Base:
     def call_count(self) -> int:
         """Graph calls of all graphs together."""
         return sum(len(recording.calls) for recording in self.recordings.values())
+
+    @property
+    def keeps_attention(self) -> bool:
+        """Whether some of its calls kept their attention maps."""
+        calls = (call for recording in self.recordings.values() for call in recording.calls)
+        return any(call.keeps_attention for call in calls)
 
     def describe(self) -> str:
         """Its graphs and how often each was called, in words."""

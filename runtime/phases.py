@@ -26,20 +26,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from fisedit_compile.errors import CallMismatchError, FisEditError, GraphError, ScalarMismatchError
-from fisedit_compile.runtime.base import Base, ProgramKey, RecordedCall, Scalar, write_rows
+from fisedit_compile.runtime.alignment import AttentionKeeping, Stabilising
+from fisedit_compile.runtime.base import Base, ProgramKey, RecordedCall, Scalar
 from fisedit_compile.runtime.filling import FillingCall
 from fisedit_compile.runtime.fingerprint import Fingerprint, Weights
 from fisedit_compile.runtime.masks import WHITE_THRESHOLD, MaskLike, prepare_mask
 from fisedit_compile.runtime.plancache import PlanSpec
 from fisedit_compile.runtime.plans import IndexPlan
 from fisedit_compile.runtime.scalars import ScalarCheck, copy_scalar
-from fisedit_compile.runtime.spec import PlanInput, Site
+from fisedit_compile.runtime.spec import Site
 from fisedit_compile.runtime.stand_ins import StandIns
 from fisedit_compile.runtime.store import BaseWriter, Store
+from fisedit_compile.runtime.updates import updated_tensors
 
 
 class _Phase:
@@ -77,10 +78,11 @@ class _Phase:
 
 
 class RecordPhase(_Phase):
-    """A thread is inside ``runtime.record``."""
+    """A thread is inside ``runtime.record``. ``attention`` says whether calls keep their attention maps."""
 
-    def __init__(self, store: Store, name: str) -> None:
+    def __init__(self, store: Store, name: str, attention_maps: bool = False) -> None:
         super().__init__(store, Base(name))
+        self.attention = AttentionKeeping(attention_maps)
         self.writer = BaseWriter(store, self.base)
         self._weights: dict[ProgramKey, Weights] = {}
         self._filling: FillingCall | None = None
@@ -167,7 +169,8 @@ class RecordPhase(_Phase):
             calls: how often the network was called, when the user said so. Each call runs one or more graphs.
 
         Raises:
-            CallMismatchError: nothing was recorded, a call failed, or the number of calls is another.
+            CallMismatchError: nothing was recorded, a call failed, the number of calls is another, or there were no
+                attention maps to keep.
         """
         if self._open is not None:
             self._failure = f"call {self._open[1]} of {self._open[0]} failed while base {self.base.name!r} was recorded"
@@ -183,6 +186,8 @@ class RecordPhase(_Phase):
                 f"base {self.base.name!r} was announced with {calls} calls, so a multiple of {calls} graph calls was "
                 f"expected; got {self.calls} ({self.base.describe()})"
             )
+        if self.attention.failure is not None:
+            raise CallMismatchError(self.attention.failure, advice="record without attention_maps")
 
     def close(self) -> None:
         """See ``_Phase.close``."""
@@ -192,7 +197,8 @@ class RecordPhase(_Phase):
 
 
 class EditPhase(_Phase):
-    """A thread is inside ``runtime.edit``. ``full`` says whether everything is active, ``density`` how much is."""
+    """A thread is inside ``runtime.edit``. ``full`` says whether everything is active, ``density`` how much is,
+    ``stabilising`` what dense calls take from the recording."""
 
     def __init__(self, store: Store, base: Base, save_as: str | None) -> None:
         super().__init__(store, base)
@@ -206,6 +212,7 @@ class EditPhase(_Phase):
         self._current: dict[ProgramKey, RecordedCall] = {}
         self._ahead: dict[ProgramKey, RecordedCall] = {}
         self._active = False
+        self.stabilising = Stabilising(base)
         self.full = False
         self._closed = False
         self.density: float | None = None
@@ -374,25 +381,10 @@ class EditPhase(_Phase):
             BudgetError: the budget does not leave the copies.
         """
         recorded = dict(zip(call, call.stored(), strict=True))
-        bytes_loaded = call.bytes_loaded
         changed = [site for site, update in zip(sites, updates, strict=True) if update is not None]
         self._reserve(sum(recorded[site.name].nbytes for site in changed), "a call")
-        result: dict[str, Tensor] = {}
-        with self.base.lock, torch.inference_mode(False), torch.no_grad():
-            for site, update in zip(sites, updates, strict=True):
-                if update is None:
-                    result[site.name] = recorded[site.name]
-                elif site.kind != "spatial" or site.domain is None:
-                    result[site.name] = update
-                else:
-                    index = plan.tensor(PlanInput("index", site.domain))
-                    valid = plan.tensor(PlanInput("valid", site.domain))
-                    if index is None:
-                        raise GraphError(f"the plan has no index of {site.domain}")
-                    result[site.name] = write_rows(call[site.name], site, update, index, valid)
-        # Not for computing.
-        call.bytes_loaded = bytes_loaded
-        return result
+        with self.base.lock:
+            return updated_tensors(call, sites, updates, plan)
 
     def commit(
         self,
@@ -444,6 +436,7 @@ class EditPhase(_Phase):
         super().close()
         self.writer = None
         self._closed = True
+        self.stabilising.close()
         self._stand_ins = StandIns(self._store, self.base)
         self._current = {}
         self._ahead = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +46,20 @@ class RecordRun:
         before it."""
         return self._phase.first_call
 
+    @property
+    def attention_calls(self) -> int:
+        """Graph calls that kept their attention maps."""
+        return self._phase.attention.calls
+
+    @property
+    def attention_failure(self) -> str | None:
+        """Why no call so far kept attention maps although that was asked for; None where all is well."""
+        return self._phase.attention.failure
+
+    def keep_attention_maps(self, keep: bool) -> None:
+        """Whether calls from now on keep their attention maps: those that edits will make with a mask need none."""
+        self._phase.attention.wanted = keep
+
 
 class EditRun:
     """An edit in progress, as ``with runtime.edit(...) as run`` gives it."""
@@ -73,6 +88,25 @@ class EditRun:
         """Active fraction, 0 to 1, of the mask at the network's input resolution (before the first sparse call: of the
         mask as given); None while it is not known."""
         return self._phase.density
+
+    @property
+    def stabilised_calls(self) -> int:
+        """Graph calls so far that took the attention to shared words from the recording."""
+        return self._phase.stabilising.calls
+
+    def align(self, alignment: Any) -> None:
+        """Say which words of the new prompt the recorded one had: their attention, in dense calls from now on, is that
+        of the recorded run.
+
+        Args:
+            alignment: whole numbers ``[tokens]`` or ``[samples, tokens]``: for each new token the place of the same one
+                in the recorded prompt, -1 where there is none; None: from now on nothing is taken.
+
+        Raises:
+            OptionError: it is no such alignment.
+            CallMismatchError: the base was recorded without attention maps.
+        """
+        self._phase.stabilising.align(alignment)
 
     def set_mask(self, mask: MaskLike, white_threshold: float | None = None) -> None:
         """Say what may change; calls from now on are sparse.
@@ -193,19 +227,22 @@ class Runtime(PhaseSource):
         return stored_bytes(sites, self._store.storage)
 
     @contextmanager
-    def record(self, name: str, calls: int | None = None) -> Iterator[RecordRun]:
+    def record(self, name: str, calls: int | None = None, attention_maps: bool = False) -> Iterator[RecordRun]:
         """Record the calls of this thread as base ``name``; they run densely. An existing base of that name is replaced
         when the context ends without error, and kept otherwise.
 
         Args:
             name: of the base.
             calls: how often the network will be called, when that is known: checked at the end.
+            attention_maps: also keep how cross-attention distributes over the words of a prompt, ``[samples, heads,
+                positions, tokens]``, for edits with an ``alignment``; ``run.keep_attention_maps(False)`` ends it.
 
         Raises:
-            CallMismatchError: at the end, when nothing was recorded, a call failed, or the number of calls is another.
+            CallMismatchError: at the end, when nothing was recorded, a call failed, the number of calls is another, or
+                attention maps were to be kept and the network has none.
             BudgetError: during a call, before it computes, when its tensors would exceed the budget.
         """
-        phase = RecordPhase(self._store, _check_name(name))
+        phase = RecordPhase(self._store, _check_name(name), attention_maps)
         with self._entered(phase, f"record({name!r})"), self._writing(phase.writer):
             yield RecordRun(phase)
             phase.finish(calls)
@@ -217,6 +254,7 @@ class Runtime(PhaseSource):
         mask: MaskLike | None = None,
         save_as: str | None = None,
         white_threshold: float = WHITE_THRESHOLD,
+        alignment: Any = None,
     ) -> Iterator[EditRun]:
         """Edit base ``name``: the i-th call of each graph uses what its i-th recorded call stored.
 
@@ -226,12 +264,15 @@ class Runtime(PhaseSource):
                 ``run.set_mask`` is called.
             save_as: make the result a base of this name; it may be ``name`` itself.
             white_threshold: the share of a mask's scale that white reaches.
+            alignment: which words of the new prompt the recorded one had, see ``EditRun.align``; calls that run densely
+                because the mask is not known yet are *stabilised* by it.
 
         Raises:
             UnknownBaseError: there is no base ``name``.
             MaskError: the mask cannot be used.
-            OptionError: the threshold is not above 0 and up to 1.
-            CallMismatchError: a call, or the number of calls at the end, does not fit the base.
+            OptionError: the threshold is not above 0 and up to 1, or the alignment is none.
+            CallMismatchError: a call, or the number of calls at the end, does not fit the base; or there is an
+                alignment, and the base has no attention maps.
             WeightsChangedError: the network's parameters are not those of the recording.
             BudgetError: the new base would exceed the budget.
         """
@@ -241,6 +282,7 @@ class Runtime(PhaseSource):
         phase = EditPhase(self._store, base, None if save_as is None else _check_name(save_as))
         if mask is not None:
             phase.set_mask(mask, white_threshold)
+        phase.stabilising.align(alignment)
         with self._entered(phase, f"edit({name!r})"), self._writing(phase.writer):
             yield EditRun(phase, white_threshold)
             phase.finish()

@@ -38,7 +38,8 @@ class Stats:
             ``"convolution: rows"``, ``tiles``, ``compiled tiles``, ``dense``, or on a GPU the kernel's block sizes, and
             there ``"edit graph: replayed"`` or ``launched one by one``; in recorded and dense calls
             ``"convolution of a map: direct"`` or ``tiles``, and ``"product of a map: plain"``, ``packed`` or
-            ``compiled``; in all of them ``"attention: plain"`` or ``compiled``.
+            ``compiled``; in all of them ``"attention: plain"`` or ``compiled``. ``"dense call: stabilised"``: a
+            dense call of an edit took the attention to shared words from the recording.
     """
 
     calls: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PHASES, 0))

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from fisedit_compile.errors import GraphError
 from fisedit_compile.executing.lowering import valid_rows
 from fisedit_compile.executing.picking import picker
+from fisedit_compile.passes.common.meta import VALUE
 from fisedit_compile.passes.common.program import SparseProgram
 from fisedit_compile.private.operators import schema_of
 from fisedit_compile.runtime import RecordedCall
@@ -89,3 +90,21 @@ def borrowed_outputs(program: SparseProgram) -> tuple[int, ...]:
         if node in kept or (isinstance(node, fx.Node) and node.op == "get_attr"):
             borrowed.append(number)
     return tuple(borrowed)
+
+
+def spatial_input(program: SparseProgram, users: Sequence[int]) -> int:
+    """Position of an input that has the mask's resolution. Others may lie on another device, such as the timestep."""
+    domain = program.mask_domain
+    placeholders = [node for node in program.record.graph.nodes if node.op == "placeholder"]
+    for position in users:
+        value = placeholders[position].meta.get(VALUE)
+        sizes = tuple(value.shape) if isinstance(value, Tensor) else ()
+        if domain.size in sizes or {domain.height, domain.width} <= set(sizes):
+            return position
+    raise GraphError(f"no input has the resolution of the mask, {domain}")
+
+
+def used_inputs(graph_module: fx.GraphModule) -> tuple[int, ...]:
+    """Positions of the placeholders that something reads."""
+    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    return tuple(position for position, node in enumerate(placeholders) if node.users)

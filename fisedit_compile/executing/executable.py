@@ -12,18 +12,18 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from fisedit_compile.errors import CallMismatchError, GradientError, GraphError, ScalarMismatchError
-from fisedit_compile.executing.edit_inputs import EditInputs, borrowed_outputs
+from fisedit_compile.executing.edit_inputs import EditInputs, borrowed_outputs, spatial_input, used_inputs
 from fisedit_compile.executing.filled import filling_call, given_inputs, parameter_names
 from fisedit_compile.executing.lowering import Lowered, lower
 from fisedit_compile.executing.picking import picker
 from fisedit_compile.executing.prologues import InvariantMemo, prologues
 from fisedit_compile.executing.replay import Capturer, ReplayedGraph, Roles
+from fisedit_compile.executing.stabilised import DenseWay, DenseWays
 from fisedit_compile.operators.choosing import taken
 from fisedit_compile.options import without_hints
-from fisedit_compile.passes.common.meta import VALUE
 from fisedit_compile.passes.common.program import GraphInput, Program, SparseProgram
 from fisedit_compile.runtime import (
     EditPhase,
@@ -94,8 +94,8 @@ class Executable:
         self._lock = threading.Lock()
         self._lowered: dict[str, Lowered] = {}
         self._sites: tuple[Site, ...] = program.sites if program is not None else ()
-        self._names = tuple(site.name for site in self._sites)
         self._sparse = program if isinstance(program, SparseProgram) else None
+        self._ways = DenseWays(program, identity.label, identity.dense_reason)
         self._parameters = picker(identity.positions("parameter"))
         self._parameter_names = parameter_names(identity.input_infos)
         self._held = picker(identity.positions("parameter", "state"))
@@ -121,7 +121,7 @@ class Executable:
             self._borrowed = borrowed_outputs(program)
             self._output_names = tuple(f"output:{number}" for number in range(program.output_count))
             self._dense_inputs = picker(program.dense_inputs)
-            self._prologue_parameters = picker(_used_inputs(program.prologue) if program.prologue else ())
+            self._prologue_parameters = picker(used_inputs(program.prologue) if program.prologue else ())
             sources = [(source.kind, source.reference) for source in program.invariant_inputs]
             count = len(identity.input_infos)
             read = {int(at) for kind, at in sources if kind == "argument"}  # type: ignore[arg-type]
@@ -130,7 +130,7 @@ class Executable:
             self._invariant_inputs = picker(
                 [int(at) + (0 if kind == "argument" else count) for kind, at in sources]  # type: ignore[arg-type]
             )
-            self._picture = _spatial_input(program, identity.positions("user"))
+            self._picture = spatial_input(program, identity.positions("user"))
 
     def __call__(self, phase: Phase, *arguments: Any) -> Sequence[Tensor]:
         """Record or edit one call; ``arguments`` are the flat inputs of the graph."""
@@ -217,7 +217,7 @@ class Executable:
         sources = self._sparse.edit_inputs if self._sparse and name in ("edit", "edit_save") else None
         # The prologue and the invariants run once: compiling them costs more than it saves.
         lowering = "plain" if name in ("prologue", "invariants") else self._lowering
-        lowered = lower(self.program.graphs()[name], lowering, sources)
+        lowered = lower(self.program.graph(name), lowering, sources)
         if sources is None or self._capturer is None:
             return lowered
         return ReplayedGraph(lowered, self._roles(sources), self._capturer, self.identity.label)
@@ -233,10 +233,11 @@ class Executable:
                 stable.add(position)
         return Roles(len(sources), frozenset(held), frozenset(stable))
 
-    def _run_densely(self, phase: Phase, key: ProgramKey, arguments: Sequence[Any]) -> Sequence[Tensor]:
-        if self._sparse is None or self._sparse.dense is None:
+    def _run_densely(self, phase: Phase, key: ProgramKey, arguments: Sequence[Any], way: DenseWay) -> Sequence[Tensor]:
+        if self._sparse is None or (way.running == "dense" and self._sparse.dense is None):
             return self.dense(*arguments)
-        return self._run(phase, "dense", (*arguments, *self._hoisted_for_dense(self._sparse, phase, key, arguments)))
+        hoisted = self._hoisted_for_dense(self._sparse, phase, key, arguments)
+        return self._run(phase, way.running, (*arguments, *hoisted, *way.inputs))
 
     def _hoisted_for_dense(
         self, program: SparseProgram, phase: Phase, key: ProgramKey, arguments: Sequence[Any]
@@ -245,15 +246,15 @@ class Executable:
         return self._dense_inputs(self._hoist(program, phase, key, arguments)) if program.dense_inputs else ()
 
     def _dense_and_sites(
-        self, phase: Phase, key: ProgramKey, arguments: Sequence[Any]
+        self, phase: Phase, key: ProgramKey, arguments: Sequence[Any], way: DenseWay
     ) -> tuple[Sequence[Tensor], dict[str, Tensor]]:
         """Run densely; the outputs, and what a recorded call stores."""
         if self.program is None:
             return self.dense(*arguments), {}
         hoisted = self._hoisted_for_dense(self._sparse, phase, key, arguments) if self._sparse else ()
-        results = self._run(phase, "record", (*arguments, *hoisted))
+        results = self._run(phase, way.storing, (*arguments, *hoisted, *way.inputs))
         count = self.program.output_count
-        return results[:count], dict(zip(self._names, results[count:], strict=True))
+        return results[:count], dict(zip((site.name for site in way.sites), results[count:], strict=True))
 
     def _protected(self, arguments: Sequence[Any], outputs: Sequence[Tensor]) -> list[Tensor]:
         return [value for value in (*arguments, *outputs) if isinstance(value, Tensor)]
@@ -262,9 +263,10 @@ class Executable:
         self, phase: RecordPhase, key: ProgramKey, parameters: Sequence[Tensor], arguments: Sequence[Any]
     ) -> Sequence[Tensor]:
         fills = partial(filling_call, self.identity.input_infos, key, arguments) if self.identity.fills else None
-        phase.begin(key, parameters, self._scalars(arguments), self._runtime.bytes_needed(self._sites), fills)
-        outputs, tensors = self._dense_and_sites(phase, key, arguments)
-        phase.commit(key, tensors, self._sites, self._protected(arguments, outputs))
+        way = self._ways.of_recording(phase)
+        phase.begin(key, parameters, self._scalars(arguments), self._runtime.bytes_needed(way.sites), fills)
+        outputs, tensors = self._dense_and_sites(phase, key, arguments, way)
+        phase.commit(key, tensors, way.sites, self._protected(arguments, outputs))
         return outputs
 
     def _begin(
@@ -301,10 +303,11 @@ class Executable:
                 return self._edit_sparsely(sparse, phase, key, call, arguments)
             if phase.full and sparse is not None:
                 phase.skip_plan(self._plan_spec(sparse, arguments))
+            way = self._ways.of_edit(phase, call)
             if not phase.saving:
-                return self._run_densely(phase, key, arguments)
-            outputs, tensors = self._dense_and_sites(phase, key, arguments)
-            phase.commit(key, tensors, self._sites, self._protected(arguments, outputs))
+                return self._run_densely(phase, key, arguments, way)
+            outputs, tensors = self._dense_and_sites(phase, key, arguments, way)
+            phase.commit(key, tensors, way.sites, self._protected(arguments, outputs))
             return outputs
 
     def _stand_in(
@@ -328,7 +331,7 @@ class Executable:
                 # Nothing of a recorded call is read.
                 keep(self._scalars(given), {}, ())
                 return
-            outputs, tensors = self._dense_and_sites(phase, key, given)
+            outputs, tensors = self._dense_and_sites(phase, key, given, self._ways.plain)
             recorded = phase.base.recordings[filling.key].calls[0]
             sites = recorded_outputs(recorded.reader(), outputs)
             if sites is None:
@@ -349,7 +352,7 @@ class Executable:
         plan = phase.plan(self._plan_spec(program, arguments))
         if plan is None:
             if phase.saving:
-                phase.commit(key, dict(zip(call, call.stored(), strict=True)), self._sites)
+                phase.commit(key, dict(zip(call, call.stored(), strict=True)), self._ways.stored_by(call))
             return tuple(call[name].clone() for name in self._output_names)
         hoisted = self._hoist(program, phase, key, arguments)
         invariants = self._compute_invariants(program, phase, key, arguments, hoisted)
@@ -396,21 +399,3 @@ class Executable:
         memo = self._invariants.setdefault(phase, {}).setdefault(key, InvariantMemo())
         inputs = self._invariant_inputs((*arguments, *hoisted))
         return memo.get(self._prompts(arguments), lambda: self._graph("invariants")(*inputs))
-
-
-def _spatial_input(program: SparseProgram, users: Sequence[int]) -> int:
-    """Position of an input that has the mask's resolution. Others may lie on another device, such as the timestep."""
-    domain = program.mask_domain
-    placeholders = [node for node in program.record.graph.nodes if node.op == "placeholder"]
-    for position in users:
-        value = placeholders[position].meta.get(VALUE)
-        sizes = tuple(value.shape) if isinstance(value, Tensor) else ()
-        if domain.size in sizes or {domain.height, domain.width} <= set(sizes):
-            return position
-    raise GraphError(f"no input has the resolution of the mask, {domain}")
-
-
-def _used_inputs(graph_module: fx.GraphModule) -> tuple[int, ...]:
-    """Positions of the placeholders that something reads."""
-    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
-    return tuple(position for position, node in enumerate(placeholders) if node.users)

@@ -114,6 +114,15 @@ class NetworkCalls:
                 "be laid. Make a picture of the size of one part, or call the pipeline itself, without a session"
             )
 
+    def shapes(self, name: str) -> list[tuple[int, ...] | None]:
+        """The shape of an argument in each call; None where it was no tensor, or not given."""
+        return [forms.get(name) for forms in self._forms]
+
+    @property
+    def one_a_turn(self) -> bool:
+        """Whether each turn of the loop had one call."""
+        return self._ends == list(range(1, len(self._forms) + 1))
+
     def end_turn(self) -> None:
         """A turn of the pipeline's loop is done.
 

@@ -20,6 +20,7 @@ from fisedit_compile.pipelines.families.encoding import Encoded
 from fisedit_compile.pipelines.history import Entry, OpenedPhoto
 from fisedit_compile.pipelines.levels import NoiseLevels, check_levels, like
 from fisedit_compile.pipelines.masks.placing import Placing, fitted_size
+from fisedit_compile.pipelines.masks.settings import AutomaticMask
 from fisedit_compile.pipelines.noise import Generators, NoiseSource
 from fisedit_compile.pipelines.photos import Photo, check_photo_size
 from fisedit_compile.pipelines.runs import Generation, Tools
@@ -120,18 +121,25 @@ class Opening(Generation):
     """A call on a photo, with which a history begins.
 
     Args:
-        tools, name, given, clock, room: as for :class:`Generation`.
+        tools, name, given, clock, room, settings: as for :class:`Generation`.
         start: the photo.
     """
 
     def __init__(
-        self, tools: Tools, name: str, given: Mapping[str, Any], clock: StageClock, room: int | None, start: PhotoStart
+        self,
+        tools: Tools,
+        name: str,
+        given: Mapping[str, Any],
+        clock: StageClock,
+        room: int | None,
+        settings: AutomaticMask,
+        start: PhotoStart,
     ) -> None:
         dtype = next(tools.binding.module.parameters()).dtype
         self._photo = start
         latents = torch.zeros_like(start.encoded.latents, dtype=dtype)
         given = {**given, "latents": latents, "height": start.placing.model[0], "width": start.placing.model[1]}
-        super().__init__(tools, name, given, clock, tools.arguments.tokens(given), room)
+        super().__init__(tools, name, given, clock, room, settings)
         resized = "{}x{} pixels".format(*start.placing.model)
         seen = (f"the model saw the photo at {resized} (height x width)",) if start.placing.resized else ()
         self.notes = (*start.photo.notes, *seen)

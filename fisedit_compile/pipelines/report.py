@@ -68,6 +68,7 @@ class Report:
             dense steps of the run; ``decode``: decoding and what follows; ``total``.
         scheduler_steps: number of scheduler steps.
         dense_calls, sparse_calls: number of network calls in each phase.
+        stabilised_calls: number of dense calls that took the attention to shared words from the recorded run.
         density: active share of each resolution, such as ``{"64x64": 0.1}``, finest first; empty for a generation.
         dense_seconds: of an edit: total of the recorded dense run its history began with, without that run's set-up;
             ``speed_up`` compares with it.  None for a generation.
@@ -100,6 +101,7 @@ class Report:
     seam: SeamError | None = None
     seam_left: SeamError | None = None
     notes: tuple[str, ...] = ()
+    stabilised_calls: int = 0
 
     @property
     def speed_up(self) -> float | None:
@@ -123,6 +125,8 @@ class Report:
         ]
         rows.append(("scheduler steps", str(self.scheduler_steps)))
         rows.append(("dense network calls", str(self.dense_calls)))
+        if self.stabilised_calls:
+            rows.append(("of them stabilised", str(self.stabilised_calls)))
         rows.append(("sparse network calls", str(self.sparse_calls)))
         if self.finding is not None:
             rows.append(("dense steps to find the mask", f"{self.finding.dense_steps:g}"))
@@ -154,6 +158,7 @@ class Report:
             "scheduler_steps": self.scheduler_steps,
             "dense_calls": self.dense_calls,
             "sparse_calls": self.sparse_calls,
+            "stabilised_calls": self.stabilised_calls,
             "density": dict(self.density),
             "dense_seconds": self.dense_seconds,
             "speed_up": self.speed_up,

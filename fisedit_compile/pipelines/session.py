@@ -15,6 +15,7 @@ from fisedit_compile.pipelines.arguments import CallArguments, keep_value
 from fisedit_compile.pipelines.backend_options import BackendOptions
 from fisedit_compile.pipelines.binding import PipelineBinding
 from fisedit_compile.pipelines.decoding.decoding import SparseDecoder
+from fisedit_compile.pipelines.editing import Edit, EditTask
 from fisedit_compile.pipelines.families import family_of
 from fisedit_compile.pipelines.families.prompts import check_prompt_tokens
 from fisedit_compile.pipelines.families.schedulers import describe_scheduler, scheduler_difference
@@ -28,7 +29,7 @@ from fisedit_compile.pipelines.painting import strokes_of
 from fisedit_compile.pipelines.photos import PhotoLike, read_photo
 from fisedit_compile.pipelines.picture import Picture
 from fisedit_compile.pipelines.probing.search import FoundMask, MaskSearch
-from fisedit_compile.pipelines.runs import Edit, EditTask, Generation, Tools
+from fisedit_compile.pipelines.runs import Generation, Tools
 from fisedit_compile.pipelines.safety import check_unflagged
 from fisedit_compile.pipelines.timing import StageClock
 from fisedit_compile.pipelines.wording import session_words
@@ -155,8 +156,8 @@ class EditSession:
         given = self._arguments.of_generation(prompt, num_inference_steps, arguments)
         noise = NoiseSource.of(generator)
         clock = StageClock(self._tools.binding.device)
-        tokens = self._arguments.tokens(given)
-        run = Generation(self._tools, self._history.new_name("generation"), given, clock, tokens, self._prompt_tokens)
+        name = self._history.new_name("generation")
+        run = Generation(self._tools, name, given, clock, self._prompt_tokens, self.automatic_mask)
         return self._begin(run, generator, noise)
 
     @session_words()
@@ -198,7 +199,8 @@ class EditSession:
         check_generators(generator)
         clock = StageClock(self._tools.binding.device)
         start = start_of(self._tools, opened, given, generator)
-        run = Opening(self._tools, self._history.new_name("photo"), given, clock, self._prompt_tokens, start)
+        name, settings = self._history.new_name("photo"), self.automatic_mask
+        run = Opening(self._tools, name, given, clock, self._prompt_tokens, settings, start)
         # The photo's noise was drawn: edits repeat what the generators draw from here on.
         return self._begin(run, generator, NoiseSource.of(generator))
 
@@ -206,7 +208,8 @@ class EditSession:
         """Record a run with which a new history begins; the old one stays when it fails."""
         with ExitStack() as undo:
             undo.callback(self._history.drop, run.name)
-            with self.runtime.record(run.name):
+            with self.runtime.record(run.name, attention_maps=run.attention.wanted) as recorder:
+                run.attention.follow(recorder)
                 run.call(generator)
             entry = run.entry(noise)
             undo.pop_all()
@@ -286,7 +289,8 @@ class EditSession:
         with ExitStack() as undo:
             undo.callback(self._history.drop, run.name)
             saved = run.name if keep else None
-            with self.runtime.edit(base.picture.name, mask=run.early_mask, save_as=saved) as receiver:
+            name, early = base.picture.name, run.early_mask
+            with self.runtime.edit(name, mask=early, save_as=saved, alignment=run.alignment) as receiver:
                 run.follow(receiver)
                 run.call(base.noise.generators())
             entry = run.entry()

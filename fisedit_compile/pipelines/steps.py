@@ -23,6 +23,7 @@ from fisedit_compile.pipelines.network_calls import NetworkCalls
 from fisedit_compile.pipelines.probing.memory import CallMemory
 from fisedit_compile.pipelines.random_numbers import RandomNumbers
 from fisedit_compile.pipelines.report import MaskCost
+from fisedit_compile.pipelines.stabilising import AttentionTurns
 from fisedit_compile.pipelines.timing import StageClock
 from fisedit_compile.pipelines.twin import Cancellation
 from fisedit_compile.runtime import Domain
@@ -33,6 +34,9 @@ class MaskReceiver(Protocol):
 
     def set_mask(self, mask: Tensor) -> None:
         """Make all further calls sparse."""
+
+    def align(self, alignment: Any) -> None:
+        """Say what further dense calls take from the recording; None: nothing."""
 
 
 @dataclass
@@ -49,6 +53,7 @@ class Trajectory:
         output: with ``output_type="latent"`` what the pipeline returned; None otherwise.
         compiled: in which form the network ran.
         memory: what probes need of the network's calls.
+        attention_turns: in how many turns, from the first, the attention maps of the network were kept.
     """
 
     tokens: tuple[Domain, ...] = ()
@@ -60,6 +65,7 @@ class Trajectory:
     output: Tensor | None = None
     compiled: CompiledRun = field(default_factory=CompiledRun)
     memory: CallMemory = field(default_factory=CallMemory)
+    attention_turns: int = 0
 
     @property
     def cells(self) -> LatentCells:
@@ -80,6 +86,7 @@ class StepFollower:
 
     Attributes:
         cancellation: tells whether the user cancelled the run.
+        attention: keeps attention maps in some turns; None: in none.
         left_alone: what the user's callback is called in, by the turn.
         finished: whether the pipeline's loop is done.
     """
@@ -95,6 +102,7 @@ class StepFollower:
     ) -> None:
         self.trajectory = trajectory
         self.cancellation: Cancellation | None = None
+        self.attention: AttentionTurns | None = None
         self.left_alone: Callable[[int], AbstractContextManager[None]] = lambda _: nullcontext()
         self.finished = False
         self._numbers = numbers
@@ -146,6 +154,9 @@ class StepFollower:
         latents = self.after_call(pipe, call, outputs.get("latents", tensors["latents"]))
         outputs["latents"] = latents
         self.trajectory.latents.append(latents.detach().clone())
+        if self.attention is not None:
+            self.attention.end_turn(pipe, call + 1, _turns(pipe))
+            self.trajectory.attention_turns = self.attention.kept
         self._returned = outputs
         self.finished = last
         return outputs
@@ -283,6 +294,7 @@ class EditFollower(StepFollower):
 
     Attributes:
         finding: what finding the mask cost; None: it is given, or not found yet.
+        dense_turns: how many turns ran densely.
     """
 
     def __init__(
@@ -308,6 +320,7 @@ class EditFollower(StepFollower):
         self._finder = MaskFinder(settings, pixels) if mask is None else None
         self.finding: MaskCost | None = None
         self._calls_by_step: list[int] = []
+        self.dense_turns = 0
 
     @property
     def stage(self) -> str:
@@ -327,6 +340,7 @@ class EditFollower(StepFollower):
         """
         if call == 0:
             self._check_run(pipe, latents)
+        self.dense_turns += self.stage == "dense"
         if self._finder is not None:
             self._find(self._finder, pipe, call, latents)
         if self.mask is None:
@@ -371,6 +385,8 @@ class EditFollower(StepFollower):
             self.mask = self._cells.expand(finder.mask())
             self.finding = MaskCost("fisedit", dense_steps=len(self._calls_by_step))
             self._finder = None
+            if self.run is not None:
+                self.run.align(None)
             if call + 1 < total and not bool(self.mask.all()):
                 if self.run is None:
                     raise PipelineError("the edit follower was not given the runtime's edit")

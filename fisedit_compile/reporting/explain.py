@@ -255,6 +255,10 @@ class ExplainReport:
         packed = sum(program.report.packed_bytes for program in self.programs)
         if packed:
             summary.add_row("packed copies of weights", format_bytes(packed))
+        maps = [site for program in self.programs for site in program.report.attention_sites]
+        if maps:
+            kept = format_bytes(sum(site.bytes for site in maps))
+            summary.add_row("cross-attention that can be stabilised", f"{len(maps)}, whose maps take {kept} a call")
         tables = [summary]
         if any(isinstance(program, SparseProgram) for program in self.programs):
             costs = Table("An edit call, ragged mask", ("density", "multiply-accumulates", "of dense", "loaded"))

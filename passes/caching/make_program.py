@@ -58,5 +58,6 @@ def make_program(compilation: Compilation) -> None:
         dense=copy_graph(record, "Dense", output_count) if compilation.dense_inputs else None,
         dense_inputs=compilation.dense_inputs,
         # Recorded statistics stay those of the recording whatever the mask; a way that was asked for is taken.
+        stabilisation=compilation.stabilisation,
         dense_when_full=options.norm == "exact" and options.convolution == "auto",
     )

@@ -12,7 +12,7 @@ from fisedit_compile.options import Options
 from fisedit_compile.passes.common.family import Family
 from fisedit_compile.passes.common.ir import spatial_of
 from fisedit_compile.passes.common.opaque import Opaque
-from fisedit_compile.passes.common.program import GraphInput, InputInfo, Program
+from fisedit_compile.passes.common.program import GraphInput, InputInfo, Program, Stabilisation
 from fisedit_compile.passes.common.report import Report
 from fisedit_compile.runtime.spec import Site
 
@@ -48,6 +48,8 @@ class Compilation:
         edit_inputs: what the edit graphs read, in the order of their placeholders.
         invariants: computes what depends on parameters and on inputs such as the prompt only; None when nothing does.
         invariant_inputs: what it reads.
+        stabilisation: graphs of dense calls with recorded attention to words; made by ``stabilise``, None without such
+            attention.
         program: the result; made by ``make_program``.
     """
 
@@ -65,6 +67,7 @@ class Compilation:
     edit_inputs: tuple[GraphInput, ...] = ()
     invariants: fx.GraphModule | None = None
     invariant_inputs: tuple[GraphInput, ...] = ()
+    stabilisation: Stabilisation | None = None
     program: Program | None = None
 
     def module(self, name: GraphName) -> fx.GraphModule:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from torch import fx
@@ -39,6 +41,42 @@ class GraphInput:
     reference: int | str | PlanInput
 
 
+@dataclass(frozen=True, kw_only=True)
+class StabilisedGraphs:
+    """Graphs by which dense calls take the attention to shared words from the recording.
+
+    Attributes:
+        record_maps: the record graph; behind its outputs stands one tensor for each site of attention maps.
+        stabilised: behind the inputs of the record graph it takes an alignment int64 ``[B, tokens]`` for each number
+            of tokens, and the recorded maps; outputs are the original outputs.
+        stabilised_save: as ``stabilised``; outputs are those of ``record_maps``.
+    """
+
+    record_maps: fx.GraphModule
+    stabilised: fx.GraphModule
+    stabilised_save: fx.GraphModule
+
+
+@dataclass(kw_only=True)
+class Stabilisation:
+    """What ``stabilise`` found. Few runs ask for its graphs, which are made when they are first asked for.
+
+    Attributes:
+        sites: of the attention maps ``[..., positions, tokens]``, which recorded calls store when asked to.
+        tokens: the numbers of tokens that there is an alignment for, each once.
+        make: makes the graphs.
+    """
+
+    sites: tuple[Site, ...]
+    tokens: tuple[int, ...]
+    make: Callable[[], StabilisedGraphs]
+
+    @cached_property
+    def graphs(self) -> StabilisedGraphs:
+        """The graphs."""
+        return self.make()
+
+
 @dataclass(kw_only=True)
 class Program:
     """One compiled graph, of one of the kinds below. See docs/architecture.md for how its graphs relate.
@@ -62,6 +100,10 @@ class Program:
     def graphs(self) -> dict[str, fx.GraphModule]:
         """All graphs that there are, by the name of their field."""
         return {"record": self.record}
+
+    def graph(self, name: str) -> fx.GraphModule:
+        """One graph, by the name of its field."""
+        return self.graphs()[name]
 
 
 @dataclass(kw_only=True)
@@ -88,6 +130,7 @@ class SparseProgram(Program):
             graph as Dynamo made it then serves.
         dense_inputs: which outputs of the prologue the record and dense graphs read.
         dense_when_full: a mask of everything leaves nothing of the recording, so that the dense graph is its edit.
+        stabilisation: graphs of dense calls with recorded attention; None without cross-attention to words.
     """
 
     edit: fx.GraphModule
@@ -103,6 +146,7 @@ class SparseProgram(Program):
     dense: fx.GraphModule | None = None
     dense_inputs: tuple[int, ...] = ()
     dense_when_full: bool = False
+    stabilisation: Stabilisation | None = None
 
     def graphs(self) -> dict[str, fx.GraphModule]:
         """All graphs that there are, by the name of their field."""
@@ -115,3 +159,10 @@ class SparseProgram(Program):
             "invariants": self.invariants,
         }
         return {name: graph for name, graph in named.items() if graph is not None}
+
+    def graph(self, name: str) -> fx.GraphModule:
+        """See ``Program.graph``; also one of those of ``stabilisation``."""
+        if self.stabilisation is not None and name in StabilisedGraphs.__dataclass_fields__:
+            made: fx.GraphModule = getattr(self.stabilisation.graphs, name)
+            return made
+        return super().graph(name)

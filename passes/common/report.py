@@ -50,6 +50,7 @@ class Report:
         lost: operators behind which it is not known where positions lie on the mask, so that all of them are active.
         mac_counts: one entry for each convolution, linear layer, matrix product and attention.
         sites: what one recorded call stores.
+        attention_sites: the attention maps that it stores besides, when asked to.
         seconds: time spent by pass name.
         row_convolutions: how many convolutions are computed row by row only, by the reason.
         packed_bytes: what packed copies of weights take.
@@ -63,6 +64,7 @@ class Report:
     lost: list[Miss] = field(default_factory=list)
     mac_counts: list[MacCount] = field(default_factory=list)
     sites: tuple[Site, ...] = ()
+    attention_sites: tuple[Site, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     row_convolutions: Counter[str] = field(default_factory=Counter)
     packed_bytes: int = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -21,6 +22,7 @@ def load(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"example_{name}", FOLDER / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where PyTorch's compiler looks names up
     spec.loader.exec_module(module)
     return module
 
@@ -83,3 +85,29 @@ def test_save_explanation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "multiply-accumulates" in (tmp_path / "explanation.txt").read_text()
     assert (tmp_path / "flow.svg").read_text().startswith("<svg")
     assert "of the arithmetic" in capsys.readouterr().out
+
+
+def test_label_map(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    load("label_map").main(tmp_path, widths=(3, 1), size=64, repeats=1)
+    told = capsys.readouterr().out
+    assert told.startswith("100.0% of the arithmetic is sparse") and told.count("bit by bit the same: True") == 2
+    assert all(f"width {width}: 5.9% of the picture changed" in told for width in (3, 1)) and "times as fast" in told
+    for width in (3, 1):
+        before, edited, dense = (
+            pixels(tmp_path / f"width-{width}-{name}.png") for name in ("before", "edited", "dense")
+        )
+        car = np.zeros((64, 64), dtype=bool)
+        car[42:54, 22:42] = True
+        assert np.array_equal(before[~car], edited[~car]) and not np.array_equal(before[car], edited[car])
+        # The edit is nearer to what the generator makes of the new map than the picture before.
+        distances = [np.abs(picture[car].astype(float) - dense[car]).mean() for picture in (edited, before)]
+        assert distances[0] < 0.5 * distances[1]
+
+
+def test_segmentation(capsys: pytest.CaptureFixture[str]) -> None:
+    load("segmentation").main(width=4, size=64)
+    told = capsys.readouterr().out
+    assert "100.0% of the arithmetic is sparse" in told and "outside, the same classes: True" in told
+    assert "times as fast" in told
+    assert float(told.partition("of the dense run: ")[2].partition("%")[0]) > 90
+    assert int(told.rpartition(": ")[2]) > 0

@@ -25,7 +25,7 @@ ORDER = """
     propagate_domains collapse copy_record sparsify_conv sparsify_norm sparsify_attention sparsify_linear
     sparsify_layout sparsify_complex sparsify_pointwise resample densify count_macs fold_attention lower_conversions
     insert_cache_ops hoist_invariants choose_convolution pack_weights hoist_parameters convolve_maps multiply_maps
-    lift_cache_io make_program verify
+    lift_cache_io stabilise make_program verify
 """.split()
 USUAL = [name for name in ORDER if name != "collapse"]
 FAMILIES = ORDER[ORDER.index("sparsify_conv") : ORDER.index("densify")]

@@ -22,6 +22,7 @@ from fisedit_compile.options import Options
 from fisedit_compile.reporting import measured
 from fisedit_compile.reporting.explain import ExplainReport, explain_with, ragged_mask
 from fisedit_compile.runtime import Domain
+from fisedit_compile.runtime.stats import format_bytes
 from support.diffusers_networks import DIFFUSERS
 
 NETWORKS = {network.name: network for network in DIFFUSERS}
@@ -138,12 +139,23 @@ def test_graph_breaks_give_several_graphs() -> None:
 def test_a_unet_on_the_meta_device() -> None:
     network = NETWORKS["sd15"]
     inputs = [torch.empty(shape, device="meta") for shape in network.shapes]
-    report = fisedit.explain(network.module().to("meta"), *inputs)
+    module = network.module().to("meta")
+    report = fisedit.explain(module, *inputs)
     assert report.sparse_mac_fraction > 0.9
     assert report.dense_nodes == []
     assert report.bytes_loaded(0.05) < report.bytes_stored
+    maps = report.programs[0].report.attention_sites
+    assert len(maps) == sum(name.endswith("attn2") for name, _ in module.named_modules()) > 1
     text = str(report)
-    for part in ("sparse share", "sparsify_attention", "An edit call", "5 %", "stored by a recorded call"):
+    for part in (
+        "cross-attention that can be stabilised",
+        f"{len(maps)}, whose maps take {format_bytes(sum(site.bytes for site in maps))} a call",
+        "sparse share",
+        "sparsify_attention",
+        "An edit call",
+        "5 %",
+        "stored by a recorded call",
+    ):
         assert part in text
     assert max(map(len, text.splitlines())) <= 110
 

@@ -290,6 +290,9 @@ def test_a_run_kept_after_its_context_answers_and_holds_nothing() -> None:
     assert (edit.base, edit.calls, edit.density) == ("base", 1, 0.5) and edit.mask is not None
     with pytest.raises(FisEditError, match="has ended"):
         edit.set_mask(left_half())
+    with pytest.raises(FisEditError, match="has ended"):
+        edit.align([0])
+    assert (record.attention_calls, edit.stabilised_calls) == (0, 0)
     assert tensor() is not None
     del runtime, network.runtime  # freed at once: no reference cycle keeps gigabytes until a collection
     assert tensor() is None

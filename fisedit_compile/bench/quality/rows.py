@@ -68,8 +68,7 @@ def _edited(task: Task, how: dict[str, Any], options: dict[str, Any]) -> Outcome
 
 
 def dense_steps(report: Report) -> float:
-    """The dense steps of an edit and of finding its mask by probes; a step of some schedulers calls the network more than
-    once."""
+    """The dense steps of an edit, those of finding its mask included; a step may be several calls of the network."""
     calls = report.dense_calls + report.sparse_calls
     own = report.dense_calls * report.scheduler_steps / calls if calls else 0.0
     probed = report.finding is not None and report.finding.method == "probe"

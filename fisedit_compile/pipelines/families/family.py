@@ -88,6 +88,8 @@ class Family:
         default_size: tells height and width in pixels of pictures of which the user gives none; None from it: that is
             not known. It is given the pipeline and its network.
         refused: arguments that a session cannot honour, and what its user is told.
+        tokenizers: of text encoders whose tokens stand at the same places of the network's prompt, each with the
+            argument that has its text; none: it is not known which of the network's tokens are which words.
         resizes: the argument by which a pipeline may make a picture of another size, which it resizes in the end.
         encode: makes latents of pixels ``[B, 3, height, width]`` from 0 to 1; it is given the pipeline and these.
         without_callbacks: whether the pipeline takes no callbacks at all and goes on with what the scheduler's ``step``
@@ -108,6 +110,7 @@ class Family:
     changeable: frozenset[str] = CHANGEABLE
     default_size: Callable[[Any, Any], tuple[int, int] | None] = default_size_of
     refused: Mapping[str, str] = field(default_factory=lambda: dict(REFUSED))
+    tokenizers: tuple[tuple[str, str], ...] = ()
     resizes: str = "use_resolution_binning"
     encode: Callable[[Any, Tensor], Encoded] = encode_map
     without_callbacks: bool = False

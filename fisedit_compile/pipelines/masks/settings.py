@@ -42,6 +42,9 @@ class AutomaticMask:
             belong to the mask. None for both: 8 pixels with ``"probe"``, one cell with ``"fisedit"``.
         global_share: with ``"probe"``, a mask of a greater share of the picture becomes everything, and the edit runs
             densely: what changes so much is the whole picture, such as the time of day. 1 leaves it out; None: 0.55.
+        stabilised: with ``"fisedit"``, the dense steps take the attention to words that both prompts share from the
+            recorded run, which has to have kept it: the session must have been told so, by its own ``automatic_mask``,
+            when it generated.
 
     Raises:
         OptionError: a value is out of its range, or belongs to the other method.
@@ -57,6 +60,7 @@ class AutomaticMask:
     growth: int | None = None
     growth_pixels: int | None = None
     global_share: float | None = None
+    stabilised: bool = False
 
     def __post_init__(self) -> None:
         """Check every value."""
@@ -66,6 +70,11 @@ class AutomaticMask:
             raise OptionError(
                 "automatic mask: steps and out_of say how many steps run densely, and the method 'probe' runs none so; "
                 "leave them out, or give method='fisedit'"
+            )
+        if self.method == "probe" and self.stabilised:
+            raise OptionError(
+                "automatic mask: stabilised is for the dense steps of the method 'fisedit', and 'probe' has none; "
+                "leave it out, or give method='fisedit'"
             )
         if self.method == "fisedit" and self.global_share is not None:
             raise OptionError("automatic mask: global_share is for the method 'probe'; leave it out")
