@@ -100,7 +100,7 @@ def test_sessions_of_a_pipeline_share_its_graphs(session: EditSession) -> None:
 
 
 def test_an_edit_needs_a_picture(session: EditSession) -> None:
-    with pytest.raises(PipelineError, match="call generate first"):
+    with pytest.raises(PipelineError, match="call generate or open first"):
         session.edit(FIRST)
     with pytest.raises(PipelineError, match="no edit to undo"):
         session.undo()
