@@ -23,15 +23,15 @@ def main(folder: Path = Path("example-pictures"), steps: int = 20) -> None:
         steps: of the scheduler.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # A drawing stands for the photo, larger than the model's pictures and of another shape.
+    # A drawing stands for the photo, larger than the model's pictures.
     drawing = Image.fromarray(render(parse_caption(BEFORE), seed=1))
-    photo = drawing.resize((330, 300), Image.Resampling.LANCZOS)
+    photo = drawing.resize((300, 300), Image.Resampling.LANCZOS)
 
     session = fisedit.EditSession(load_pipeline())
     noise = torch.Generator().manual_seed(3)
     opened = session.open(photo, BEFORE, num_inference_steps=steps, guidance_scale=3.0, generator=noise)
     mask = Image.new("L", photo.size, 0)
-    ImageDraw.Draw(mask).ellipse((85, 130, 245, 285), fill=255)
+    ImageDraw.Draw(mask).ellipse((77, 130, 223, 285), fill=255)
     edit = session.edit(AFTER, mask=mask)
 
     for name, picture in (("photo", opened.image), ("photo-mask", mask), ("photo-blue", edit.image)):
