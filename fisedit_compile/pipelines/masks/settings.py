@@ -10,9 +10,9 @@ from fisedit_compile.errors import OptionError
 
 Method = Literal["probe", "fisedit"]
 
-FISEDIT_STEPS, FISEDIT_OUT_OF = 10, 50
+DENSE_STEPS, DENSE_OUT_OF = 10, 50
 """How many of how many scheduler steps run densely with FISEdit's method, unless it is said."""
-FISEDIT_GROWTH = 1
+DENSE_GROWTH = 1
 """Latent cells by which a mask grows that was found with FISEdit's method, unless it is said."""
 PROBE_GROWTH_PIXELS = 8
 """Pixels by which a mask grows that was found by probes, unless it is said."""
@@ -90,8 +90,8 @@ class AutomaticMask:
 
     @property
     def _steps(self) -> tuple[int, int]:
-        steps = FISEDIT_STEPS if self.steps is None else self.steps
-        return steps, FISEDIT_OUT_OF if self.out_of is None else self.out_of
+        steps = DENSE_STEPS if self.steps is None else self.steps
+        return steps, DENSE_OUT_OF if self.out_of is None else self.out_of
 
     def scaled_steps(self, steps: int) -> int:
         """How many of ``steps`` scheduler steps run densely with FISEdit's method: at least one."""
@@ -113,7 +113,7 @@ class AutomaticMask:
     @property
     def grown_cells(self) -> int:
         """Latent cells of growth, where there is none in pixels."""
-        return FISEDIT_GROWTH if self.growth is None else self.growth
+        return DENSE_GROWTH if self.growth is None else self.growth
 
     @property
     def most_local(self) -> float:
