@@ -155,7 +155,7 @@ class Edit(Run):
             # What was not decoded anew outside of a photo's mask was decoded when it was opened, and no part of it.
             decoded_outside=outcome is None or outcome.mask is None or base.photo is not None,
             flagged=self.flagged,
-            placing=None if base.photo is None else base.photo.placing,
+            placing=base.placing,
             region=self._task.region,
             seam=default_seam(base) if self._task.seam is None else self._task.seam,
         )
@@ -164,7 +164,5 @@ class Edit(Run):
 def default_seam(base: Entry) -> int:
     """Over how many pixels edits of a picture are mixed with it: none where the model made it, which then decodes to
     what it is; of a photo as many as :data:`PHOTO_SEAM` at the model's size."""
-    if base.photo is None:
-        return 0
-    placing = base.photo.placing
-    return max(1, round(PHOTO_SEAM * placing.picture[0] / placing.model[0]))
+    placing = base.placing
+    return 0 if placing is None else max(1, round(PHOTO_SEAM * placing.picture[0] / placing.model[0]))

@@ -72,6 +72,11 @@ class Entry:
     photo: OpenedPhoto | None = None
 
     @property
+    def placing(self) -> Placing | None:
+        """Of the photo on what the model makes; None: the model made the picture."""
+        return None if self.photo is None else self.photo.placing
+
+    @property
     def decoded(self) -> Tensor | None:
         """The picture as the model makes it, ``[B, 3, height, width]``; None: latents were wanted."""
         return self.picture.pixels if self.photo is None else self.photo.decoded

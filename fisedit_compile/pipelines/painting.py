@@ -59,7 +59,7 @@ def strokes_of(
         raise MaskError(f"the painted picture has {sizes[0]} pixels and the picture {sizes[1]}; paint on the picture")
     ground = pixels.float().cpu().expand(1, 3, -1, -1)
     whole = photo.over(ground)
-    placing = Placing.same(pixels) if base.photo is None else base.photo.placing
+    placing = base.placing or Placing.same(pixels)
     cells, latents = base.trajectory.cells, base.trajectory.latents[-1]
     if mask is None:
         # What the picture has in bytes may be painted on: floats are brought to bytes before they are compared.

@@ -271,12 +271,11 @@ class EditSession:
         base, given = self._edited(prompt, changes)
         clock = StageClock(self._tools.binding.device)
         cells, latents = base.trajectory.cells, base.trajectory.latents[-1]
-        placing = None if base.photo is None else base.photo.placing
-        size = None if placing is None else placing.picture
+        size = None if base.placing is None else base.placing.picture
         latent_mask = cells.given_mask(mask, latents, white_threshold, automatic_mask, size)
         region = None
-        if placing is not None and mask is not None:
-            region = placing.given_region(mask, white_threshold, latents.device)
+        if base.placing is not None and mask is not None:
+            region = base.placing.given_region(mask, white_threshold, latents.device)
         painted = None if strokes is None else strokes_of(self._tools, base, strokes, strength, latent_mask)
         settings, finding = automatic_mask or self.automatic_mask, None
         if latent_mask is None and painted is None and settings.method == "probe":

@@ -161,6 +161,11 @@ def test_edit(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "sparse steps" in capsys.readouterr().out
 
 
+def test_settings_of_the_other_method_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("edit", "--base-prompt", "a red ball", "--prompt", "a blue box", "--mask-steps", "5") == 2
+    assert "method='fisedit'" in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
 def test_a_mask_of_another_shape_is_refused_before_anything_is_generated(
     folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

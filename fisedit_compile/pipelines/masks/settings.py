@@ -12,7 +12,7 @@ Method = Literal["probe", "fisedit"]
 
 DENSE_STEPS, DENSE_OUT_OF = 10, 50
 """How many of how many scheduler steps run densely with FISEdit's method, unless it is said."""
-CELLS_OF_GROWTH = 1
+DENSE_GROWTH = 1
 """Latent cells by which a mask grows that was found with FISEdit's method, unless it is said."""
 PROBE_GROWTH_PIXELS = 8
 """Pixels by which a mask grows that was found by probes, unless it is said."""
@@ -122,7 +122,7 @@ class AutomaticMask:
     @property
     def grown_cells(self) -> int:
         """Latent cells of growth, where there is none in pixels."""
-        return CELLS_OF_GROWTH if self.growth is None else self.growth
+        return DENSE_GROWTH if self.growth is None else self.growth
 
     @property
     def most_local(self) -> float:
