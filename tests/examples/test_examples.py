@@ -34,7 +34,7 @@ def pixels(path: Path) -> np.ndarray:
 def test_every_example_is_tested() -> None:
     source = Path(__file__).read_text(encoding="utf-8")
     names = [path.stem for path in FOLDER.glob("*.py")]
-    assert len(names) == 6 and all(f'load("{name}")' in source for name in names)
+    assert len(names) == 8 and all(f'load("{name}")' in source for name in names)
 
 
 def test_own_network(capsys: pytest.CaptureFixture[str]) -> None:
