@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import fx
 
 import fisedit_compile.operators  # noqa: F401  (registers the operators the passes name)
@@ -235,7 +236,9 @@ def build_program(
         OptionError: a pass that cannot be disabled is named, or option ``tokens`` does not fit an input.
     """
     compilation = Compilation(graph_module, tuple(inputs), options, opaque, families(options))
-    run_passes(compilation)
+    # What passes work out is the host's, wherever the user's code makes its tensors.
+    with torch.device("cpu"):
+        run_passes(compilation)
     if compilation.program is None:
         raise GraphError("the passes have made no program; make_program is missing in their list")
     return compilation.program

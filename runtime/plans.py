@@ -6,7 +6,7 @@ in the rows of the source, in the halo (recorded positions next to the active on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -137,13 +137,23 @@ def build_plan(
     Returns:
         The plan. A mask without any active position is allowed; all rows are padding then.
     """
-    mask = fine_mask.to("cpu")
-    if mask.shape[0] > 1 and bool((mask == mask[:1]).all()):
-        mask = mask[:1]
-    stencils = tuple(dict.fromkeys(stencils))
-    ends = [domain for stencil in stencils for domain in (stencil.source, stencil.target)]
     padded = bucket if bucketed else _unpadded
     tiled = bucketed or torch.device(device).type != "cpu"
+    # Whatever device the user's code makes its tensors on.
+    with torch.device("cpu"):
+        plans, tensors = _plan(fine_mask.to("cpu"), domains, tuple(dict.fromkeys(stencils)), padded, tiled)
+    if torch.device(device).type != "cpu":
+        tensors = {key: None if tensor is None else tensor.to(device) for key, tensor in tensors.items()}
+    return IndexPlan(plans, tensors)
+
+
+def _plan(
+    mask: Tensor, domains: Iterable[Domain], stencils: Sequence[Stencil], padded: Callable[[int], int], tiled: bool
+) -> tuple[dict[Domain, DomainPlan], dict[PlanInput, Tensor | None]]:
+    """Plans of the domains, and the tensors of a plan by what they are for, on the host."""
+    if mask.shape[0] > 1 and bool((mask == mask[:1]).all()):
+        mask = mask[:1]
+    ends = [domain for stencil in stencils for domain in (stencil.source, stencil.target)]
     plans = {
         domain: _plan_domain(reduce_mask(mask, domain), padded, tile_order(domain) if tiled else None)
         for domain in dict.fromkeys([*domains, *ends])
@@ -155,9 +165,7 @@ def build_plan(
     for stencil in stencils:
         for kind, tensor in _plan_stencil(stencil, plans[stencil.source], plans[stencil.target], padded).items():
             tensors[PlanInput(kind, stencil)] = tensor
-    if torch.device(device).type != "cpu":
-        tensors = {key: None if tensor is None else tensor.to(device) for key, tensor in tensors.items()}
-    return IndexPlan(plans, tensors)
+    return plans, tensors
 
 
 def _unpadded(count: int) -> int:

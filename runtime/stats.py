@@ -21,6 +21,14 @@ def format_bytes(count: int) -> str:
     return f"{size:.1f} TiB"
 
 
+def format_count(count: float) -> str:
+    """``count`` things for people: ``1.5 G``; as it is below a thousand."""
+    for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if abs(count) >= size:
+            return f"{count / size:.4g}{unit}"
+    return f"{count:.0f}"
+
+
 @dataclass
 class Stats:
     """Counters of a runtime since it was made, or since ``Runtime.reset_stats``.

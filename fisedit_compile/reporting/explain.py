@@ -28,7 +28,7 @@ from fisedit_compile.reporting.tables import Table, render
 from fisedit_compile.runtime.masks import prepare_mask, reduce_mask, tile_mask
 from fisedit_compile.runtime.plans import IndexPlan, build_plan
 from fisedit_compile.runtime.spec import Domain, PlanInput, Site
-from fisedit_compile.runtime.stats import format_bytes
+from fisedit_compile.runtime.stats import format_bytes, format_count
 from fisedit_compile.tracing.trace import DenseGraph, capture_all
 
 #: Densities that the printed table shows.
@@ -92,8 +92,10 @@ def ragged_mask(density: float, domain: Domain, seed: int = 0) -> Tensor:
 
 def fine_mask(program: SparseProgram, mask: Any) -> Tensor:
     """A mask, or a ragged one for a density, at the resolution and batch of a program."""
-    given = ragged_mask(mask, program.mask_domain) if isinstance(mask, float | int) else mask
-    return reduce_mask(tile_mask(prepare_mask(given), program.batch), program.mask_domain)
+    # On the host, whatever the device of the user's code is.
+    with torch.device("cpu"):
+        given = ragged_mask(mask, program.mask_domain) if isinstance(mask, float | int) else mask
+        return reduce_mask(tile_mask(prepare_mask(given), program.batch), program.mask_domain)
 
 
 class ExplainReport:
@@ -250,7 +252,7 @@ class ExplainReport:
         traced = sum(graph.traced for graph in self.graphs)
         summary.add_row("graphs", f"{len(self.graphs)}, of which {traced} traced")
         summary.add_row("sparse share of the multiply-accumulates", f"{100 * self.sparse_mac_fraction:.2f} %")
-        summary.add_row("multiply-accumulates of a dense call", f"{self.total_macs / 1e9:.3f} G")
+        summary.add_row("multiply-accumulates of a dense call", format_count(self.total_macs))
         summary.add_row("stored by a recorded call", format_bytes(self.bytes_stored))
         packed = sum(program.report.packed_bytes for program in self.programs)
         if packed:
@@ -265,7 +267,7 @@ class ExplainReport:
             for density in DENSITIES:
                 cost = self.cost(density)
                 share = cost.macs / self.total_macs if self.total_macs else 1.0
-                row = f"{cost.macs / 1e9:.3f} G", f"{100 * share:.1f} %", format_bytes(cost.bytes_loaded)
+                row = format_count(cost.macs), f"{100 * share:.1f} %", format_bytes(cost.bytes_loaded)
                 costs.add_row(f"{100 * density:g} %", *row)
             tables.append(costs)
         passes = Table("Passes", ("pass", "rewrites", "rules that did not apply", "seconds"))

@@ -8,6 +8,8 @@ from xml.sax.saxutils import escape
 
 import networkx
 
+from fisedit_compile.runtime.stats import format_count
+
 SPARSE_COLOUR, DENSE_COLOUR, LINE, TEXT = "#0072b2", "#d55e00", "#5f6368", "#202124"
 #: Sizes in pixels: of a box, between boxes, and around all.
 WIDTH, HEIGHT, GAP, LEVEL, MARGIN = 300, 96, 230, 118, 24
@@ -146,4 +148,4 @@ def _kinds(data: dict[str, Any]) -> str:
 def _macs(data: dict[str, Any]) -> str:
     """Multiply-accumulates in words; "" where there are none."""
     named = (("sparse", data["sparse_macs"]), ("dense", data["dense_macs"]))
-    return ", ".join(f"{macs / 1e9:.3g} G {name}" for name, macs in named if macs)
+    return ", ".join(f"{format_count(macs)} {name}" for name, macs in named if macs)

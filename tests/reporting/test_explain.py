@@ -59,6 +59,15 @@ def test_counts_of_two_convolutions() -> None:
     assert report.bytes_stored == 4 * positions * (3 + 5)
 
 
+def test_the_users_device_context_is_no_matter() -> None:
+    with torch.device("meta"):
+        report = fisedit.explain(TwoConvolutions(torch.relu), torch.empty(2, 3, 16, 20))
+        text = str(report)
+    assert report.dense_nodes == [] and report.sparse_mac_fraction == 1.0
+    # Small networks are counted in thousands.
+    assert f"{report.total_macs / 1000:.4g} k" in text and text.count("0.000") == 0
+
+
 def test_costs_of_a_mask() -> None:
     report = explained()
     mask = torch.zeros(16, 20)
