@@ -110,7 +110,7 @@ class Prompts:
         if not self._encoders:
             raise PipelineError(
                 f"the words of {type(pipe).__name__}'s prompts cannot be told from what its network is given, so that "
-                "dense steps cannot be stabilised; find masks with AutomaticMask(stabilised=False)"
+                "dense steps cannot be stabilised; find masks without stabilised=True"
             )
         if self._texts("prompt", given) is None:
             raise _unknown_words("prompt_embeds")
@@ -139,8 +139,8 @@ class Prompts:
         if len(rows) != samples:
             raise PipelineError(
                 f"{type(self._pipe).__name__} calls its network with {samples} samples for {len(prompts)} prompts, and "
-                f"{len(rows)} were expected, so that it is not known which of them have which words; find masks with "
-                "AutomaticMask(stabilised=False)"
+                f"{len(rows)} were expected, so that it is not known which of them have which words; find masks "
+                "without stabilised=True"
             )
         same = list(range(tokens))
         return None if all(row == same for row in rows) else torch.tensor(rows)
@@ -153,8 +153,8 @@ class Prompts:
         if shape is None or len(shape) != 3 or set(shapes) != {shape} or not calls.one_a_turn or lengths != {shape[1]}:
             raise PipelineError(
                 f"{type(self._pipe).__name__} gives its network other tokens than those of its prompts, or not the "
-                "same in each step, so that it is not known which words they are; find masks with "
-                "AutomaticMask(stabilised=False)"
+                "same in each step, so that it is not known which words they are; find masks "
+                "without stabilised=True"
             )
         return shape[0], shape[1]
 
@@ -214,7 +214,7 @@ class Prompts:
 def _unknown_words(embedded: str) -> PipelineError:
     return PipelineError(
         f"the words of {embedded} are not known, so that dense steps cannot be stabilised; give prompts as texts, or "
-        "find masks with AutomaticMask(stabilised=False)"
+        "find masks without stabilised=True"
     )
 
 

@@ -8,7 +8,7 @@ from fisedit_compile.errors import PipelineError
 from fisedit_compile.pipelines.families.schedulers import calls_for_steps, steps_for_calls
 from fisedit_compile.pipelines.masks.settings import AutomaticMask
 
-_INSTEAD = "find masks without AutomaticMask(stabilised=True)"
+_INSTEAD = "find masks without stabilised=True"
 
 
 class AttentionRecorder(Protocol):

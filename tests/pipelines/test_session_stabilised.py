@@ -22,9 +22,9 @@ from support.transformer_pipelines import transformer_pipeline
 
 KEEPS_DYNAMO = True
 STEPS, DENSE = 5, 2
-STABILISED = AutomaticMask(steps=DENSE, out_of=STEPS, stabilised=True)
+STABILISED = AutomaticMask("fisedit", steps=DENSE, out_of=STEPS, stabilised=True)
 EVERYTHING = replace(STABILISED, threshold=0.0, opening=0, growth=12)
-PLAIN = AutomaticMask(steps=DENSE, out_of=STEPS)
+PLAIN = AutomaticMask("fisedit", steps=DENSE, out_of=STEPS)
 RED, BLUE = "a red ball on grass", "a blue ball on grass"
 #: Of the unconditional half, and of the red and the blue ball.
 ALIGNMENT = [list(range(8)), [0, 1, -1, 3, 4, 5, 6, 7]]
@@ -75,7 +75,7 @@ def arguments(kind: str = "text-to-image") -> dict[str, Any]:
 
 
 def trajectory(session: fisedit.EditSession) -> list[Tensor]:
-    return session._entries[-1].trajectory.latents
+    return session._history.last.trajectory.latents
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_maps_are_kept_of_dense_turns_only(session: fisedit.EditSession) -> None
     (recording,) = session.runtime._store.bases[session.history[0].name].recordings.values()
     assert [call.keeps_attention for call in recording.calls] == [True] * DENSE + [False] * (STEPS - DENSE)
     with pytest.raises(PipelineError, match="the first 3 calls of the picture .*in the first 2 calls only"):
-        session.edit(BLUE, automatic_mask=AutomaticMask(steps=3, out_of=STEPS, stabilised=True))
+        session.edit(BLUE, automatic_mask=AutomaticMask("fisedit", steps=3, out_of=STEPS, stabilised=True))
     assert len(session.history) == 1
 
 

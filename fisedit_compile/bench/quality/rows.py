@@ -51,6 +51,12 @@ def by_words(settings: AutomaticMask, **options: Any) -> Callable[[Task], Outcom
     return make
 
 
+def stabilised() -> Callable[[Task], Outcome]:
+    """FISEdit's edits with stabilised dense steps, for which a session has to keep attention when it generates."""
+    settings = AutomaticMask(method="fisedit", stabilised=True)
+    return by_words(settings, automatic_mask=settings)
+
+
 def painted(task: Task) -> Outcome:
     """A session's edit with the asked-for region as its mask."""
     return _edited(task, {"mask": task.region}, {})
@@ -84,7 +90,10 @@ ROWS: tuple[Row, ...] = (
     Row("prompt-to-prompt", "prompt-to-prompt, attention replaced", SOME, methods.prompt_to_prompt),
     Row("crop-and-stitch", "the box around the painted mask alone", SOME, methods.crop_and_stitch),
     Row("fisedit", "a session, mask found in the first steps", MANY, by_words(AutomaticMask(method="fisedit"))),
+    Row("fisedit-stabilised", "the same, shared words keep their attention", MANY, stabilised()),
     Row("probe", "a session, mask found by probes", MANY, by_words(AutomaticMask())),
+    Row("probe-4-pixels", "the same, grown by 4 pixels", SOME, by_words(AutomaticMask(growth_pixels=4))),
+    Row("probe-hysteresis", "the same, with hysteresis", SOME, by_words(AutomaticMask(hysteresis=0.5))),
     Row("painted", "a session, painted mask", MANY, painted),
 )
 
