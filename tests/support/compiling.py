@@ -7,6 +7,7 @@ python compiling.py OUTPUT [--all]
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -37,6 +38,11 @@ EPILOGUES = {
 NORM = Chain((Step("mul", (CURRENT, Operand(0))), Step("add", (CURRENT, Operand(1))), Step("silu")), ("sample",) * 2)
 #: Rows of a launch that is only compiled; no code depends on it.
 ROWS = 384
+#: Choices that each chip compiles in any case, unless everything is asked for.
+EACH_CHIP = 4
+
+Chosen = dict[ConvBlocks, tuple[ConvShape, ConvProblem]]
+"""Choices of blocks, each with a convolution that asks for it."""
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
@@ -66,9 +72,9 @@ def conv_variant(
     return conv_launches(call, blocks, output, workspace)
 
 
-def chosen(chip: Chip, dtype: torch.dtype) -> dict[ConvBlocks, tuple[ConvShape, ConvProblem]]:
+def chosen(chip: Chip, dtype: torch.dtype) -> Chosen:
     """Every choice for the public models on a chip, with one convolution that asks for it."""
-    found: dict[ConvBlocks, tuple[ConvShape, ConvProblem]] = {}
+    found: Chosen = {}
     for model in MODELS:
         for shape in conv_shapes(model):
             for density in DENSITIES:
@@ -77,7 +83,7 @@ def chosen(chip: Chip, dtype: torch.dtype) -> dict[ConvBlocks, tuple[ConvShape, 
     return found
 
 
-def sharing(found: dict[ConvBlocks, tuple[ConvShape, ConvProblem]], chip: Chip) -> list[Any]:
+def sharing(found: Chosen, chip: Chip) -> list[Any]:
     """The largest of these choices first, as their rows share reads: what measuring may choose in their place."""
     twins = [(replace(blocks, share=True), of) for blocks, of in found.items() if not blocks.share]
     twins = [(blocks, of) for blocks, of in twins if blocks in candidates(of[1], chip)]
@@ -94,15 +100,41 @@ class Variant:
     expected_shared: int
 
 
+@functools.cache
+def taken(capability: Capability, dtype: torch.dtype, everything: bool) -> Chosen:
+    """What :func:`chosen` finds, and of what measuring may choose in its place all or the largest."""
+    chip = KNOWN_CHIPS[capability]
+    found = chosen(chip, dtype)
+    for blocks, of in sharing(found, chip)[: None if everything else 1]:
+        found.setdefault(blocks, of)
+    return found
+
+
+def spread(dtype: torch.dtype) -> dict[Capability, Chosen]:
+    """Every choice on one of the chips that make it, and on each chip those that take most of its shared memory.
+
+    The chip with the fewest choices so far comes first, so that each compiles about as many.
+    """
+    by_chip = {capability: taken(capability, dtype, False) for capability in KNOWN_CHIPS}
+    spread_out: dict[Capability, Chosen] = {}
+    for capability, found in by_chip.items():
+        heaviest = sorted(found, key=lambda blocks: -shared_bytes(blocks, found[blocks][1], KNOWN_CHIPS[capability]))
+        spread_out[capability] = {blocks: found[blocks] for blocks in heaviest[:EACH_CHIP]}
+    done = {blocks for found in spread_out.values() for blocks in found}
+    for blocks in dict.fromkeys(blocks for found in by_chip.values() for blocks in found if blocks not in done):
+        able = [capability for capability in KNOWN_CHIPS if blocks in by_chip[capability]]
+        fewest = min(able, key=lambda capability: len(spread_out[capability]))
+        spread_out[fewest][blocks] = by_chip[fewest][blocks]
+    return spread_out
+
+
 def conv_variants(capability: Capability, dtypes: tuple[torch.dtype, ...], everything: bool) -> Iterator[Variant]:
     """Convolutions as chosen, with the epilogues of a residual block."""
     chip = KNOWN_CHIPS[capability]
     for dtype in dtypes:
         if not chip.supports(dtype):
             continue
-        found = chosen(chip, dtype)
-        for blocks, of in sharing(found, chip)[: None if everything else 1]:
-            found.setdefault(blocks, of)
+        found = taken(capability, dtype, True) if everything else spread(dtype)[capability]
         for blocks, (shape, problem) in found.items():
             expected = shared_bytes(blocks, problem, chip)
             for epilogue in EPILOGUES if everything else ("residual",):
@@ -141,7 +173,8 @@ def other_variants(capability: Capability, dtype: torch.dtype) -> Iterator[Varia
 
 
 def variants(everything: bool) -> Iterator[Variant]:
-    """All of them, or those of half precision with the longest epilogue and one of each kind besides."""
+    """All of them; or those of half precision with the longest epilogue, each for one chip that chooses it, and one of
+    each kind besides."""
     half, full = torch.float16, torch.float32
     for capability in KNOWN_CHIPS:
         yield from conv_variants(capability, (half, torch.bfloat16, full) if everything else (half,), everything)
