@@ -9,9 +9,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
-from hypothesis import HealthCheck, settings
+# Small tensors gain nothing from threads, and threads of several workers stand in each other's way; so do those of the
+# processes that tests start, which take this from the environment. Before PyTorch is imported, which reads it.
+SEVERAL = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1
+if SEVERAL:
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
 
 # Test modules import `support` and the programs of two folders by their bare names, whatever the import mode.
 HERE = Path(__file__).parent
@@ -56,9 +62,8 @@ def poisoned(create: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 @pytest.fixture(autouse=True, scope="session")
 def few_threads() -> None:
-    """Small tensors gain nothing from threads, and threads of several workers stand in each other's way."""
-    several = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1
-    torch.set_num_threads(1 if several else min(2, torch.get_num_threads()))
+    """One thread beside other workers, else two."""
+    torch.set_num_threads(1 if SEVERAL else min(2, torch.get_num_threads()))
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -83,12 +88,11 @@ def poisoned_memory() -> Iterator[None]:
 def own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Nothing that was measured on this machine before has a part in the tests, and they leave nothing behind.
 
-    Libraries are compiled once for all workers and the processes that tests start.
+    Libraries are compiled, and operators are measured, once for all workers and the processes that tests start.
     """
-    folder, base = tmp_path_factory.mktemp("cache"), tmp_path_factory.getbasetemp()
-    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "native"
-    shared.mkdir(exist_ok=True)
-    (folder / "native").symlink_to(shared)
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
+    folder.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FISEDIT_CACHE_DIR", str(folder))
         yield
