@@ -2,27 +2,35 @@
 
 The interpreter replaces Triton's compiler when Triton is imported, so one process cannot do both.
 
-python compiling.py OUTPUT [--all]
+python compiling.py OUTPUT RECORD [--all]
+
+What is in the record, a file of what compiling gave before, is taken from there: entries are found by the source of a
+kernel and of all that it calls, its arguments' types, the chip, Triton's version and the file that compiles. One launch
+of each kernel is compiled in any case, and must give what the record says.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
+import inspect
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from fisedit_compile.bench.conv_shapes import DENSITIES, MODELS, ConvShape, conv_shapes
 from fisedit_compile.operators.convolution.triton import NOTHING, ConvCall, conv_launches
 from fisedit_compile.operators.group_norm import triton as norm
 from fisedit_compile.operators.rows import triton as rows
+from fisedit_compile.operators.triton import resources as compiler
 from fisedit_compile.operators.triton.blocks import ConvBlocks, ConvProblem, candidates, choose, shared_bytes
 from fisedit_compile.operators.triton.chips import KNOWN_CHIPS, Capability, Chip
 from fisedit_compile.operators.triton.launches import Launch
@@ -188,24 +196,50 @@ def variants(everything: bool) -> Iterator[Variant]:
                 yield Variant(f"norm on the way in, {one}", capability, launch, KNOWN_CHIPS[capability].shared_limit)
 
 
-def compile_all(everything: bool) -> list[dict[str, object]]:
-    """Compile each distinct variant once; its resources as plain data."""
-    done: dict[object, dict[str, object]] = {}
+def identity(variant: Variant) -> str:
+    """What the result of compiling depends on, as a short text that begins with Triton's version."""
+    kernel = variant.launch.kernel.cache_key
+    parts = (inspect.getsource(compiler), kernel, variant.capability, specialisation(variant.launch))
+    return f"{triton.__version__} {hashlib.sha256(repr(parts).encode()).hexdigest()[:24]}"
+
+
+def compile_one(variant: Variant) -> dict[str, object]:
+    """What a launch needs, and whether it loads and multiplies as it should, as plain data."""
+    resources = compile_launch(variant.launch, variant.capability)
+    return {
+        **{name: value for name, value in asdict(resources).items() if name != "assembly"},
+        "wide_loads": resources.wide_loads(),
+        "matrix": "mma" in resources.assembly,
+    }
+
+
+def compile_all(everything: bool, record: Mapping[str, dict[str, object]]) -> list[dict[str, object]]:
+    """What each distinct variant needs: from the record where it has it, and from compiling it.
+
+    Raises:
+        ValueError: one of each kernel is compiled, and the record says something else.
+    """
+    done: dict[str, dict[str, object]] = {}
+    checked: set[str] = set()
     for variant in variants(everything):
-        key = (variant.capability, specialisation(variant.launch))
+        key, kernel = identity(variant), variant.launch.kernel.fn.__name__
         if key in done:
             continue
-        resources = compile_launch(variant.launch, variant.capability)
+        known = record.get(key)
+        found = compile_one(variant) if known is None or kernel not in checked else known
+        if known is not None and found != known:
+            raise ValueError(f"{variant.name} gives {found}, and the record says {known}")
+        if known is not None:
+            checked.add(kernel)
         done[key] = {
-            **asdict(resources),
-            "assembly": "",
-            "wide_loads": resources.wide_loads(),
-            "matrix": "mma" in resources.assembly,
-            "kernel": variant.launch.kernel.fn.__name__,
+            "key": key,
+            "compiled": found,
+            "kernel": kernel,
             "constants": variant.launch.constants,
             "name": variant.name,
             "capability": variant.capability,
             "expected_shared": variant.expected_shared,
+            **found,
         }
     return list(done.values())
 
@@ -213,4 +247,6 @@ def compile_all(everything: bool) -> list[dict[str, object]]:
 if __name__ == "__main__":
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         sys.exit("compiling needs TRITON_INTERPRET=0")
-    Path(sys.argv[1]).write_text(json.dumps(compile_all("--all" in sys.argv[2:])), encoding="utf-8")
+    output, given = (Path(name) for name in sys.argv[1:3])
+    known = json.loads(given.read_text(encoding="utf-8")) if given.exists() else {}
+    output.write_text(json.dumps(compile_all("--all" in sys.argv[3:], known)), encoding="utf-8")
