@@ -105,6 +105,10 @@ class Case:
     recording: Recording
     recorded: tuple[Tensor, ...] = ()
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """For hypothesis, which writes the arguments of every example down and would print all tensors."""
+        printer.text(f"Case({self.network.name!r})")
+
     def call(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """One call of the compiled network."""
         return outputs_of(self.module, inputs)
