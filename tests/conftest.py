@@ -18,7 +18,6 @@ if SEVERAL:
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
-from torch._dynamo import guards  # noqa: E402
 
 # Test modules import `support` and the programs of two folders by their bare names, whatever the import mode.
 HERE = Path(__file__).parent
@@ -103,7 +102,7 @@ def own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
 def unmeasured_guards() -> Iterator[None]:
     """Dynamo empties the processor's caches behind each compilation, to log how long its guards take."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(guards, "profile_guard_manager", lambda *given: 0.0)
+        patch.setattr("torch._dynamo.guards.profile_guard_manager", lambda *given: 0.0)
         yield
 
 
