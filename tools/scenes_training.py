@@ -36,6 +36,9 @@ from fisedit_compile.scenes.world import Scene, caption, training_scenes
 STATE_FILE = "state.safetensors"
 """Name of a checkpoint's file inside the folder of its stage."""
 
+NORMALISING_PICTURES = 256
+"""How many pictures tell the mean and the spread of latents."""
+
 _OBJECT_WEIGHT = 4.0
 _SPREAD_WEIGHT = 1e-5
 _NOISE_WARMUP_STEPS = 1000
@@ -193,13 +196,13 @@ class AutoencoderTraining:
 
 
 def normalise_latents(vae: Any, device: str) -> None:
-    """Give each latent channel mean 0 and spread 1 over 256 pictures.
+    """Give each latent channel mean 0 and spread 1 over ``NORMALISING_PICTURES`` pictures.
 
     The shift and the scale go into the 1 by 1 convolutions on both sides of the latents, so the autoencoder's
     pictures stay as they are and the scaling factor of its configuration is 1.
     """
     generator = random.Random("latent scale")
-    pictures = [render(generator.choice(known_scenes()), seed) for seed in range(256)]
+    pictures = [render(generator.choice(known_scenes()), seed) for seed in range(NORMALISING_PICTURES)]
     parts = to_tensor(pictures).to(device).split(32)
     with torch.no_grad():
         latents = torch.cat([vae.encode(part).latent_dist.mean for part in parts])

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
+import scenes_training
 from fisedit_compile.scenes import Scene, load_pipeline
 from fisedit_compile.scenes.models import new_autoencoder
 from scenes_training import (
@@ -33,6 +34,12 @@ def script() -> ModuleType:
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(autouse=True)
+def few_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few pictures tell the spread of latents well enough."""
+    monkeypatch.setattr(scenes_training, "NORMALISING_PICTURES", 16)
 
 
 def take_steps(model: nn.Linear, optimiser: torch.optim.Optimizer, count: int) -> None:

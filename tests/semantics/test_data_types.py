@@ -36,7 +36,7 @@ RECIPES = (MaskRecipe("ragged", 3), MaskRecipe("per-sample", 5))
 def test_network_of_another_type(name: str, dtype: torch.dtype) -> None:
     if dtype is torch.float64 and name == "sd15":
         pytest.skip("its timestep embedding computes in float32 whatever the weights are")
-    case = compile_network(ALL[name], dtype=dtype)
+    case = compile_network(ALL[name], dtype=dtype, traced_once=True)
     if dtype is torch.float64:
         case.dtype = torch.float32  # the table's row: norm statistics are float32 whatever the network is
     inputs = case.network.inputs(1, dtype)
@@ -57,8 +57,8 @@ def test_maps_stored_as_bfloat16(name: str, norm: str) -> None:
     """What lies outside the mask is exact, what is read from the store is rounded."""
     if norm == "cached" and name not in ("group norm", "transformer block", "sd15"):
         pytest.skip("the option makes no difference")
-    case = compile_network(ALL[name], norm=norm, storage=torch.bfloat16)
-    exact = compile_network(ALL[name], norm=norm)
+    case = compile_network(ALL[name], norm=norm, storage=torch.bfloat16, traced_once=True)
+    exact = compile_network(ALL[name], norm=norm, traced_once=True)
     assert 0 < case.runtime.stats.bytes_stored <= exact.runtime.stats.bytes_stored
     case.dtype = torch.bfloat16  # the row of the table
     inputs = case.network.inputs(1)

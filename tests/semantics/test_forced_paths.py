@@ -56,7 +56,7 @@ if os.environ.get("HYPOTHESIS_PROFILE") == "thorough":
 @pytest.mark.parametrize("path", PATHS)
 def test_path(path: str, name: str, dtype: torch.dtype) -> None:
     options, operator = PATHS[path]
-    case = compile_network(ALL[name], dtype=dtype, **options)
+    case = compile_network(ALL[name], dtype=dtype, traced_once=True, **options)
     if dtype is torch.float32 and name == "skip network strided":
         assert operator in operators_of(ALL[name], options)
     check_edits(case, path)
@@ -85,6 +85,6 @@ def test_attention(way: str, name: str, dtype: torch.dtype, monkeypatch: pytest.
     if native._function(dtype) is None:
         pytest.skip("there is no compiled attention on this machine")
     favour(monkeypatch, way, runs=False)
-    case = compile_network(ALL[name], dtype=dtype)
+    case = compile_network(ALL[name], dtype=dtype, traced_once=True)
     check_edits(case, f"{way} attention")
     assert case.runtime.stats.ways[f"attention: {way}"] > 0

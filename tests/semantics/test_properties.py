@@ -38,7 +38,7 @@ CASES += [(network, "cached") for network in NETWORKS if has_group_norm(network)
 def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     """A compiled and recorded network."""
     torch.compiler.reset()
-    yield compile_network(request.param[0], norm=request.param[1])
+    yield compile_network(request.param[0], norm=request.param[1], traced_once=True)
 
 
 def test_outside_a_context_it_is_the_dense_network(case: Case) -> None:

@@ -30,7 +30,7 @@ def case(request: pytest.FixtureRequest) -> Iterator[Case]:
         if DEVICE == "cpu":
             patch.setattr(backend, "capturer_for", lambda devices: TapeCapturer())
         # Packed weights are opaque to the tape.
-        yield compile_network(request.param, packing=False)
+        yield compile_network(request.param, packing=False, traced_once=True)
 
 
 def replays(case: Case) -> int:

@@ -33,7 +33,7 @@ def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     with pytest.MonkeyPatch.context() as patch:
         if DEVICE == "cpu":
             patch.setattr(tiers, "lane_for", lambda device: LateLane())
-        yield compile_network(request.param, tier="host")
+        yield compile_network(request.param, tier="host", traced_once=True)
 
 
 @pytest.mark.parametrize("kind", ["rectangle", "ragged", "per-sample"])

@@ -2,26 +2,35 @@
 
 The interpreter replaces Triton's compiler when Triton is imported, so one process cannot do both.
 
-python compiling.py OUTPUT [--all]
+python compiling.py OUTPUT RECORD [--all]
+
+What is in the record, a file of what compiling gave before, is taken from there: entries are found by the source of a
+kernel and of all that it calls, its arguments' types, the chip, Triton's version and the file that compiles. One launch
+of each kernel is compiled in any case, and must give what the record says.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import inspect
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from fisedit_compile.bench.conv_shapes import DENSITIES, MODELS, ConvShape, conv_shapes
 from fisedit_compile.operators.convolution.triton import NOTHING, ConvCall, conv_launches
 from fisedit_compile.operators.group_norm import triton as norm
 from fisedit_compile.operators.rows import triton as rows
+from fisedit_compile.operators.triton import resources as compiler
 from fisedit_compile.operators.triton.blocks import ConvBlocks, ConvProblem, candidates, choose, shared_bytes
 from fisedit_compile.operators.triton.chips import KNOWN_CHIPS, Capability, Chip
 from fisedit_compile.operators.triton.launches import Launch
@@ -37,6 +46,11 @@ EPILOGUES = {
 NORM = Chain((Step("mul", (CURRENT, Operand(0))), Step("add", (CURRENT, Operand(1))), Step("silu")), ("sample",) * 2)
 #: Rows of a launch that is only compiled; no code depends on it.
 ROWS = 384
+#: Choices that each chip compiles in any case, unless everything is asked for.
+EACH_CHIP = 4
+
+Chosen = dict[ConvBlocks, tuple[ConvShape, ConvProblem]]
+"""Choices of blocks, each with a convolution that asks for it."""
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
@@ -66,9 +80,9 @@ def conv_variant(
     return conv_launches(call, blocks, output, workspace)
 
 
-def chosen(chip: Chip, dtype: torch.dtype) -> dict[ConvBlocks, tuple[ConvShape, ConvProblem]]:
+def chosen(chip: Chip, dtype: torch.dtype) -> Chosen:
     """Every choice for the public models on a chip, with one convolution that asks for it."""
-    found: dict[ConvBlocks, tuple[ConvShape, ConvProblem]] = {}
+    found: Chosen = {}
     for model in MODELS:
         for shape in conv_shapes(model):
             for density in DENSITIES:
@@ -77,7 +91,7 @@ def chosen(chip: Chip, dtype: torch.dtype) -> dict[ConvBlocks, tuple[ConvShape, 
     return found
 
 
-def sharing(found: dict[ConvBlocks, tuple[ConvShape, ConvProblem]], chip: Chip) -> list[Any]:
+def sharing(found: Chosen, chip: Chip) -> list[Any]:
     """The largest of these choices first, as their rows share reads: what measuring may choose in their place."""
     twins = [(replace(blocks, share=True), of) for blocks, of in found.items() if not blocks.share]
     twins = [(blocks, of) for blocks, of in twins if blocks in candidates(of[1], chip)]
@@ -94,15 +108,41 @@ class Variant:
     expected_shared: int
 
 
+@functools.cache
+def taken(capability: Capability, dtype: torch.dtype, everything: bool) -> Chosen:
+    """What :func:`chosen` finds, and of what measuring may choose in its place all or the largest."""
+    chip = KNOWN_CHIPS[capability]
+    found = chosen(chip, dtype)
+    for blocks, of in sharing(found, chip)[: None if everything else 1]:
+        found.setdefault(blocks, of)
+    return found
+
+
+def spread(dtype: torch.dtype) -> dict[Capability, Chosen]:
+    """Every choice on one of the chips that make it, and on each chip those that take most of its shared memory.
+
+    The chip with the fewest choices so far comes first, so that each compiles about as many.
+    """
+    by_chip = {capability: taken(capability, dtype, False) for capability in KNOWN_CHIPS}
+    spread_out: dict[Capability, Chosen] = {}
+    for capability, found in by_chip.items():
+        heaviest = sorted(found, key=lambda blocks: -shared_bytes(blocks, found[blocks][1], KNOWN_CHIPS[capability]))
+        spread_out[capability] = {blocks: found[blocks] for blocks in heaviest[:EACH_CHIP]}
+    done = {blocks for found in spread_out.values() for blocks in found}
+    for blocks in dict.fromkeys(blocks for found in by_chip.values() for blocks in found if blocks not in done):
+        able = [capability for capability in KNOWN_CHIPS if blocks in by_chip[capability]]
+        fewest = min(able, key=lambda capability: len(spread_out[capability]))
+        spread_out[fewest][blocks] = by_chip[fewest][blocks]
+    return spread_out
+
+
 def conv_variants(capability: Capability, dtypes: tuple[torch.dtype, ...], everything: bool) -> Iterator[Variant]:
     """Convolutions as chosen, with the epilogues of a residual block."""
     chip = KNOWN_CHIPS[capability]
     for dtype in dtypes:
         if not chip.supports(dtype):
             continue
-        found = chosen(chip, dtype)
-        for blocks, of in sharing(found, chip)[: None if everything else 1]:
-            found.setdefault(blocks, of)
+        found = taken(capability, dtype, True) if everything else spread(dtype)[capability]
         for blocks, (shape, problem) in found.items():
             expected = shared_bytes(blocks, problem, chip)
             for epilogue in EPILOGUES if everything else ("residual",):
@@ -141,7 +181,8 @@ def other_variants(capability: Capability, dtype: torch.dtype) -> Iterator[Varia
 
 
 def variants(everything: bool) -> Iterator[Variant]:
-    """All of them, or those of half precision with the longest epilogue and one of each kind besides."""
+    """All of them; or those of half precision with the longest epilogue, each for one chip that chooses it, and one of
+    each kind besides."""
     half, full = torch.float16, torch.float32
     for capability in KNOWN_CHIPS:
         yield from conv_variants(capability, (half, torch.bfloat16, full) if everything else (half,), everything)
@@ -155,24 +196,50 @@ def variants(everything: bool) -> Iterator[Variant]:
                 yield Variant(f"norm on the way in, {one}", capability, launch, KNOWN_CHIPS[capability].shared_limit)
 
 
-def compile_all(everything: bool) -> list[dict[str, object]]:
-    """Compile each distinct variant once; its resources as plain data."""
-    done: dict[object, dict[str, object]] = {}
+def identity(variant: Variant) -> str:
+    """What the result of compiling depends on, as a short text that begins with Triton's version."""
+    kernel = variant.launch.kernel.cache_key
+    parts = (inspect.getsource(compiler), kernel, variant.capability, specialisation(variant.launch))
+    return f"{triton.__version__} {hashlib.sha256(repr(parts).encode()).hexdigest()[:24]}"
+
+
+def compile_one(variant: Variant) -> dict[str, object]:
+    """What a launch needs, and whether it loads and multiplies as it should, as plain data."""
+    resources = compile_launch(variant.launch, variant.capability)
+    return {
+        **{name: value for name, value in asdict(resources).items() if name != "assembly"},
+        "wide_loads": resources.wide_loads(),
+        "matrix": "mma" in resources.assembly,
+    }
+
+
+def compile_all(everything: bool, record: Mapping[str, dict[str, object]]) -> list[dict[str, object]]:
+    """What each distinct variant needs: from the record where it has it, and from compiling it.
+
+    Raises:
+        ValueError: one of each kernel is compiled, and the record says something else.
+    """
+    done: dict[str, dict[str, object]] = {}
+    checked: set[str] = set()
     for variant in variants(everything):
-        key = (variant.capability, specialisation(variant.launch))
+        key, kernel = identity(variant), variant.launch.kernel.fn.__name__
         if key in done:
             continue
-        resources = compile_launch(variant.launch, variant.capability)
+        known = record.get(key)
+        found = compile_one(variant) if known is None or kernel not in checked else known
+        if known is not None and found != known:
+            raise ValueError(f"{variant.name} gives {found}, and the record says {known}")
+        if known is not None:
+            checked.add(kernel)
         done[key] = {
-            **asdict(resources),
-            "assembly": "",
-            "wide_loads": resources.wide_loads(),
-            "matrix": "mma" in resources.assembly,
-            "kernel": variant.launch.kernel.fn.__name__,
+            "key": key,
+            "compiled": found,
+            "kernel": kernel,
             "constants": variant.launch.constants,
             "name": variant.name,
             "capability": variant.capability,
             "expected_shared": variant.expected_shared,
+            **found,
         }
     return list(done.values())
 
@@ -180,4 +247,6 @@ def compile_all(everything: bool) -> list[dict[str, object]]:
 if __name__ == "__main__":
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         sys.exit("compiling needs TRITON_INTERPRET=0")
-    Path(sys.argv[1]).write_text(json.dumps(compile_all("--all" in sys.argv[2:])), encoding="utf-8")
+    output, given = (Path(name) for name in sys.argv[1:3])
+    known = json.loads(given.read_text(encoding="utf-8")) if given.exists() else {}
+    output.write_text(json.dumps(compile_all("--all" in sys.argv[3:], known)), encoding="utf-8")

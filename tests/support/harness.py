@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fisedit_compile as fisedit
+from support.captured import compiled_once
 from support.networks import Network
 from support.reference import Recording, Reference, flatten
 from support.tolerances import assert_identical, assert_near
@@ -97,12 +98,16 @@ class Case:
     """A compiled network with a recorded base, and the reference's recording of the same call."""
 
     network: Network
-    module: nn.Module
+    module: Callable[..., Any]
     runtime: fisedit.Runtime
     reference: Reference
     dtype: torch.dtype
     recording: Recording
     recorded: tuple[Tensor, ...] = ()
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """For hypothesis, which writes the arguments of every example down and would print all tensors."""
+        printer.text(f"Case({self.network.name!r})")
 
     def call(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """One call of the compiled network."""
@@ -165,7 +170,7 @@ def compiled(module: nn.Module, runtime: fisedit.Runtime, **options: Any) -> nn.
     return cast(nn.Module, torch.compile(module.to(DEVICE), backend="fisedit", options=settings))
 
 
-def outputs_of(module: nn.Module, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def outputs_of(module: Callable[..., Any], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """One call on the tested device; inputs and outputs are on the CPU."""
     with torch.no_grad():
         outputs = flatten(module(*(value.to(DEVICE) if isinstance(value, Tensor) else value for value in inputs)))
@@ -179,17 +184,23 @@ def compile_network(
     storage: torch.dtype | None = None,
     lowering: str = "plain",
     tier: str = "device",
+    traced_once: bool = False,
     **options: Any,
 ) -> Case:
     """Compile a network with a runtime of its own and record the base from the inputs of seed 0.
 
     Weights are packed unless ``packing`` says otherwise, also where plain products were measured to be faster.
+    With ``traced_once`` all compilations share a module, and Dynamo's graph of it, which the first one makes.
     """
     options.setdefault("packing", True)
     if network.tokens is not None:
         options["tokens"] = {"tokens": network.tokens}
     runtime = fisedit.Runtime(storage=storage, tier=tier)
-    module = compiled(network.module(dtype), runtime, norm=norm, lowering=lowering, **options)
+    options |= {"norm": norm, "lowering": lowering}
+    if traced_once:
+        module: Callable[..., Any] = compiled_once(network, dtype, DEVICE, {"runtime": runtime, **options})
+    else:
+        module = compiled(network.module(dtype), runtime, **options)
     reference = reference_of(network, dtype).with_norm(norm)
     base = network.inputs(0, dtype)
     case = Case(network, module, runtime, reference, dtype, reference.record(base))

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from support.exporting import exported
 from support.fields import Field, input_field
 from support.fields_of_graph import FieldFinder, permutation
 from support.places import AmbiguousShapeError, Place, locate
@@ -146,12 +147,8 @@ class Reference:
         graph: fx.GraphModule | None = None,
         maps: bool = False,
     ) -> None:
-        if graph is None:
-            with torch.no_grad():
-                program = torch.export.export(model, tuple(inputs), strict=False).run_decompositions({})
-            # Without the guards function, which is no operator.
-            graph = program.module(check_guards=False)
-        self.module, self.norm, self.maps = graph, norm, maps
+        self.module = exported(model, inputs) if graph is None else graph
+        self.norm, self.maps = norm, maps
         self.nodes = list(self.module.graph.nodes)
         placeholders = [node for node in self.nodes if node.op == "placeholder"]
         assert len(placeholders) == len(inputs), "networks under test take tensors by position only"

@@ -110,7 +110,7 @@ def tiny_unet(in_channels: int = 4, xl: bool = False) -> UNet2DConditionModel:
         in_channels=in_channels,
         out_channels=4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        mid_block_type="UNetMidBlock2DCrossAttn",
+        mid_block_type=None,
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         block_out_channels=(8, 16),
         layers_per_block=1,

@@ -222,7 +222,7 @@ def test_the_networks_are_found() -> None:
 @given(recipe=recipes())
 def test_edits_by_kernels_equal_the_reference(network: Network, recipe: MaskRecipe) -> None:
     torch.compiler.reset()
-    case: Case = compile_network(network, packing=False)
+    case: Case = compile_network(network, packing=False, traced_once=True)
     mask, inputs = case.mask(recipe), network.inputs(1)
     outputs = case.edit(inputs, mask)
     case.assert_outside_untouched(outputs, mask)
@@ -237,7 +237,7 @@ def test_replayed_kernels_read_the_mask_of_their_call(network: Network, monkeypa
     torch.compiler.reset()
     capturer = TapeCapturer()
     monkeypatch.setattr(backend, "capturer_for", lambda devices: capturer)
-    case: Case = compile_network(network, packing=False)
+    case: Case = compile_network(network, packing=False, traced_once=True)
     first = case.mask(MaskRecipe("rectangle", 1, "same"))
     for number, mask in enumerate([first, first, first.flip(-1), first.flip(-2), first]):
         inputs = network.inputs(1 + number)
