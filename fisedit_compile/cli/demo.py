@@ -39,7 +39,7 @@ def demo(
     photo is opened (a drawn picture stands for it) and edited by words alone. Each edit is also made densely.
 
     Writes base.png; for the first edit mask.png (the mask over the base), edited.png and dense.png (the same edit made
-    densely), for the second the same with -2, for the photo photo.png and the same with -3; and sheet.png with everything
+    densely), for the second the same with -2; photo.png, and for its edit the same with -3; and sheet.png with everything
     side by side.
     """
     output.mkdir(parents=True, exist_ok=True)

@@ -28,8 +28,8 @@ STAGES = {
 """Titles of the report's stages in the table, in the order in which they run."""
 
 TWINS = (
-    "Dense twins: the plain pipeline with the new prompt and the same noise. It cannot open photos, so the photo's twin "
-    "is the same edit with every step dense (a mask of everything), pasted with the same mask."
+    "Dense twins: the plain pipeline with the new prompt and the same noise. The plain pipeline cannot open photos, so "
+    "the photo's twin is the same edit with every step dense (a mask of everything), pasted with the same mask."
 )
 
 
@@ -88,9 +88,13 @@ def write(output: Path, edits: Sequence[DemoEdit]) -> None:
 
 def sheet_rows(edits: Sequence[DemoEdit]) -> list[SheetRow]:
     """The rows of the sheet."""
-    headings = ("By words alone", "With a painted mask", "A photo, by words alone")
+    kinds = (
+        ("By words alone", "generated", "plain pipeline"),
+        ("With a painted mask", "generated", "plain pipeline"),
+        ("A photo, by words alone", "opened (a drawing)", "all steps, pasted"),
+    )
     rows = []
-    for heading, edit in zip(headings, edits, strict=True):
+    for (heading, begun, twin), edit in zip(kinds, edits, strict=True):
         prompts = f"“{edit.base.prompt}”  to  “{edit.picture.prompt}”"
         how = "found" if edit.picture.report.finding is not None else "painted"
         rows.append(
@@ -101,9 +105,10 @@ def sheet_rows(edits: Sequence[DemoEdit]) -> list[SheetRow]:
                 mask=edit.mask,
                 edited=edit.picture.image,
                 dense=edit.dense,
+                base_caption=begun,
                 mask_caption=f"{how}, {edit.share:.0%} of the picture",
                 edited_caption=f"{edit.seconds:.1f} s, {edit.speed_up:.1f}x as fast",
-                dense_caption=f"{edit.dense_seconds:.1f} s",
+                dense_caption=f"{twin}, {edit.dense_seconds:.1f} s",
             )
         )
     return rows
@@ -117,12 +122,12 @@ def show(output: Path, base: Picture, opened: Picture, edits: Sequence[DemoEdit]
     typer.echo(f"{'opened:':<10}{opened.prompt}")
     typer.echo(f"{edits[2].title + ':':<10}{edits[2].picture.prompt}")
     typer.echo()
-    Console().print(table(base, opened, edits))
-    typer.echo(TWINS)
+    console = Console()
+    console.print(table(base, opened, edits))
+    console.print(TWINS, highlight=False)
     reports = {"picture": base.report, "opened": opened.report, **{edit.title: edit.picture.report for edit in edits}}
     for note in tables.notes(reports):
         typer.echo(f"note: {note}")
-    typer.echo(f"recordings: {opened.report.cache_bytes / 2**20:.0f} MiB")
     typer.echo(f"pictures in {output}; look at {output / 'sheet.png'}")
 
 

@@ -1,7 +1,8 @@
-"""The demo's sheet: for each edit a row of the picture, the mask, the edit, the dense edit, and what each of them changed."""
+"""The demo's sheet: each edit is a row of the picture, its mask, the edit, the dense edit, and what these changed."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ class SheetRow:
         heading: what kind of edit it is.
         prompts: from what to what.
         base, mask, edited, dense: the picture, the mask in black and white, the edit, its dense twin.
-        mask_caption, edited_caption, dense_caption: what stands over the mask and the edits beside their titles.
+        base_caption, mask_caption, edited_caption, dense_caption: what stands below their titles.
     """
 
     heading: str
@@ -40,6 +41,7 @@ class SheetRow:
     mask: Image.Image
     edited: Image.Image
     dense: Image.Image
+    base_caption: str
     mask_caption: str
     edited_caption: str
     dense_caption: str
@@ -72,12 +74,12 @@ def demo_sheet(rows: Sequence[SheetRow]) -> Image.Image:
 def _cells(row: SheetRow) -> list[tuple[str, str, Image.Image]]:
     """Titles, captions and pictures of a row, as they are shown."""
     return [
-        ("picture", "", _shown(row.base)),
+        ("before", row.base_caption, _shown(row.base)),
         ("mask", row.mask_caption, outlined(row.base, row.mask)),
         ("sparse edit", row.edited_caption, _shown(row.edited)),
         ("dense edit", row.dense_caption, _shown(row.dense)),
-        (f"sparse changed, x{CHANGE_FACTOR}", "black: nothing", change(row.base, row.edited)),
-        (f"dense changed, x{CHANGE_FACTOR}", "black: nothing", change(row.base, row.dense)),
+        (f"what sparse changed, x{CHANGE_FACTOR}", "black: not at all", change(row.base, row.edited)),
+        (f"what dense changed, x{CHANGE_FACTOR}", "black: not at all", change(row.base, row.dense)),
     ]
 
 
@@ -94,12 +96,11 @@ def outlined(picture: Image.Image, mask: Image.Image) -> Image.Image:
 
 
 def change(before: Image.Image, after: Image.Image) -> Image.Image:
-    """How far two pictures are apart, enlarged in value and as they are shown; black where they are equal."""
-    difference = ImageChops.difference(before.convert("RGB"), after.convert("RGB"))
-    # Enlarged without smoothing: black stays black up to the edge of what changed.
-    return difference.point(lambda level: level * CHANGE_FACTOR).resize(
-        _shown_size(before), Image.Resampling.NEAREST
-    )
+    """How far two pictures are apart in the colour that differs most, multiplied, as it is shown; black: not at all."""
+    channels = ImageChops.difference(before.convert("RGB"), after.convert("RGB")).split()
+    greatest = functools.reduce(ImageChops.lighter, channels).point(lambda level: level * CHANGE_FACTOR)
+    # Enlarged without smoothing: what is black stays black up to the edge of what changed.
+    return greatest.convert("RGB").resize(_shown_size(before), Image.Resampling.NEAREST)
 
 
 def _shown_size(picture: Image.Image) -> tuple[int, int]:
