@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 BASE_PROMPT = "a red ball in the middle, on the grass, by day"
 FIREWORKS_PROMPT = "a red ball in the middle, on the grass, by day, with fireworks"
-RECOLOUR_PROMPT = "a blue ball in the middle, on the grass, by day"
-PHOTO_PROMPT = "a yellow car on the left, on the sand, at sunset"
-PHOTO_EDIT_PROMPT = "a purple car on the left, on the sand, at sunset"
+SWAP_PROMPT = "a blue house in the middle, on the grass, by day"
+PHOTO_PROMPT = "a yellow house on the left, on the sand, at sunset"
+PHOTO_EDIT_PROMPT = "a purple house on the left, on the sand, at sunset"
 
 BRUSH = (40 / 128, 60 / 128, 90 / 128, 112 / 128)
 """Left, top, right, bottom of the ellipse painted over the ball, in shares of the picture's width and height."""
@@ -35,12 +35,12 @@ def demo(
 ) -> None:
     """Show three edits with the model that comes with the package; needs no network, and one to two minutes.
 
-    A picture is generated: fireworks are added by words alone, and its ball is recoloured under a painted mask. Then a
+    A picture is generated: fireworks are added by words alone, and its ball becomes a house with a painted mask. Then a
     photo is opened (a drawn picture stands for it) and edited by words alone. Each edit is also made densely.
 
     Writes base.png; for the first edit mask.png (the mask over the base), edited.png and dense.png (the same edit made
-    densely), for the second the same with -2; photo.png, and for its edit the same with -3; and sheet.png with everything
-    side by side.
+    densely), for the second the same with -2; photo.png, and for its edit the same with -3; and sheet.png with all of
+    them side by side.
     """
     output.mkdir(parents=True, exist_ok=True)
     pipe = options.load_model(options.EMBEDDED, scheduler, device, options.Precision.FLOAT32)
@@ -55,7 +55,7 @@ def demo(
     edits = [
         _generated_edit(session, pipe, base, "by words", 2, FIREWORKS_PROMPT, None, seed, arguments),
         _generated_edit(
-            session, pipe, base, "painted", 4, RECOLOUR_PROMPT, painted_mask(base.image.size), seed, arguments
+            session, pipe, base, "painted", 4, SWAP_PROMPT, painted_mask(base.image.size), seed, arguments
         ),
     ]
     draw_photo(base.image.size, seed).save(output / "photo.png")

@@ -25,11 +25,11 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     of_edits = {f"{name}{suffix}.png" for name in ("mask", "edited", "dense") for suffix in ("", "-2", "-3")}
     assert {path.name for path in output.iterdir()} == {"base.png", "photo.png", "sheet.png", *of_edits}
 
-    base, recoloured = pixels(output / "base.png"), pixels(output / "edited-2.png")
+    base, swapped = pixels(output / "base.png"), pixels(output / "edited-2.png")
     # The mask is made of the latents' cells, each of four pixels, so it may reach so far beyond the brush.
     brush = np.asarray(painted_mask((base.shape[1], base.shape[0]))) > 0
     rows, columns = np.flatnonzero(brush.any(axis=1)), np.flatnonzero(brush.any(axis=0))
-    changed = (base != recoloured).any(axis=2)
+    changed = (base != swapped).any(axis=2)
     assert changed.any()
     assert not changed[: rows[0] - 4].any() and not changed[:, : columns[0] - 4].any()
 
