@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +22,9 @@ FIREWORKS_PROMPT = "a red ball in the middle, on the grass, by day, with firewor
 SWAP_PROMPT = "a blue house in the middle, on the grass, by day"
 PHOTO_PROMPT = "a yellow house on the left, on the sand, at sunset"
 PHOTO_EDIT_PROMPT = "a purple house on the left, on the sand, at sunset"
+
+RUNS = 8
+"""Runs of the network: a generation, two edits with their twins, an opening, its edit and the twin of that."""
 
 BRUSH = (40 / 128, 60 / 128, 90 / 128, 112 / 128)
 """Left, top, right, bottom of the ellipse painted over the ball, in shares of the picture's width and height."""
@@ -47,21 +51,18 @@ def demo(
     from fisedit_compile.cli import demo_results
     from fisedit_compile.pipelines import EditSession
 
-    session = EditSession(pipe)
     arguments: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": options.EMBEDDED_GUIDANCE}
-    pipe.set_progress_bar_config(desc="1 of 8: generating and recording")
-    base = session.generate(BASE_PROMPT, generator=_noise(seed), **arguments)
+    runs = _Runs(EditSession(pipe), pipe, seed, arguments)
+    base = runs.generate()
     base.image.save(output / "base.png")
     edits = [
-        _generated_edit(session, pipe, base, "by words", 2, FIREWORKS_PROMPT, None, seed, arguments),
-        _generated_edit(
-            session, pipe, base, "painted", 4, SWAP_PROMPT, painted_mask(base.image.size), seed, arguments
-        ),
+        runs.edit(base, "by words", 2, FIREWORKS_PROMPT, None),
+        runs.edit(base, "painted", 4, SWAP_PROMPT, painted_mask(base.image.size)),
     ]
-    draw_photo(base.image.size, seed).save(output / "photo.png")
-    pipe.set_progress_bar_config(desc="6 of 8: opening the photo")
-    opened = session.open(output / "photo.png", PHOTO_PROMPT, generator=_noise(seed), **arguments)
-    edits.append(_photo_edit(session, pipe, opened))
+    photo = output / "photo.png"
+    draw_photo(base.image.size, seed).save(photo)
+    opened = runs.open(photo)
+    edits.append(runs.edit_photo(opened))
     demo_results.write(output, edits)
     demo_results.show(output, base, opened, edits)
 
@@ -87,48 +88,74 @@ def draw_photo(size: tuple[int, int], seed: int) -> Image.Image:
     return drawn if drawn.size == size else drawn.resize(size, Image.Resampling.LANCZOS)
 
 
-def _generated_edit(
-    session: EditSession,
-    pipe: Any,
-    base: Picture,
-    title: str,
-    number: int,
-    prompt: str,
-    mask: Image.Image | None,
-    seed: int,
-    arguments: dict[str, Any],
-) -> DemoEdit:
-    """An edit of the generated picture, and its dense twin: the plain pipeline, the new prompt, the same noise."""
-    from fisedit_compile.cli.demo_results import DemoEdit
+@dataclass(frozen=True)
+class _Runs:
+    """The demo's runs, all with one pipeline and one seed; each shows a progress bar.
 
-    pipe.set_progress_bar_config(desc=f"{number} of 8: editing, {title}")
-    picture = session.edit(prompt, mask=mask, keep=False)
-    pipe.set_progress_bar_config(desc=f"{number + 1} of 8: the same edit, dense")
-    started = time.perf_counter()
-    dense = pipe(prompt, generator=_noise(seed), **arguments).images[0]
-    return DemoEdit(title, base, picture, dense, time.perf_counter() - started)
-
-
-def _photo_edit(session: EditSession, pipe: Any, opened: Picture) -> DemoEdit:
-    """The edit of the photo, and its dense twin.
-
-    The plain pipeline cannot open a photo, so the twin is made by the session with a mask of everything, which has
-    every step run densely, and pasted into the photo with the mask of the edit.
+    Attributes:
+        session: of the pipeline.
+        pipe: the pipeline.
+        seed: of the noise.
+        arguments: of the pipeline, beside prompt and noise.
     """
-    from PIL import Image
 
-    from fisedit_compile.cli.demo_results import DemoEdit
-    from fisedit_compile.cli.pictures import mask_of
+    session: EditSession
+    pipe: Any
+    seed: int
+    arguments: dict[str, Any]
 
-    pipe.set_progress_bar_config(desc="7 of 8: editing the photo")
-    picture = session.edit(PHOTO_EDIT_PROMPT, keep=False)
-    pipe.set_progress_bar_config(desc="8 of 8: the same edit, dense")
-    whole = session.edit(PHOTO_EDIT_PROMPT, mask=Image.new("L", opened.image.size, 255), keep=False)
-    dense = Image.composite(whole.image, opened.image, mask_of(picture))
-    return DemoEdit("photo", opened, picture, dense, whole.report.seconds["total"])
+    def generate(self) -> Picture:
+        """Generate and record the picture."""
+        self._name(1, "generating and recording")
+        return self.session.generate(BASE_PROMPT, generator=self._noise(), **self.arguments)
 
+    def edit(self, base: Picture, title: str, number: int, prompt: str, mask: Image.Image | None) -> DemoEdit:
+        """An edit of the generated picture, and its dense twin: the plain pipeline, the new prompt, the same noise.
 
-def _noise(seed: int) -> Any:
-    import torch
+        Args:
+            base: the picture.
+            title: of the edit.
+            number: of the edit among all runs; the twin is the next one.
+            prompt: the new one.
+            mask: None: it is found.
+        """
+        from fisedit_compile.cli.demo_results import DemoEdit
 
-    return torch.Generator().manual_seed(seed)
+        self._name(number, f"editing, {title}")
+        picture = self.session.edit(prompt, mask=mask, keep=False)
+        self._name(number + 1, "the same edit, dense")
+        started = time.perf_counter()
+        dense = self.pipe(prompt, generator=self._noise(), **self.arguments).images[0]
+        return DemoEdit(title, base, picture, dense, time.perf_counter() - started)
+
+    def open(self, photo: Path) -> Picture:
+        """Open the photo."""
+        self._name(6, "opening the photo")
+        return self.session.open(photo, PHOTO_PROMPT, generator=self._noise(), **self.arguments)
+
+    def edit_photo(self, opened: Picture) -> DemoEdit:
+        """The edit of the photo, and its dense twin.
+
+        The plain pipeline cannot open a photo, so the twin is made by the session with a mask of everything, which has
+        every step run densely, and pasted into the photo with the mask of the edit.
+        """
+        from PIL import Image
+
+        from fisedit_compile.cli.demo_results import DemoEdit
+        from fisedit_compile.cli.pictures import mask_of
+
+        self._name(7, "editing the photo")
+        picture = self.session.edit(PHOTO_EDIT_PROMPT, keep=False)
+        self._name(8, "the same edit, dense")
+        whole = self.session.edit(PHOTO_EDIT_PROMPT, mask=Image.new("L", opened.image.size, 255), keep=False)
+        dense = Image.composite(whole.image, opened.image, mask_of(picture))
+        return DemoEdit("photo", opened, picture, dense, whole.report.seconds["total"])
+
+    def _name(self, number: int, what: str) -> None:
+        """Say on the progress bar which run it is."""
+        self.pipe.set_progress_bar_config(desc=f"{number} of {RUNS}: {what}")
+
+    def _noise(self) -> Any:
+        import torch
+
+        return torch.Generator().manual_seed(self.seed)

@@ -61,8 +61,8 @@ def demo_sheet(rows: Sequence[SheetRow]) -> Image.Image:
     for number, row in enumerate(rows):
         top = MARGIN + number * row_height
         drawing.text((MARGIN, top + HEADING_SIZE), row.heading, fill=INK, font=heading, anchor="ls")
-        left = MARGIN + drawing.textlength(row.heading, font=heading) + 2 * GAP
-        drawing.text((left, top + HEADING_SIZE), row.prompts, fill=FAINT, font=prompts, anchor="ls")
+        behind = MARGIN + drawing.textlength(row.heading, font=heading) + 2 * GAP
+        drawing.text((behind, top + HEADING_SIZE), row.prompts, fill=FAINT, font=prompts, anchor="ls")
         for column, (name, caption, picture) in enumerate(_cells(row)):
             left = MARGIN + column * (width + GAP)
             drawing.text((left, top + titles_top), name, fill=INK, font=title)

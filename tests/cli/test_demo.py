@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from fisedit_compile.cli.demo import draw_photo, painted_mask
@@ -13,7 +14,7 @@ from fisedit_compile.cli.demo_sheet import ACCENT, CHANGE_FACTOR, SIDE, SheetRow
 from fisedit_compile.cli.main import main
 
 
-def pixels(path: Path) -> np.ndarray:
+def pixels(path: Path) -> NDArray[np.int_]:
     return np.asarray(Image.open(path).convert("RGB")).astype(int)
 
 
