@@ -21,7 +21,7 @@ BASE_PROMPT = "a red ball in the middle, on the grass, by day"
 FIREWORKS_PROMPT = "a red ball in the middle, on the grass, by day, with fireworks"
 SWAP_PROMPT = "a blue house in the middle, on the grass, by day"
 PHOTO_PROMPT = "a yellow house on the left, on the sand, at sunset"
-PHOTO_EDIT_PROMPT = "a purple house on the left, on the sand, at sunset"
+PHOTO_EDIT_PROMPT = "a blue house on the left, on the sand, at sunset"
 
 RUNS = 8
 """Runs of the network: a generation, two edits with their twins, an opening, its edit and the twin of that."""
