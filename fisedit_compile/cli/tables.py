@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -11,13 +11,12 @@ if TYPE_CHECKING:
     from fisedit_compile.pipelines import Report
 
 
-def report_table(title: str, columns: Mapping[str, Report], further: Sequence[Sequence[str]] = ()) -> Table:
+def report_table(title: str, columns: Mapping[str, Report]) -> Table:
     """A table with one column for each report.
 
     Args:
         title: of the table.
         columns: the reports by their headings.
-        further: further rows: a title, and a value for each column.
     """
     from rich.markup import escape
     from rich.table import Table
@@ -32,8 +31,6 @@ def report_table(title: str, columns: Mapping[str, Report], further: Sequence[Se
     order = sorted(titles, key=lambda name: max(list(row).index(name) if name in row else -1 for row in rows))
     for name in order:
         table.add_row(name, *(row.get(name, "") for row in rows))
-    for extra in further:
-        table.add_row(*extra)
     return table
 
 
