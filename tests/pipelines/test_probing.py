@@ -15,7 +15,7 @@ from fisedit_compile.pipelines import AutomaticMask, EditSession
 from fisedit_compile.pipelines.binding import PipelineBinding
 from fisedit_compile.pipelines.families.schedulers import make_scheduler
 from support import transformer_pipelines as transformers
-from support.tiny_pipelines import picture_arguments, tiny_pipeline
+from support.tiny_pipelines import picture_arguments, tiny_pipeline, tiny_unet
 
 KEEPS_DYNAMO = True
 BASE, FIRST, SECOND = "a red ball on grass", "a blue ball on grass", "a blue box on sand"
@@ -221,7 +221,7 @@ def test_two_calls_a_step(session: EditSession, probed: list[Any]) -> None:
 
 def test_another_setting_of_the_network_is_refused_before_a_probe(session: EditSession, probed: list[Any]) -> None:
     generate(session)
-    block = session.pipe.unet.mid_block.resnets[0]
+    block = session.pipe.unet.down_blocks[0].resnets[0]
     block.output_scale_factor, before = 2 * block.output_scale_factor, block.output_scale_factor
     try:
         with pytest.raises(CallMismatchError, match="a number of the network"):
@@ -319,6 +319,8 @@ def test_added_conditions_and_inputs(kind: str, probed: list[Any]) -> None:
 def controlled_pipeline() -> Any:
     pipe = tiny_pipeline()
     torch.manual_seed(1)
+    # ControlNets have a middle block.
+    pipe.unet = tiny_unet(middle=True).eval()
     # Its embedding of pictures makes one cell of 8x8 pixels; here a cell has 2x2.
     controlnet = ControlNetModel.from_unet(pipe.unet, conditioning_channels=3, load_weights_from_unet=False).eval()
     controlnet.controlnet_cond_embedding = torch.nn.Conv2d(3, 8, 2, stride=2)
