@@ -25,7 +25,7 @@ from fisedit_compile.pipelines.probing.parts import parts_of, same_part
 from fisedit_compile.pipelines.random_numbers import RandomNumbers
 from fisedit_compile.pipelines.twin import module_view
 from fisedit_compile.private.accelerate import is_offloaded
-from fisedit_compile.private.modules import compiled_call, original_module
+from fisedit_compile.private.modules import compiled_call, has_foreign_hooks, original_module
 from fisedit_compile.runtime.fingerprint import Weights
 
 PREFIXES = ("text_encoder", "image_encoder")
@@ -105,10 +105,12 @@ class EncoderMemory:
 
 
 def _can_be_watched(part: Any) -> bool:
-    """Whether a part is a network whose calls come to its own ``forward``."""
+    """Whether a part is a network whose calls come to its own code, and to no hooks of others: what these do may depend
+    on anything."""
     if not isinstance(part, nn.Module) or part is not original_module(part) or compiled_call(part) is not None:
         return False
-    return "forward" not in vars(part) and not is_offloaded(part)
+    own = "forward" not in vars(part) and not is_offloaded(part)
+    return own and not any(map(has_foreign_hooks, part.modules()))
 
 
 def _described(encoder: nn.Module, positional: tuple[Any, ...], named: Mapping[str, Any]) -> dict[Any, Any] | None:

@@ -274,8 +274,8 @@ class EditSession:
         size = None if base.placing is None else base.placing.picture
         latent_mask = cells.given_mask(mask, latents, white_threshold, automatic_mask, size)
         region = None
-        if base.placing is not None and mask is not None:
-            region = base.placing.given_region(mask, white_threshold, latents.device)
+        if base.placing is not None and mask is not None and latent_mask is not None:
+            region = base.placing.given_region(mask, white_threshold, latent_mask)
         painted = None if strokes is None else strokes_of(self._tools, base, strokes, strength, latent_mask)
         settings, finding = automatic_mask or self.automatic_mask, None
         if latent_mask is None and painted is None and settings.method == "probe":

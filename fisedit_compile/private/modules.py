@@ -10,6 +10,8 @@ from torch import nn
 COMPILED_MARK = "_is_torch_compile"
 """The attribute that PyTorch sets on a module that was given to ``torch.compile``."""
 
+_COLLECTING = "transformers.utils.output_capturing"
+
 _TENSORS = ("_parameters", "_buffers")
 
 
@@ -21,6 +23,13 @@ def original_module(module: Any) -> Any:
 def compiled_call(module: nn.Module) -> Any:
     """What a call of the module comes to, where its own ``compile()`` was called; else None."""
     return getattr(module, "_compiled_call_impl", None)
+
+
+def has_foreign_hooks(module: nn.Module) -> bool:
+    """Whether hooks of others have a part in a call of the module; those with which transformers collects what its
+    layers return are its own."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any(getattr(hook, "__module__", None) != _COLLECTING for hook in hooks)
 
 
 def attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -218,19 +218,19 @@ def test_pixels_belong_to_cells_and_masks_to_pixels(height: int, width: int, dat
     # What a user paints lies in the cells that it makes active.
     painted = torch.zeros(height, width, dtype=torch.bool)
     painted[row, column] = True
-    given_region = placing.given_region(painted, 0.5, torch.device("cpu"))
+    given_region = placing.given_region(painted, 0.5, cells)
     assert torch.equal(given_region[0], painted)
     assert bool(placing.region(reduce_mask(given_region, Domain(12, 20)))[0, row, column])
 
 
 def test_masks_of_photos_have_their_aspect_ratio_or_the_models() -> None:
-    placing = Placing((300, 400), (448, 576))
+    placing, cells = Placing((300, 400), (448, 576)), torch.ones(1, 56, 72, dtype=torch.bool)
     for size in ((300, 400), (30, 40), (1200, 1600), (56, 72), (448, 576)):
-        assert placing.given_region(torch.ones(size), 0.5, torch.device("cpu")).all()
+        assert placing.given_region(torch.ones(size), 0.5, cells).all()
     with pytest.raises(MaskError, match="aspect ratio"):
-        placing.given_region(torch.ones(400, 300), 0.5, torch.device("cpu"))
+        placing.given_region(torch.ones(400, 300), 0.5, cells)
     with pytest.raises(MaskError, match="one mask"):
-        placing.given_region(torch.ones(2, 300, 400), 0.5, torch.device("cpu"))
+        placing.given_region(torch.ones(2, 300, 400), 0.5, cells)
 
 
 def test_difference_masks() -> None:

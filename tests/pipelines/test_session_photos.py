@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fisedit_compile.errors import FisEditError, MaskError, OptionError, PipelineError
-from fisedit_compile.pipelines import EditSession
+from fisedit_compile.pipelines import AutomaticMask, EditSession
 from support.tiny_pipelines import HEIGHT, SCALE, WIDTH, tiny_pipeline
 
 KEEPS_DYNAMO = True
@@ -224,6 +224,25 @@ def test_edits_by_words_alone(session: EditSession) -> None:
     edited = session.edit(AFTER)
     outside = ~edited.pixel_mask.unsqueeze(1).expand_as(edited.pixels)
     assert 0 < int(edited.mask.sum()) and torch.equal(edited.pixels[outside], base.pixels[outside])
+
+
+def test_an_edit_that_changes_nothing_gives_the_photo_back(session: EditSession) -> None:
+    base = opened(session, photo(30, 52))
+    for changes in ({}, {"prompt": AFTER, "mask": np.zeros((30, 52))}):
+        edited = session.edit(**changes)
+        assert not edited.pixel_mask.any() and torch.equal(edited.pixels, base.pixels)
+        assert edited.report.seam_left is None
+
+
+@pytest.mark.parametrize("size", [(37, 50), (10 * HEIGHT, 10 * WIDTH)])
+def test_a_found_mask_given_back_makes_the_edit_by_words_alone(session: EditSession, size: tuple[int, int]) -> None:
+    opened(session, photo(*size), height=HEIGHT, width=WIDTH)
+    local = AutomaticMask(growth=0, global_share=1.0)
+    alone = session.edit(AFTER, automatic_mask=local, keep=False)
+    for mask in (session.find_mask(AFTER, automatic_mask=local).mask, alone.mask):
+        given_back = session.edit(AFTER, mask=mask, keep=False)
+        assert torch.equal(given_back.pixel_mask, alone.pixel_mask)
+        assert torch.equal(given_back.pixels, alone.pixels)
 
 
 def test_masks_and_seams_of_generated_pictures(session: EditSession) -> None:

@@ -115,7 +115,7 @@ def paste_picture(
     box = box_around(inside | around)
     edited, before, inside, around = (part[..., box[0], box[1]] for part in (edited, before, inside, around))
     part, errors = paste_pixels(edited, before, inside, around)
-    if seam and len(pasted):
+    if seam and bool(inside.any()):
         part, seam_left = blended(edited, before, inside, seam)
     pasted[..., box[0], box[1]] = part
     # Without a halo nothing was decoded outside the mask, so there is nothing to compare.

@@ -68,13 +68,14 @@ class Placing:
         )
         return cells[:, rows][:, :, columns]
 
-    def given_region(self, mask: MaskLike, white_threshold: float, device: torch.device) -> Tensor:
+    def given_region(self, mask: MaskLike, white_threshold: float, cells: Tensor) -> Tensor:
         """The pixels of the picture that a user's mask names, bool ``[B or 1, height, width]``.
 
         Args:
-            mask: white where the picture may change, of the picture's aspect ratio or the model's.
+            mask: white where the picture may change, of the picture's aspect ratio or the model's. One of the size of
+                ``cells``, such as one that was found, names cells.
             white_threshold: the share of the mask's scale that white reaches.
-            device: of the result.
+            cells: bool ``[1, rows, columns]``, the mask at the latents' resolution.
 
         Raises:
             MaskError: it is no mask, or has another aspect ratio.
@@ -83,7 +84,9 @@ class Placing:
         self.check(prepared)
         if prepared.shape[0] != 1:
             raise MaskError(f"a photo is one picture, and the mask has {prepared.shape[0]}; give one mask")
-        return reduce_mask(prepared, Domain(*self.picture)).to(device)
+        if prepared.shape[-2:] == cells.shape[-2:]:
+            return self.region(prepared.to(cells.device))
+        return reduce_mask(prepared, Domain(*self.picture)).to(cells.device)
 
     def check(self, mask: Tensor) -> None:
         """Refuse a mask ``[..., height, width]`` of another aspect ratio than the picture's and the model's.
