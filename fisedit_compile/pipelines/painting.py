@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -104,15 +106,17 @@ def start_of_strokes(scheduler: Any, turns: int, strength: float) -> int:
     Raises:
         OptionError: it is not, or no step would run.
     """
-    number = isinstance(strength, (int, float)) and not isinstance(strength, bool)
-    if not number or not 0 < strength < 1:
+    if not isinstance(strength, Real) or isinstance(strength, bool) or not 0 < float(strength) < 1:
         raise OptionError(f"strength must be a number above 0 and below 1, the share of the steps; got {strength!r}")
     steps = steps_for_calls(scheduler, turns)
-    after = int(steps * strength)
+    if steps < 2:
+        raise OptionError("strokes start between two steps, and the picture was made in one; generate with more")
+    after = int(steps * float(strength))
     if after == 0:
+        least = math.ceil(1000 / steps) / 1000
         raise OptionError(
             f"strength {strength:g} of {steps} steps is less than one, so nothing would be computed; give at least "
-            f"{1 / steps:.3g}"
+            f"{least:g}"
         )
     return calls_for_steps(scheduler, steps - after, turns)
 

@@ -202,7 +202,7 @@ def notes_on(mask: Tensor, sparse_calls: int, finding: MaskCost | None = None) -
         if bool(mask.all()):
             return (f"{found}: the mask became everything, all steps ran densely, and nothing was kept of the picture",)
         return (f"{found}, on an average of the pictures: the masks of those that change most became everything",)
-    if bool(mask.all()):
+    if bool(mask.all()) and not sparse_calls:
         return ("the mask covers the whole picture, so all steps ran densely",)
     if not sparse_calls:
         return ("the mask was known only after the last step, so no step ran sparsely",)
@@ -210,8 +210,10 @@ def notes_on(mask: Tensor, sparse_calls: int, finding: MaskCost | None = None) -
 
 
 def _why_empty(finding: MaskCost | None) -> str:
+    if finding is None:
+        return "the mask is empty, so the picture is the one that was edited"
     empty = "the mask is empty: nothing was found to change, so the picture is the one that was edited"
-    if finding is None or finding.method != "probe":
+    if finding.method != "probe":
         return empty
     if finding.score is None:
         return f"{empty} (the network is given what it was given before; what a callback changes needs a mask)"

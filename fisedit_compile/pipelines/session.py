@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fisedit_compile.errors import OptionError, PipelineError
+from fisedit_compile.errors import MaskError, OptionError, PipelineError
 from fisedit_compile.pipelines.arguments import CallArguments, keep_value
 from fisedit_compile.pipelines.backend_options import BackendOptions
 from fisedit_compile.pipelines.binding import PipelineBinding
@@ -266,16 +266,17 @@ class EditSession:
             BudgetError: keeping the edit would exceed the budget; drop older pictures or use ``keep=False``.
         """
         check_seam(seam)
-        # Without strokes it is an argument of the pipeline's own.
         changes = changes if strength is None or strokes is not None else {**changes, "strength": strength}
         base, given = self._edited(prompt, changes)
         clock = StageClock(self._tools.binding.device)
         cells, latents = base.trajectory.cells, base.trajectory.latents[-1]
-        size = None if base.placing is None else base.placing.picture
+        placing, region = base.placing, None
+        size = None if placing is None else placing.picture
+        if strokes is not None and automatic_mask is not None:
+            raise MaskError("strokes tell where to edit, so automatic_mask finds nothing; leave it out")
         latent_mask = cells.given_mask(mask, latents, white_threshold, automatic_mask, size)
-        region = None
-        if base.placing is not None and mask is not None and latent_mask is not None:
-            region = base.placing.given_region(mask, white_threshold, latent_mask)
+        if placing is not None and mask is not None and latent_mask is not None:
+            region = placing.given_region(mask, white_threshold, latent_mask)
         painted = None if strokes is None else strokes_of(self._tools, base, strokes, strength, latent_mask)
         settings, finding = automatic_mask or self.automatic_mask, None
         if latent_mask is None and painted is None and settings.method == "probe":
@@ -287,8 +288,7 @@ class EditSession:
         run = Edit(self._tools, self._history.new_name("edit"), given, clock, base, task)
         with ExitStack() as undo:
             undo.callback(self._history.drop, run.name)
-            saved = run.name if keep else None
-            name, early = base.picture.name, run.early_mask
+            name, early, saved = base.picture.name, run.early_mask, run.name if keep else None
             with self.runtime.edit(name, mask=early, save_as=saved, alignment=run.alignment) as receiver:
                 run.follow(receiver)
                 run.call(base.noise.generators())

@@ -317,3 +317,27 @@ def test_pasting_keeps_the_inside_and_measures_the_outside() -> None:
     assert (greatest, mean) == (0.5, 0.375)
     everything, error = paste_pixels(edited, base, torch.ones_like(mask))
     assert torch.equal(everything, edited) and error == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"growth_pixels": 1.5},
+        {"growth_pixels": "a"},
+        {"growth": float("nan")},
+        {"opening": None},
+        {"opening": 2.5},
+        {"threshold": "a"},
+        {"hysteresis": None},
+        {"global_share": True},
+    ],
+    ids=str,
+)
+def test_settings_of_other_types_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match=f"{next(iter(wrong))} must be a"):
+        AutomaticMask(**wrong)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    settings = AutomaticMask(growth_pixels=np.int64(3), threshold=np.float32(0.5))
+    assert settings.grown_pixels == 3

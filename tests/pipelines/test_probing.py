@@ -219,9 +219,12 @@ def test_two_calls_a_step(session: EditSession, probed: list[Any]) -> None:
     assert 0 < int(edited.mask.sum()) < edited.mask.numel()
 
 
-def test_another_setting_of_the_network_is_refused_before_a_probe(session: EditSession, probed: list[Any]) -> None:
+def test_another_setting_of_the_network_is_refused_before_a_probe(probed: list[Any]) -> None:
+    pipe = tiny_pipeline()
+    pipe.unet = tiny_unet(middle=True).eval()
+    session = EditSession(pipe)
     generate(session)
-    block = session.pipe.unet.down_blocks[0].resnets[0]
+    block = pipe.unet.mid_block.resnets[0]
     block.output_scale_factor, before = 2 * block.output_scale_factor, block.output_scale_factor
     try:
         with pytest.raises(CallMismatchError, match="a number of the network"):

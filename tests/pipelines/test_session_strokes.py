@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from fisedit_compile.errors import FisEditError, MaskError, OptionError, PipelineError
-from fisedit_compile.pipelines import EditSession
+from fisedit_compile.pipelines import AutomaticMask, EditSession
 from fisedit_compile.pipelines.families import family_of
 from fisedit_compile.pipelines.levels import NoiseLevels
 from fisedit_compile.pipelines.painting import start_of_strokes
@@ -246,3 +246,22 @@ def test_pipelines_that_begin_with_a_picture_refuse_strokes(session: EditSession
         session.edit(strokes=painted(base), strength=0.5)
     with pytest.raises(PipelineError, match="strength was 0.75"):
         session.edit(AFTER, strength=0.5)
+
+
+@pytest.mark.parametrize(("steps", "strength"), [(3, 0.2), (7, 0.1)])
+def test_the_strength_that_is_advised_is_taken(steps: int, strength: float) -> None:
+    scheduler = diffusers.DDIMScheduler()
+    with pytest.raises(OptionError, match="give at least") as refused:
+        start_of_strokes(scheduler, steps, strength)
+    advised = float(str(refused.value).partition("at least ")[2].splitlines()[0])
+    assert start_of_strokes(scheduler, steps, advised) == steps - 1
+
+
+def test_one_step_has_no_place_for_strokes() -> None:
+    with pytest.raises(OptionError, match="generate with more"):
+        start_of_strokes(diffusers.DDIMScheduler(), 1, 0.5)
+
+
+def test_strokes_find_no_mask(session: EditSession) -> None:
+    with pytest.raises(MaskError, match="strokes tell where to edit"):
+        session.edit(strokes=np.zeros((HEIGHT, WIDTH, 3), dtype=np.uint8), automatic_mask=AutomaticMask())

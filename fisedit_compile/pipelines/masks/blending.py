@@ -6,6 +6,8 @@ photo outside. Over a few pixels from the edge inwards the edit is therefore mix
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -22,7 +24,7 @@ def check_seam(seam: int | None) -> None:
     Raises:
         OptionError: it is none.
     """
-    if seam is not None and (isinstance(seam, bool) or not isinstance(seam, int) or seam < 0):
+    if seam is not None and (isinstance(seam, bool) or not isinstance(seam, Integral) or seam < 0):
         raise OptionError(f"seam must be a number of pixels from 0 on, or None for the default; got {seam!r}")
 
 

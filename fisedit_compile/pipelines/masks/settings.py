@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Literal, get_args
 
 from fisedit_compile.errors import OptionError
@@ -64,6 +65,7 @@ class AutomaticMask:
 
     def __post_init__(self) -> None:
         """Check every value."""
+        self._check_types()
         if self.method not in get_args(Method):
             raise OptionError(f"automatic mask: method must be 'probe' or 'fisedit', got {self.method!r}")
         if self.method == "probe" and (self.steps is not None or self.out_of is not None):
@@ -96,6 +98,16 @@ class AutomaticMask:
             raise OptionError(
                 f"automatic mask: opening and growth must not be negative, got {self.opening} and {growth}"
             )
+
+    def _check_types(self) -> None:
+        for name in ("steps", "out_of", "opening", "growth", "growth_pixels"):
+            value, optional = getattr(self, name), name != "opening"
+            if not (optional and value is None) and (isinstance(value, bool) or not isinstance(value, Integral)):
+                raise OptionError(f"automatic mask: {name} must be a whole number, got {value!r}")
+        for name in ("threshold", "hysteresis", "global_share"):
+            value, optional = getattr(self, name), name != "hysteresis"
+            if not (optional and value is None) and (isinstance(value, bool) or not isinstance(value, Real)):
+                raise OptionError(f"automatic mask: {name} must be a number, got {value!r}")
 
     @property
     def _steps(self) -> tuple[int, int]:

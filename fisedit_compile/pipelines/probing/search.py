@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -44,7 +44,7 @@ ABOVE_FLOOR = 4.0
 """How many times the floor the greatest score has to be."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FoundMask:
     """Where a new prompt changes the picture.
 
@@ -57,8 +57,8 @@ class FoundMask:
         cost: what was computed for it, and how it came about.
     """
 
-    mask: Tensor
-    scores: Tensor
+    mask: Tensor = field(repr=False)
+    scores: Tensor = field(repr=False)
     seconds: float
     text_seconds: float
     cost: MaskCost
