@@ -58,6 +58,7 @@ def measuring(case: Any = lambda given: Size(given.value)) -> Measuring[Number]:
 
 
 def test_ranks_decide_where_nothing_else_does() -> None:
+    taken.drain()
     made = operator()
     assert [call(made, Number(value)) for value in (1, -1)] == [("most special", 1), ("usual", -1)]
     assert function(made)(3) == function(made)(value=3) == function(made)(3, None) == ("most special", 3)

@@ -39,7 +39,7 @@ def test_the_default_runtime_and_module_compile() -> None:
 
 @pytest.mark.parametrize("form", ["uint8", "float", "numpy", "pil", "bool"])
 def test_masks_of_every_form(form: str) -> None:
-    case = compile_network(ALL["two convolutions"])
+    case = compile_network(ALL["two convolutions"], traced_once=True)
     mask, inputs = case.mask(RAGGED), case.network.inputs(1)
     expected = case.expected(inputs, mask)
     given: Any = mask

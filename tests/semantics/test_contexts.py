@@ -30,7 +30,7 @@ RECTANGLE, SPARSE = MaskRecipe("rectangle", 4), MaskRecipe("sparse", 5)
 @pytest.mark.parametrize("name", ["transformer block", "group norm", "many outputs", "flip", "skip network strided"])
 @pytest.mark.parametrize("norm", ["exact", "cached"])
 def test_an_edit_of_an_edit_is_the_reference_twice(name: str, norm: str) -> None:
-    case = compile_network(ALL[name], norm=norm)
+    case = compile_network(ALL[name], norm=norm, traced_once=True)
     first, second, third = case.mask(RECTANGLE), case.mask(SPARSE), case.mask(RAGGED)
     recording = case.recording
     for number, mask in enumerate((first, second, third), start=1):
@@ -51,7 +51,7 @@ def test_an_edit_of_an_edit_is_the_reference_twice(name: str, norm: str) -> None
 
 
 def test_an_edit_saved_under_its_own_name_replaces_the_base() -> None:
-    case = compile_network(ALL["resnet block"])
+    case = compile_network(ALL["resnet block"], traced_once=True)
     mask, inputs = case.mask(RAGGED), case.network.inputs(1)
     with case.runtime.edit("base", mask=mask, save_as="base"):
         case.call(inputs)
@@ -63,7 +63,7 @@ def test_an_edit_saved_under_its_own_name_replaces_the_base() -> None:
 
 
 def test_a_saved_edit_with_an_empty_mask_is_the_base() -> None:
-    case = compile_network(ALL["self-attention"])
+    case = compile_network(ALL["self-attention"], traced_once=True)
     with case.runtime.edit("base", mask=torch.zeros(4, 4), save_as="copy"):
         case.call(case.network.inputs(1))
     mask, inputs = case.mask(RAGGED), case.network.inputs(2)
@@ -71,7 +71,7 @@ def test_a_saved_edit_with_an_empty_mask_is_the_base() -> None:
 
 
 def test_a_saved_dense_call_is_a_base() -> None:
-    case = compile_network(ALL["transformer block"])
+    case = compile_network(ALL["transformer block"], traced_once=True)
     with case.runtime.edit("base", save_as="dense"):
         outputs = case.call(case.network.inputs(1))
     case.assert_all_near(outputs, dense_outputs(case.network, 1), "dense")
@@ -98,14 +98,14 @@ def test_a_full_mask_runs_the_dense_network(packing: str | bool) -> None:
 
 @pytest.mark.parametrize("options", [{"norm": "cached"}, {"convolution": "rows"}], ids=str)
 def test_a_full_mask_runs_sparsely_where_that_is_something_else(options: dict[str, str]) -> None:
-    case = compile_network(ALL["resnet block"], **options)
+    case = compile_network(ALL["resnet block"], traced_once=True, **options)
     full, inputs = case.mask(MaskRecipe("full")), case.network.inputs(1)
     case.assert_all_near(case.edit(inputs, full), case.expected(inputs, full), "the reference of these options")
     assert (case.runtime.stats.calls["edit"], case.runtime.stats.calls["dense"]) == (1, 0)
 
 
 def test_a_saved_edit_of_a_full_mask_is_a_base() -> None:
-    case = compile_network(ALL["transformer block"])
+    case = compile_network(ALL["transformer block"], traced_once=True)
     with case.runtime.edit("base", mask=case.mask(MaskRecipe("full")), save_as="whole"):
         case.call(case.network.inputs(1))
     recording = case.reference.record(case.network.inputs(1))
@@ -115,7 +115,7 @@ def test_a_saved_edit_of_a_full_mask_is_a_base() -> None:
 
 
 def test_a_full_mask_of_another_batch_is_refused() -> None:
-    case = compile_network(ALL["transformer block"])
+    case = compile_network(ALL["transformer block"], traced_once=True)
     masks = torch.ones(case.network.batch + 1, *case.network.resolution, dtype=torch.bool)
     with pytest.raises(MaskError, match="masks for 3 samples"):
         case.edit(case.network.inputs(1), masks)
@@ -131,7 +131,7 @@ def test_what_depends_on_the_prompt_is_told_by_the_prompt_alone(monkeypatch: pyt
             return super().get(inputs, compute)
 
     monkeypatch.setattr(executable, "InvariantMemo", Memo)
-    case = compile_network(ALL["sd15"], packing=False)
+    case = compile_network(ALL["sd15"], packing=False, traced_once=True)
     inputs = case.network.inputs(1)
     case.edit(inputs, case.mask(RAGGED))
     (prompt,) = told[0]
@@ -298,7 +298,7 @@ def test_a_graph_break_keeps_the_semantics() -> None:
 
 
 def test_edits_leave_the_base_as_it_was() -> None:
-    case = compile_network(ALL["transformer block"])
+    case = compile_network(ALL["transformer block"], traced_once=True)
     mask, inputs = case.mask(RAGGED), case.network.inputs(1)
     first = case.edit(inputs, mask)
     kept = [output.clone() for output in first]

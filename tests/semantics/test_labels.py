@@ -119,7 +119,7 @@ def check_edits(case: Case) -> None:
 
 @pytest.mark.parametrize("norm", ["exact", "cached"])
 def test_an_edit_may_change_the_label(norm: str) -> None:
-    case = compile_network(UNET, norm=norm, convolution="rows")
+    case = compile_network(UNET, norm=norm, convolution="rows", traced_once=True)
     check_edits(case)
     full = torch.ones(UNET.resolution)
     if norm == "exact":

@@ -92,7 +92,7 @@ def test_unchanged_inputs_are_the_recording(case: Case, recipe: MaskRecipe) -> N
 def test_grown_mask_is_the_dense_network(network: Network) -> None:
     """What changes nothing beyond its receptive field is exact once the mask covers that."""
     torch.compiler.reset()
-    case = compile_network(network)
+    case = compile_network(network, traced_once=True)
     module = network.module()
     (base,), (new,) = network.inputs(0), network.inputs(1)
     size = 2 * (network.radius or 0) + 1
