@@ -95,7 +95,7 @@ def check_strokes(tools: Tools, given: Mapping[str, Any]) -> None:
     check_levels(tools.pipe.scheduler)
 
 
-def start_of_strokes(scheduler: Any, turns: int, strength: float) -> int:
+def start_of_strokes(scheduler: Any, turns: int, strength: Any) -> int:
     """The turn of the loop at which strokes come in, which begins a step of the scheduler.
 
     Args:

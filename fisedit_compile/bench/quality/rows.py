@@ -77,8 +77,8 @@ def dense_steps(report: Report) -> float:
     """The dense steps of an edit, those of finding its mask included; a step may be several calls of the network."""
     calls = report.dense_calls + report.sparse_calls
     own = report.dense_calls * report.scheduler_steps / calls if calls else 0.0
-    probed = report.finding is not None and report.finding.method == "probe"
-    return own + (report.finding.dense_steps if probed else 0.0)
+    finding = report.finding
+    return own if finding is None or finding.method != "probe" else own + finding.dense_steps
 
 
 DENSE = Row("dense", "the plain pipeline, new prompt, same noise", MANY, methods.dense)

@@ -7,6 +7,7 @@ photo outside. Over a few pixels from the edge inwards the edit is therefore mix
 from __future__ import annotations
 
 from numbers import Integral
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from fisedit_compile.errors import OptionError
 from fisedit_compile.pipelines.report import SeamError
 
 
-def check_seam(seam: int | None) -> None:
+def check_seam(seam: Any) -> None:
     """Refuse what is no number of pixels.
 
     Raises:
