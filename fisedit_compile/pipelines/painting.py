@@ -106,7 +106,7 @@ def start_of_strokes(scheduler: Any, turns: int, strength: Any) -> int:
     Raises:
         OptionError: it is not, or no step would run.
     """
-    if not isinstance(strength, Real) or isinstance(strength, bool) or not 0 < float(strength) < 1:
+    if isinstance(strength, bool) or not isinstance(strength, Real) or not 0 < float(strength) < 1:
         raise OptionError(f"strength must be a number above 0 and below 1, the share of the steps; got {strength!r}")
     steps = steps_for_calls(scheduler, turns)
     if steps < 2:
