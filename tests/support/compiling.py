@@ -11,7 +11,6 @@ of each kernel is compiled in any case, and must give what the record says.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import inspect
 import json
@@ -46,9 +45,6 @@ EPILOGUES = {
 NORM = Chain((Step("mul", (CURRENT, Operand(0))), Step("add", (CURRENT, Operand(1))), Step("silu")), ("sample",) * 2)
 #: Rows of a launch that is only compiled; no code depends on it.
 ROWS = 384
-#: Choices that each chip compiles in any case, unless everything is asked for.
-EACH_CHIP = 4
-
 Chosen = dict[ConvBlocks, tuple[ConvShape, ConvProblem]]
 """Choices of blocks, each with a convolution that asks for it."""
 
@@ -108,7 +104,6 @@ class Variant:
     expected_shared: int
 
 
-@functools.cache
 def taken(capability: Capability, dtype: torch.dtype, everything: bool) -> Chosen:
     """What :func:`chosen` finds, and of what measuring may choose in its place all or the largest."""
     chip = KNOWN_CHIPS[capability]
@@ -118,31 +113,13 @@ def taken(capability: Capability, dtype: torch.dtype, everything: bool) -> Chose
     return found
 
 
-def spread(dtype: torch.dtype) -> dict[Capability, Chosen]:
-    """Every choice on one of the chips that make it, and on each chip those that take most of its shared memory.
-
-    The chip with the fewest choices so far comes first, so that each compiles about as many.
-    """
-    by_chip = {capability: taken(capability, dtype, False) for capability in KNOWN_CHIPS}
-    spread_out: dict[Capability, Chosen] = {}
-    for capability, found in by_chip.items():
-        heaviest = sorted(found, key=lambda blocks: -shared_bytes(blocks, found[blocks][1], KNOWN_CHIPS[capability]))
-        spread_out[capability] = {blocks: found[blocks] for blocks in heaviest[:EACH_CHIP]}
-    done = {blocks for found in spread_out.values() for blocks in found}
-    for blocks in dict.fromkeys(blocks for found in by_chip.values() for blocks in found if blocks not in done):
-        able = [capability for capability in KNOWN_CHIPS if blocks in by_chip[capability]]
-        fewest = min(able, key=lambda capability: len(spread_out[capability]))
-        spread_out[fewest][blocks] = by_chip[fewest][blocks]
-    return spread_out
-
-
 def conv_variants(capability: Capability, dtypes: tuple[torch.dtype, ...], everything: bool) -> Iterator[Variant]:
     """Convolutions as chosen, with the epilogues of a residual block."""
     chip = KNOWN_CHIPS[capability]
     for dtype in dtypes:
         if not chip.supports(dtype):
             continue
-        found = taken(capability, dtype, True) if everything else spread(dtype)[capability]
+        found = taken(capability, dtype, everything)
         for blocks, (shape, problem) in found.items():
             expected = shared_bytes(blocks, problem, chip)
             for epilogue in EPILOGUES if everything else ("residual",):
@@ -181,8 +158,7 @@ def other_variants(capability: Capability, dtype: torch.dtype) -> Iterator[Varia
 
 
 def variants(everything: bool) -> Iterator[Variant]:
-    """All of them; or those of half precision with the longest epilogue, each for one chip that chooses it, and one of
-    each kind besides."""
+    """All of them, or those of half precision with the longest epilogue and one of each kind besides."""
     half, full = torch.float16, torch.float32
     for capability in KNOWN_CHIPS:
         yield from conv_variants(capability, (half, torch.bfloat16, full) if everything else (half,), everything)

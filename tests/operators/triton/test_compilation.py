@@ -1,7 +1,6 @@
 """Every kernel variant that can be chosen compiles for chips that are not there, and fits them.
 
-HYPOTHESIS_PROFILE=thorough compiles all choices of every chip, dtypes and epilogues, which takes some minutes; else
-each choice is compiled for one of the chips that make it, and each chip has those that take most of its shared memory.
+HYPOTHESIS_PROFILE=thorough compiles all dtypes and epilogues, which takes some minutes; else one of each kind.
 What compiling gave is recorded in golden/resources.json: what did not change since is read from there, but for one
 launch of each kernel. FISEDIT_UPDATE_GOLDEN=1 records it anew.
 """
