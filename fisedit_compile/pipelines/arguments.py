@@ -7,6 +7,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import is_dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,9 @@ class CallArguments:
             given["num_inference_steps"] = steps
         given = {name: keep_value(value) for name, value in given.items()}
         self.check(given)
+        asked = given.get("num_inference_steps")
+        if asked is not None and (isinstance(asked, bool) or not isinstance(asked, Integral) or asked < 1):
+            raise PipelineError(f"num_inference_steps must be a number of steps from 1 on, got {asked!r}")
         return given
 
     def check(self, given: Mapping[str, Any]) -> None:

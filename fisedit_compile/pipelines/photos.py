@@ -181,7 +181,9 @@ def _readable(name: str) -> Iterator[None]:
         yield
     except PipelineError:
         raise
-    except (OSError, EOFError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise PipelineError(f"{name} has too many pixels: {error}. Make it smaller, or raise PIL's limit") from error
+    except (OSError, EOFError, SyntaxError, ValueError, struct.error) as error:
         raise PipelineError(f"{name} cannot be decoded: {error}. Open it elsewhere and save it as PNG") from error
 
 
@@ -198,6 +200,8 @@ def _from_numbers(given: NDArray[np.generic] | Tensor, what: str) -> Photo:
     if isinstance(given, np.ndarray) and given.dtype.kind not in "uif":
         raise PipelineError(f"{_EXPECTED}; {came}. Convert it to one of these")
     name = kind.name if isinstance(kind, np.dtype) else str(kind).rpartition(".")[2]
+    if isinstance(given, Tensor) and (given.layout is not torch.strided or given.is_meta):
+        raise PipelineError(f"{what} is a tensor that is sparse or has no values; give a dense one")
     if isinstance(given, Tensor) and given.is_complex():
         raise PipelineError(f"{_EXPECTED}; {came}. Give its real part")
     if name not in ("uint8", "float16", "bfloat16", "float32", "float64"):

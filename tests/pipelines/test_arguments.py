@@ -251,3 +251,9 @@ def test_kept_dictionaries_are_out_of_reach() -> None:
     assert kept["c"].right == {3} and type(kept["d"]) is OrderedDict and type(kept["c"]) is Pair
     assert same_value(kept["a"], kept["d"]) and not same_value(kept["a"], inner)
     assert not same_value({"a": torch.ones(2)}, {"b": torch.ones(2)})
+
+
+@pytest.mark.parametrize("steps", [0, -1, 2.5, True])
+def test_steps_are_a_number_from_one_on(steps: Any, arguments: CallArguments) -> None:
+    with pytest.raises(PipelineError, match="num_inference_steps must be"):
+        arguments.of_generation("a ball", steps, {})

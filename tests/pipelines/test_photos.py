@@ -299,3 +299,18 @@ def test_a_seam_rises_evenly_and_a_border_is_none() -> None:
     for wrong in (-1, 0.5, True, "2"):
         with pytest.raises(OptionError, match="seam"):
             check_seam(wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "tensor", [torch.zeros(3, 64, 64).to_sparse(), torch.zeros(3, 64, 64, device="meta")], ids=["sparse", "meta"]
+)
+def test_tensors_without_values_are_refused(tensor: torch.Tensor) -> None:
+    with pytest.raises(PipelineError, match="sparse or has no values"):
+        read_photo(tensor)
+
+
+def test_a_file_of_too_many_pixels_is_to_be_made_smaller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(PipelineError, match="Make it smaller"):
+        read_photo(tmp_path / "large.png")
