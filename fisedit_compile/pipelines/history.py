@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
@@ -146,8 +147,36 @@ class History:
                 runtime.drop(name)
 
 
+class Turn:
+    """What one thread at a time has, and cannot take again: a callback of a run cannot change the history that the run
+    works with."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._owner: int | None = None
+
+    def __enter__(self) -> None:
+        """Wait for it.
+
+        Raises:
+            PipelineError: this thread has it already.
+        """
+        if self._owner == threading.get_ident():
+            raise PipelineError(
+                "this session is at work: a callback of its run cannot generate, open, edit, find masks, undo or reset "
+                "with it; do so when the run has ended, or with another session"
+            )
+        self._lock.acquire()
+        self._owner = threading.get_ident()
+
+    def __exit__(self, *raised: object) -> None:
+        """Give it back."""
+        self._owner = None
+        self._lock.release()
+
+
 def taking_turns(method: Method) -> Method:
-    """Let one thread at a time into the methods of a session that change its history: into those that have its lock,
+    """Let one thread at a time into the methods of a session that change its history: into those that take its
     ``turn``."""
 
     @wraps(method)

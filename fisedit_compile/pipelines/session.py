@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import threading
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -19,7 +18,7 @@ from fisedit_compile.pipelines.editing import Edit, EditTask
 from fisedit_compile.pipelines.families import family_of
 from fisedit_compile.pipelines.families.prompts import check_prompt_tokens
 from fisedit_compile.pipelines.families.schedulers import describe_scheduler, scheduler_difference
-from fisedit_compile.pipelines.history import Entry, History, taking_turns
+from fisedit_compile.pipelines.history import Entry, History, Turn, taking_turns
 from fisedit_compile.pipelines.masks.blending import check_seam
 from fisedit_compile.pipelines.masks.cells import check_aspect
 from fisedit_compile.pipelines.masks.settings import AutomaticMask
@@ -117,7 +116,7 @@ class EditSession:
         check_prompt_tokens(pipe, prompt_tokens, family.prompt_limit_of(pipe))
         self._prompt_tokens = prompt_tokens
         self._history = History(self.runtime, self._decoder.runtime)
-        self.turn = threading.RLock()
+        self.turn = Turn()
 
     @property
     def history(self) -> tuple[Picture, ...]:

@@ -344,3 +344,22 @@ def test_another_unet_is_noticed(session: EditSession) -> None:
         session.edit(FIRST, mask=box())
     session.pipe.unet = recorded
     session.edit(FIRST, mask=box())
+
+
+@pytest.mark.parametrize("use", ["undo", "reset", "edit", "find_mask", "generate"])
+def test_a_callback_cannot_use_the_session_of_its_run(session: EditSession, use: str) -> None:
+    generate(session)
+    session.edit(FIRST, mask=box())
+    pictures = session.history
+    refused: list[str] = []
+
+    def callback(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        with pytest.raises(PipelineError) as raised:
+            getattr(session, use)(*([] if use in ("undo", "reset") else [SECOND]))
+        refused.append(str(raised.value))
+        return tensors
+
+    session.edit(SECOND, mask=box(), keep=False, callback_on_step_end=callback)
+    assert refused and all("this session is at work" in message for message in refused)
+    assert session.history == pictures
+    assert session.undo() is pictures[0]
