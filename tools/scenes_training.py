@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -119,8 +119,8 @@ def to_pictures(tensor: Tensor) -> NDArray[np.uint8]:
     return pictures
 
 
-def crops(batch: int, side: int, step: int) -> tuple[Tensor, Tensor]:
-    """Draw random crops of random pictures.
+def crops(batch: int, side: int, step: int, size: int = SIZE) -> tuple[Tensor, Tensor]:
+    """Draw random crops of random pictures of ``size`` pixels.
 
     Half of the crops are centred on a pixel of the object or the fireworks.
 
@@ -131,15 +131,15 @@ def crops(batch: int, side: int, step: int) -> tuple[Tensor, Tensor]:
     pictures, masks = [], []
     for _ in range(batch):
         scene, seed = generator.choice(known_scenes()), generator.randrange(2**31)
-        picture = render(scene, seed)
+        picture = render(scene, seed, size)
         bare = replace(scene, object_kind="nothing", fireworks=False)
-        mask = (picture != render(bare, seed)).any(axis=2)
-        top, left = (generator.randrange(SIZE - side + 1) for _ in range(2))
+        mask = (picture != render(bare, seed, size)).any(axis=2)
+        top, left = (generator.randrange(size - side + 1) for _ in range(2))
         rows, columns = np.nonzero(mask)
         if len(rows) and generator.random() < 0.5:
             pixel = generator.randrange(len(rows))
-            top = min(max(int(rows[pixel]) - side // 2, 0), SIZE - side)
-            left = min(max(int(columns[pixel]) - side // 2, 0), SIZE - side)
+            top = min(max(int(rows[pixel]) - side // 2, 0), size - side)
+            left = min(max(int(columns[pixel]) - side // 2, 0), size - side)
         window = slice(top, top + side), slice(left, left + side)
         pictures.append(picture[window])
         masks.append(mask[window])
@@ -237,8 +237,8 @@ def tokens_of(tokenizer: Any, captions: list[str]) -> Tensor:
     return tokens
 
 
-def region_weight(scene: Scene) -> Tensor:
-    """How much each latent counts in the loss, ``[1, 32, 32]``.
+def region_weight(scene: Scene, side: int = LATENT_SIZE) -> Tensor:
+    """How much each latent counts in the loss, ``[1, side, side]``; ``side`` is a multiple of 32.
 
     It counts more in the band where objects stand, wherever the scene's own one is: an object in the wrong
     place is as wrong as a missing one.  The weight depends on the caption alone, not on the picture, so it
@@ -248,7 +248,8 @@ def region_weight(scene: Scene) -> Tensor:
     weight[:, 15:28] = 3.0
     if scene.fireworks:
         weight[:, 1:12] = 1.5
-    return weight
+    times = side // LATENT_SIZE
+    return weight.repeat_interleave(times, dim=1).repeat_interleave(times, dim=2)
 
 
 @dataclass
@@ -264,6 +265,7 @@ class LatentBank:
     device: str
     size: int
     fresh: int
+    picture_size: int = SIZE
     latents: Tensor = field(init=False)
     tokens: Tensor = field(init=False)
     regions: Tensor = field(init=False)
@@ -271,9 +273,10 @@ class LatentBank:
 
     def fill(self, step: int) -> None:
         """Bring the window to where it stands after ``step`` steps."""
-        self.latents = torch.zeros(self.size, LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE)
+        side = self.picture_size * LATENT_SIZE // SIZE
+        self.latents = torch.zeros(self.size, LATENT_CHANNELS, side, side)
         self.tokens = torch.zeros(self.size, CAPTION_TOKENS, dtype=torch.long)
-        self.regions = torch.zeros(self.size, 1, LATENT_SIZE, LATENT_SIZE)
+        self.regions = torch.zeros(self.size, 1, side, side)
         self.end = self.fresh * step
         for _ in tqdm(range(0, self.size, 32), desc="latents", mininterval=5.0):
             self.add(32)
@@ -284,13 +287,14 @@ class LatentBank:
         for number in range(self.end, self.end + count):
             generator = random.Random(f"picture {number}")
             chosen.append((generator.choice(known_scenes()), generator.randrange(2**31)))
-        pictures = to_tensor([render(scene, seed) for scene, seed in chosen]).to(self.device)
+        drawn = [render(scene, seed, self.picture_size) for scene, seed in chosen]
+        pictures = to_tensor(drawn).to(self.device)
         with torch.no_grad(), torch.autocast(self.device, torch.bfloat16):
             latents = self.vae.encode(pictures).latent_dist.mean
         places = torch.arange(self.end, self.end + count) % self.size
         self.latents[places] = latents.float().cpu()
         self.tokens[places] = tokens_of(self.tokenizer, [caption(scene) for scene, _ in chosen])
-        self.regions[places] = torch.stack([region_weight(scene) for scene, _ in chosen])
+        self.regions[places] = torch.stack([region_weight(scene, self.latents.shape[-1]) for scene, _ in chosen])
         self.end += count
 
 
@@ -300,7 +304,7 @@ class DenoiserTraining:
 
     What is hardest to learn is which word puts the object where, and only the noisiest inputs teach it: in
     all others the object can be seen already.  The layout steps train on those alone, with more weight on the
-    band where objects stand.
+    band where objects stand.  A pipeline ``start`` gives the first weights.
     """
 
     vae: Any
@@ -308,13 +312,19 @@ class DenoiserTraining:
     workers: int
     peak_rate: float
     layout_steps: range
+    noisy_share: float = 0.25
+    start: Any = None
 
     def __post_init__(self) -> None:
         torch.manual_seed(2)
         self.denoiser = new_unet().to(self.device)
-        # On a processor the plain attention trains faster than the fused one, whose backward pass is slow.
-        self.denoiser.set_attn_processor(AttnProcessor())
+        # On a processor the plain attention trains faster than the fused one, whose backward pass is slow, as long as
+        # there are few tokens: from a thousand on it is the other way around.
+        self.denoiser.set_attn_processor(AttnProcessor() if self.start is None else AttnProcessor2_0())
         self.text_encoder = new_text_encoder().to(self.device)
+        if self.start is not None:
+            self.denoiser.load_state_dict(self.start.unet.state_dict())
+            self.text_encoder.load_state_dict(self.start.text_encoder.state_dict())
         self.parameters = [*self.denoiser.parameters(), *self.text_encoder.parameters()]
         average_denoiser, average_text_encoder = deepcopy(self.denoiser), deepcopy(self.text_encoder)
         self.averages = [*average_denoiser.parameters(), *average_text_encoder.parameters()]
@@ -342,7 +352,7 @@ class DenoiserTraining:
         """
         if layout:
             return (900 + 100 * (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch).long()
-        noisy = batch // 4
+        noisy = round(batch * self.noisy_share)
         late = (torch.arange(noisy) + torch.rand(noisy, generator=generator)) / max(1, noisy)
         rest = batch - noisy
         position = (torch.arange(rest) + torch.rand(rest, generator=generator)) / rest

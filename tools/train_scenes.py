@@ -32,7 +32,7 @@ from fisedit_compile.scenes import (
 )
 from fisedit_compile.scenes.models import new_scheduler, new_text_encoder, new_tokenizer, new_unet
 from fisedit_compile.scenes.pipeline import WEIGHTS
-from fisedit_compile.scenes.render import render
+from fisedit_compile.scenes.render import SIZE, render
 from scenes_training import (
     STATE_FILE,
     AutoencoderTraining,
@@ -55,6 +55,17 @@ AUTOENCODER_STEPS = 2000
 DENOISER_STEPS = 5400
 COOLDOWN_STEPS = 1900
 LAYOUT_STEPS = range(1750, 2350)
+
+LARGE_SIZE = 256
+"""Width and height of the larger pictures in pixels."""
+
+ENLARGE_STEPS = 1600
+ENLARGE_COOLDOWN_STEPS = 600
+NOISY_SHARE = 0.375
+"""Share of the noisiest levels: in larger pictures the same noise hides less of what stands where."""
+
+SMALL_EVERY = 4
+"""One step of so many is on small pictures."""
 
 
 @application.command()
@@ -116,17 +127,75 @@ def unet(
 
 
 @application.command()
-def export(folder: Folder, weights: Weights = WEIGHTS) -> None:
+def enlarge(
+    folder: Folder,
+    start: Annotated[Path, typer.Option(help="Folder of the pipeline to start from.")] = WEIGHTS,
+    size: Annotated[int, typer.Option(help="Width and height of the larger pictures in pixels.")] = LARGE_SIZE,
+    steps: Annotated[int, typer.Option(help="Number of optimiser steps.")] = ENLARGE_STEPS,
+    cooldown: Annotated[int, typer.Option(help="Last steps, with a falling learning rate.")] = ENLARGE_COOLDOWN_STEPS,
+    batch: Annotated[int, typer.Option(help="Pictures in a step.")] = 16,
+    peak_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 5e-4,
+    bank_size: Annotated[int, typer.Option(help="Pictures kept as latents; a multiple of 32.")] = 512,
+    workers: Annotated[int, typer.Option(help="Threads that share a batch; 1 on a GPU.")] = 2,
+    device: Device = "cpu",
+) -> None:
+    """Teach a trained denoiser and text encoder larger pictures; every fourth step keeps them used to small ones.
+
+    The autoencoder stays as it is: ``export --autoencoder`` takes it from where the training started.
+    """
+    if size <= SIZE or size % SIZE:
+        raise typer.BadParameter(f"expected a multiple of {SIZE} above it, got {size}", param_hint="--size")
+    folder.mkdir(parents=True, exist_ok=True)
+    pipeline = load_pipeline(weights=start)
+    vae = pipeline.vae.to(device=device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    training = DenoiserTraining(vae, device, workers, peak_rate, range(0), NOISY_SHARE, pipeline)
+    checkpoint = Checkpoint(folder / "unet", training.modules, training.optimiser)
+    first = checkpoint.load()
+    banks = {
+        side: LatentBank(vae, training.tokenizer, device, bank_size, fresh=1, picture_size=side)
+        for side in (SIZE, size)
+    }
+    for bank in banks.values():
+        bank.fill(first)
+    recent = 1.0
+    progress = tqdm(range(first, steps), initial=first, total=steps, desc="denoiser", mininterval=5.0)
+    with (folder / "unet_log.txt").open("a") as log:
+        for step in progress:
+            rate = peak_rate * min(1.0, (step + 1) / 100, (steps - step) / cooldown)
+            small = step % SMALL_EVERY == 0
+            bank = banks[SIZE if small else size]
+            error = training.step(bank, step, batch, rate)
+            bank.add(bank.fresh)
+            if not small:
+                recent += max(0.01, 1.0 / (step - first + 1)) * (error - recent)
+            if step % 20 == 0:
+                progress.set_postfix_str(f"loss {recent:.4f}")
+                log.write(f"{time.strftime('%H:%M:%S')} {step} {recent:.4f}\n")
+                log.flush()
+            if (step + 1) % 100 == 0 or step + 1 == steps:
+                checkpoint.save(step + 1)
+
+
+@application.command()
+def export(
+    folder: Folder,
+    weights: Weights = WEIGHTS,
+    autoencoder: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a pipeline whose autoencoder is kept; else the own one."),
+    ] = None,
+) -> None:
     """Write the averaged weights as a pipeline of 16-bit safetensors, in the layout of diffusers.
 
     The new folder is written beside the old one and then takes its place.
     """
     state = load_file(folder / "unet" / STATE_FILE)
+    vae = finished_autoencoder(folder, "cpu") if autoencoder is None else load_pipeline(weights=autoencoder).vae
     denoiser, text_encoder = new_unet(), new_text_encoder()
     denoiser.load_state_dict(with_prefix(state, "average_unet/"))
     text_encoder.load_state_dict(with_prefix(state, "average_text_encoder/"))
     components: dict[str, Any] = {
-        "vae": finished_autoencoder(folder, "cpu").to(memory_format=torch.contiguous_format),
+        "vae": vae.to(memory_format=torch.contiguous_format),
         "text_encoder": text_encoder,
         "tokenizer": new_tokenizer(),
         "unet": denoiser,
@@ -170,6 +239,7 @@ def evaluate(
     guidance: Annotated[float, typer.Option(help="Strength of classifier-free guidance.")] = 4.0,
     rescale: Annotated[float, typer.Option(help="Rescaling of the guided prediction, 0 to 1.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the first picture.")] = 0,
+    size: Annotated[int, typer.Option(help="Width and height of the pictures in pixels.")] = SIZE,
 ) -> None:
     """Let the checker judge the model on unseen captions, and the autoencoder on drawn pictures."""
     pipeline = load_pipeline(weights=weights)
@@ -183,13 +253,15 @@ def evaluate(
             num_inference_steps=steps,
             guidance_scale=guidance,
             guidance_rescale=rescale,
+            height=size,
+            width=size,
             generator=generators,
             output_type="np",
         )
         pictures.extend((image * 255).round().astype(np.uint8) for image in result.images)
     scores = score(pictures, scenes)
     drawn_scenes = random.Random(seed).sample(all_scenes(), 100)
-    drawn = [render(scene, 1000 + number) for number, scene in enumerate(drawn_scenes)]
+    drawn = [render(scene, 1000 + number, size) for number, scene in enumerate(drawn_scenes)]
     with torch.no_grad():
         parts = [pipeline.vae(part, sample_posterior=False).sample for part in to_tensor(drawn).split(10)]
     round_trips = list(to_pictures(torch.cat(parts)))
@@ -197,7 +269,7 @@ def evaluate(
         "held_back_captions": scores,
         "drawn_pictures": score(drawn, drawn_scenes),
         "autoencoder_round_trips": score(round_trips, drawn_scenes),
-        "sampling": {"steps": steps, "guidance": guidance, "rescale": rescale, "seed": seed},
+        "sampling": {"steps": steps, "guidance": guidance, "rescale": rescale, "seed": seed, "size": size},
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "scores.json").write_text(json.dumps(report, indent=2) + "\n")

@@ -127,3 +127,17 @@ def test_every_stage_runs(script: ModuleType, tmp_path: Path) -> None:
     pipeline = load_pipeline(weights=Path(weights))
     assert pipeline.vae.config.scaling_factor == 1.0
     assert not list(tmp_path.glob("weights.*"))
+    larger, enlarged = str(tmp_path / "larger"), str(tmp_path / "enlarged")
+    few = ("--batch", "4", "--bank-size", "32")
+    for steps in ("1", "2"):
+        run("enlarge", "--folder", larger, "--start", weights, "--steps", steps, *few)
+    run("export", "--folder", larger, "--weights", enlarged, "--autoencoder", weights)
+    trained = load_pipeline(weights=Path(enlarged))
+    assert all(map(torch.equal, trained.vae.parameters(), pipeline.vae.parameters()))
+    assert not all(map(torch.equal, trained.unet.parameters(), pipeline.unet.parameters()))
+
+
+@pytest.mark.parametrize("size", ["128", "200"])
+def test_larger_pictures_have_whole_numbers_of_positions(script: ModuleType, tmp_path: Path, size: str) -> None:
+    result = CliRunner().invoke(script.application, ["enlarge", "--folder", str(tmp_path), "--size", size])
+    assert result.exit_code == 2 and "multiple of 128" in result.output
