@@ -126,7 +126,8 @@ class Family:
 
         Args:
             pipe: of this family.
-            height, width: of the picture in pixels; None: the pipeline's default.
+            height: of the picture in pixels; None: the pipeline's default.
+            width: the same.
             others: heights and widths that it may have instead.
 
         Raises:
@@ -139,7 +140,8 @@ class Family:
 
         Args:
             pipe: of this family.
-            height, width: of the picture in pixels; None: the pipeline's default.
+            height: of the picture in pixels; None: the pipeline's default.
+            width: the same.
         """
         scale, size = getattr(pipe, "vae_scale_factor", None), self.default_size(pipe, self.network_of(pipe))
         wanted = [given or default for given, default in zip((height, width), size or (None, None), strict=True)]

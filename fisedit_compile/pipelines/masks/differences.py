@@ -19,8 +19,9 @@ def difference_mask(
     """Where two pictures differ: the mask of what was painted.
 
     Args:
-        before, after: of one size, of any form of a photo; or batches of pictures, ``[B, height, width, 3]`` (numpy)
-            and ``[B, 3, height, width]`` (torch). Where ``after`` is transparent, ``before`` shows.
+        before: a picture of any form of a photo; or a batch of pictures, ``[B, height, width, 3]`` (numpy) or
+            ``[B, 3, height, width]`` (torch).
+        after: the same, of one size with it. Where it is transparent, ``before`` shows.
         threshold: from 0 to below 1: a pixel differs where a channel does by more.
         grow: by how many pixels the mask is grown, in every direction.
 
