@@ -81,7 +81,7 @@ class CallArguments:
         self.check(given)
         asked = given.get("num_inference_steps")
         if asked is not None and (isinstance(asked, bool) or not isinstance(asked, Integral) or asked < 1):
-            raise PipelineError(f"num_inference_steps must be a number of steps from 1 on, got {asked!r}")
+            raise PipelineError(f"num_inference_steps must be a whole number from 1 on, got {asked!r}")
         return given
 
     def check(self, given: Mapping[str, Any]) -> None:
