@@ -10,6 +10,7 @@ import json
 import random
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -110,19 +111,35 @@ def unet(
     first = checkpoint.load()
     bank = LatentBank(training.vae, training.tokenizer, device, bank_size, fresh=1)
     bank.fill(first)
+
+    def rate(step: int) -> float:
+        return peak_rate * min(1.0, (step + 1) / 200, (steps - step) / cooldown)
+
+    take_steps(training, checkpoint, range(first, steps), batch, rate, lambda step: bank)
+
+
+def take_steps(
+    training: DenoiserTraining,
+    checkpoint: Checkpoint,
+    steps: range,
+    batch: int,
+    rate: Callable[[int], float],
+    bank: Callable[[int], LatentBank],
+) -> None:
+    """Train the denoiser for some steps, each at its rate and on its bank, and log and save what comes of it."""
     recent = 1.0
-    progress = tqdm(range(first, steps), initial=first, total=steps, desc="denoiser", mininterval=5.0)
-    with (folder / "unet_log.txt").open("a") as log:
+    progress = tqdm(steps, initial=steps.start, total=steps.stop, desc="denoiser", mininterval=5.0)
+    with (checkpoint.folder.parent / "unet_log.txt").open("a") as log:
         for step in progress:
-            rate = peak_rate * min(1.0, (step + 1) / 200, (steps - step) / cooldown)
-            error = training.step(bank, step, batch, rate)
-            bank.add(bank.fresh)
-            recent += max(0.01, 1.0 / (step - first + 1)) * (error - recent)
+            pictures = bank(step)
+            error = training.step(pictures, step, batch, rate(step))
+            pictures.add(pictures.fresh)
+            recent += max(0.01, 1.0 / (step - steps.start + 1)) * (error - recent)
             if step % 50 == 0:
                 progress.set_postfix_str(f"loss {recent:.4f}")
                 log.write(f"{time.strftime('%H:%M:%S')} {step} {recent:.4f}\n")
                 log.flush()
-            if (step + 1) % 250 == 0 or step + 1 == steps:
+            if (step + 1) % 250 == 0 or step + 1 == steps.stop:
                 checkpoint.save(step + 1)
 
 
@@ -155,25 +172,21 @@ def enlarge(
         side: LatentBank(vae, training.tokenizer, device, bank_size, fresh=1, picture_size=side)
         for side in (SIZE, size)
     }
-    for bank in banks.values():
-        bank.fill(first)
-    recent = 1.0
-    progress = tqdm(range(first, steps), initial=first, total=steps, desc="denoiser", mininterval=5.0)
-    with (folder / "unet_log.txt").open("a") as log:
-        for step in progress:
-            rate = peak_rate * min(1.0, (step + 1) / 100, (steps - step) / cooldown)
-            small = step % SMALL_EVERY == 0
-            bank = banks[SIZE if small else size]
-            error = training.step(bank, step, batch, rate)
-            bank.add(bank.fresh)
-            if not small:
-                recent += max(0.01, 1.0 / (step - first + 1)) * (error - recent)
-            if step % 20 == 0:
-                progress.set_postfix_str(f"loss {recent:.4f}")
-                log.write(f"{time.strftime('%H:%M:%S')} {step} {recent:.4f}\n")
-                log.flush()
-            if (step + 1) % 100 == 0 or step + 1 == steps:
-                checkpoint.save(step + 1)
+    on_small = -(-first // SMALL_EVERY)
+    banks[SIZE].fill(on_small)
+    banks[size].fill(first - on_small)
+
+    def rate(step: int) -> float:
+        return peak_rate * min(1.0, (step + 1) / 100, (steps - step) / cooldown)
+
+    take_steps(
+        training,
+        checkpoint,
+        range(first, steps),
+        batch,
+        rate,
+        lambda step: banks[SIZE if step % SMALL_EVERY == 0 else size],
+    )
 
 
 @application.command()

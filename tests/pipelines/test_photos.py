@@ -298,7 +298,7 @@ def test_a_seam_rises_evenly_and_a_border_is_none() -> None:
     assert everything.eq(1).all() and none is None
     for wrong in (-1, 0.5, True, "2"):
         with pytest.raises(OptionError, match="seam"):
-            check_seam(wrong)  # type: ignore[arg-type]
+            check_seam(wrong)
 
 
 @pytest.mark.parametrize(
